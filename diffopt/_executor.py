@@ -1,0 +1,162 @@
+"""Running a plan: the one place where snapshots, recomputation and derivatives are put in order.
+
+A plan is a list of integer actions (``diffopt.schedule``). Its first part takes the loop to its
+end and belongs to the forward pass; the rest takes it back, one vector-Jacobian product a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, MutableMapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from diffopt._loop import CapturedSum, Loop
+from diffopt._state import Cotangent, State
+from diffopt._step import Linearization
+from diffopt.schedule import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A state and where the random generators stood when it was reached."""
+
+    state: State
+    generators: tuple[Tensor, ...]
+
+
+Snapshots = MutableMapping[int, Snapshot]
+
+
+@dataclass
+class Kept:
+    """What the forward pass leaves for the backward pass.
+
+    Attributes:
+        snapshots: by position in the loop.
+        graphs: steps recorded with their graph, by position.
+        peak_states, peak_graphs: the most of either held at once, so far.
+    """
+
+    snapshots: Snapshots
+    graphs: dict[int, Linearization] = field(default_factory=dict)
+    peak_states: int = 0
+    peak_graphs: int = 0
+
+    def save(self, t: int, snapshot: Snapshot) -> None:
+        self.snapshots[t] = snapshot
+        self.peak_states = max(self.peak_states, len(self.snapshots))
+
+    def record(self, t: int, linearization: Linearization) -> None:
+        self.graphs[t] = linearization
+        self.peak_graphs = max(self.peak_graphs, len(self.graphs))
+
+
+def run_forward(loop: Loop, plan: Plan, snapshots: Snapshots) -> tuple[State, Kept]:
+    """The plan's first part: from the start to the end of the loop."""
+    kept = Kept(snapshots)
+    state = loop.start
+    for kind, start, stop in plan.forward_actions:
+        if kind == "save":
+            kept.save(start, Snapshot(state, loop.generators.get()))
+        elif kind == "advance":
+            for t in range(start, stop):
+                state = loop.first(state, t)
+        elif kind == "record":
+            linearization = loop.first_recorded(state, start)
+            kept.record(start, linearization)
+            state = linearization.result.state
+        elif kind == "free":
+            del kept.snapshots[start]
+        else:
+            raise ValueError(f"a plan cannot {kind!r} before it has reached the end")
+    return state, kept
+
+
+def run_backward(
+    loop: Loop,
+    plan: Plan,
+    kept: Kept,
+    cotangent: Cotangent,
+    loss_cotangents: Tensor | None,
+    *,
+    keep: bool = False,
+) -> tuple[Cotangent, list[Tensor | None]]:
+    """The plan's second part: from the end of the loop back to its start.
+
+    Args:
+        kept: what ``run_forward`` left; used up unless ``keep``.
+        cotangent: of the final state.
+        loss_cotangents: of the losses, shape (T,), or None.
+        keep: leave ``kept`` as it is, for another backward pass.
+
+    Returns:
+        the cotangents of the start and of ``loop.captured.tensors``.
+    """
+    if keep:
+        kept = Kept(_Layer(kept.snapshots), dict(kept.graphs), kept.peak_states, kept.peak_graphs)
+    captured = CapturedSum(loop.captured)
+    state = None
+    for kind, start, stop in plan.backward_actions:
+        if kind == "load":
+            snapshot = kept.snapshots[start]
+            state = snapshot.state
+            loop.generators.set(snapshot.generators)
+        elif kind == "save":
+            assert state is not None
+            kept.save(start, Snapshot(state, loop.generators.get()))
+        elif kind == "advance":
+            assert state is not None
+            for t in range(start, stop):
+                state = loop.again(state, t)
+        elif kind == "record":
+            assert state is not None
+            linearization = loop.linearize(state, start)
+            kept.record(start, linearization)
+            state = linearization.result.state
+        elif kind == "vjp":
+            if start in kept.graphs:
+                linearization = kept.graphs.pop(start)
+            else:
+                assert state is not None
+                linearization = loop.linearize(state, start)
+                state = None
+            loss_cotangent = None if loss_cotangents is None else loss_cotangents[start]
+            cotangent, contributions = loop.vjp(
+                linearization, start, cotangent, loss_cotangent, retain_graph=keep
+            )
+            captured.add(contributions)
+            del linearization
+        elif kind == "free":
+            del kept.snapshots[start]
+        else:
+            raise ValueError(f"a plan cannot {kind!r} on the way back")
+    return cotangent, captured.total
+
+
+class _Layer(MutableMapping[int, Snapshot]):
+    """Snapshots over others that are to stay: what is deleted below is only hidden."""
+
+    def __init__(self, below: Snapshots) -> None:
+        self._below = below
+        self._visible = set(below)
+        self._own: dict[int, Snapshot] = {}
+
+    def __getitem__(self, t: int) -> Snapshot:
+        if t not in self._visible:
+            raise KeyError(t)
+        return self._own[t] if t in self._own else self._below[t]
+
+    def __setitem__(self, t: int, snapshot: Snapshot) -> None:
+        self._own[t] = snapshot
+        self._visible.add(t)
+
+    def __delitem__(self, t: int) -> None:
+        self._own.pop(t, None)
+        self._visible.remove(t)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._visible)
+
+    def __len__(self) -> int:
+        return len(self._visible)

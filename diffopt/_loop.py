@@ -1,0 +1,216 @@
+"""The training loop as a value: what an adjoint is given to run and to differentiate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffopt._capture import Captured, Edge, TensorsSeen, present_sequence
+from diffopt._modes import Modes
+from diffopt._progress import Progress
+from diffopt._generators import Generators
+from diffopt._state import Cotangent, State
+from diffopt._step import InnerStep, Linearization, Watch
+from diffopt._tree import add, map_tensors
+
+
+class Loop:
+    """``steps`` inner steps from ``start``.
+
+    Attributes:
+        start: the state at position 0, cut from any graph.
+        steps: T, how many steps there are; positions in the loop run from 0 to T.
+        step: the pure inner step.
+        captured: the tensors that the steps use without being given them; filled by ``first``.
+        generators: the random generators, which the forward pass advances.
+        losses: one scalar per step taken so far, cut from the graph.
+        aux: the user's extras, one per step, cut from the graph.
+        max_cotangent_norm: the bound on what flows back through a step, or None.
+    """
+
+    def __init__(
+        self,
+        step: InnerStep,
+        start: State,
+        steps: int,
+        *,
+        captured: Captured | None,
+        generators: Generators,
+        modes: Modes,
+        progress: Progress,
+        max_cotangent_norm: float | None = None,
+    ) -> None:
+        self.step = step
+        self.start = start
+        self.steps = steps
+        self.captured = captured if captured is not None else Captured()
+        self.generators = generators
+        self.progress = progress
+        self.max_cotangent_norm = max_cotangent_norm
+        self.losses: list[Tensor] = []
+        self.aux: list[Any] = []
+        self._modes = modes
+        self._watching = captured is not None
+        self._in_session = False
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """Where steps may be taken: the module is put back, and the modes are the call's.
+
+        A session inside a session is the same one, so the module keeps the weights of the last
+        step until its derivative has been taken: layers that recompute themselves need them.
+        """
+        if self._in_session:
+            yield
+            return
+        with self.step.slots.unchanged(), self._modes.active():
+            self._in_session = True
+            try:
+                yield
+            finally:
+                self._in_session = False
+                self.progress.close()
+
+    # The first pass: every step is taken once, in order, and its captured tensors are found.
+
+    def first(self, state: State, t: int) -> State:
+        """Take step ``t`` for the first time, without keeping a graph."""
+        with self._noting(state, t) as watch, torch.no_grad():
+            result = self.step(state, t, watch)
+        self._collect(result.loss, result.aux)
+        return result.state
+
+    def first_recorded(self, state: State, t: int) -> Linearization:
+        """Take step ``t`` for the first time and keep its graph."""
+        with self._noting(state, t) as watch:
+            linearization = self.step.linearize(state, t, watch)
+        self._collect(linearization.result.loss, linearization.result.aux)
+        return linearization
+
+    def _collect(self, loss: Tensor, aux: Any) -> None:
+        self.losses.append(loss)
+        self.aux.append(map_tensors(torch.Tensor.detach, aux))
+        self.progress.forward()
+
+    @contextmanager
+    def _noting(self, state: State, t: int) -> Iterator[Watch | None]:
+        if not self._watching:
+            yield None
+            return
+        since = present_sequence()
+        known: list[set[Edge | Tensor]] = []
+        unknown: list[list[Edge]] = []
+
+        def watch(roots: Iterable[Tensor], own: Iterable[Tensor]) -> None:
+            some, others = self.captured.walk(roots, set(own), since)
+            known.append(some)
+            unknown.append(others)
+
+        yield watch
+        if any(unknown):
+            self._find([edge for edges in unknown for edge in edges], state, t)
+        in_loss, in_update = (ends.union(edges) for ends, edges in zip(known, unknown, strict=True))
+        self.captured.note(in_loss, in_update)
+
+    def _find(self, edges: list[Edge], state: State, t: int) -> None:
+        """Find the tensors at ``edges``, by taking the step once more and looking on."""
+        with self.generators.undisturbed(), torch.no_grad(), TensorsSeen() as seen:
+            self.step(state, t)
+        self.captured.offer(seen.tensors.values())
+        for edge in edges:
+            if not self.captured.is_known(edge):
+                raise NotImplementedError(
+                    f"step {self.step.first_step + t} uses a tensor made by "
+                    f"{edge[0].name()} before the call, which could not be found to deliver its "
+                    "gradient to: pass it to loss_fn inside the batch"
+                )
+
+    # On the way back.
+
+    def again(self, state: State, t: int) -> State:
+        """Take step ``t`` again. The generators have to be where they were the first time."""
+        return self.step(state, t).state
+
+    def linearize(self, state: State, t: int) -> Linearization:
+        """Take step ``t`` again and keep its graph, for ``vjp``.
+
+        Raises:
+            RuntimeError: the loss used other tensors than the first time, so that a gradient
+                would be lost.
+        """
+        since = present_sequence()
+        first = True
+
+        def watch(roots: Iterable[Tensor], own: Iterable[Tensor]) -> None:
+            nonlocal first
+            if first:
+                known, unknown = self.captured.walk(roots, set(own), since)
+                if unknown or not self.captured.same_in_loss(t, known):
+                    raise RuntimeError(
+                        f"the loss of step {self.step.first_step + t} uses other tensors that "
+                        "require grad than in the forward pass: was a variable that loss_fn uses "
+                        "bound to a new tensor since? Call backward before that, or pass the "
+                        "tensor inside the batch"
+                    )
+            first = False
+
+        return self.step.linearize(state, t, watch)
+
+    def vjp(
+        self,
+        linearization: Linearization,
+        t: int,
+        state_cotangent: Cotangent,
+        loss_cotangent: Tensor | None,
+        *,
+        retain_graph: bool = False,
+    ) -> tuple[Cotangent, list[tuple[int, Tensor]]]:
+        """One vector-Jacobian product.
+
+        Returns:
+            the cotangent of the state before the step, and those of the captured tensors that
+            the step uses, with their indices.
+        """
+        if self.max_cotangent_norm is not None:
+            state_cotangent = clip_params_cotangent(state_cotangent, self.max_cotangent_norm)
+        with self.captured.apart(t) as shared:
+            before, captured = linearization.vjp(
+                state_cotangent,
+                loss_cotangent,
+                self.captured.edges(t),
+                retain_graph=retain_graph or shared,
+            )
+        self.progress.backward()
+        indexed = zip(self.captured.at(t), captured, strict=True)
+        return before, [(i, g) for i, g in indexed if g is not None]
+
+
+class CapturedSum:
+    """Sums the cotangents of the captured tensors over the steps."""
+
+    def __init__(self, captured: Captured) -> None:
+        self.total: list[Tensor | None] = [None] * len(captured.tensors)
+
+    def add(self, contributions: Sequence[tuple[int, Tensor]]) -> None:
+        for i, g in contributions:
+            self.total[i] = add(self.total[i], g)
+
+
+def clip_params_cotangent(cotangent: Cotangent, max_norm: float) -> Cotangent:
+    """Scale the parameters' part to at most ``max_norm`` in global norm."""
+    params = {path: g for path, g in cotangent.items() if path[0] == "params"}
+    if not params:
+        return cotangent
+    scaled = clip_global_norm(list(params.values()), max_norm)
+    return {**cotangent, **dict(zip(params, scaled, strict=True))}
+
+
+def clip_global_norm(tensors: Sequence[Tensor], max_norm: float) -> list[Tensor]:
+    """``tensors`` times min(1, max_norm / norm), with norm their joint Euclidean norm."""
+    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(x) for x in tensors]))
+    scale = max_norm / norm.clamp(min=max_norm)
+    return [x * scale.to(x.dtype) for x in tensors]

@@ -1,0 +1,88 @@
+"""Standing other values in a module's parameters and buffers, and putting the module back.
+
+A user's loss calls the user's own module, so the fast weights are stood in the module itself, in
+every place where a parameter is held: a tied weight in all its places at once, a submodule that
+is reachable by two names once. Whatever happens in between, the module is afterwards what it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+Slot = tuple[dict[str, Any], str]
+
+
+class ModuleSlots:
+    """The places in ``model`` where its parameters and buffers are held, by their names.
+
+    Args:
+        model: the module; nothing is changed by building this.
+        inner: names (as ``named_parameters()`` gives them) of the parameters to be replaced.
+    """
+
+    def __init__(self, model: nn.Module, inner: Mapping[str, Tensor]) -> None:
+        self.model = model
+        self._modules = list(model.modules())  # each once, however many names it has
+        self._params: list[tuple[str, list[Slot]]] = [
+            (name, self._places("_parameters", x)) for name, x in inner.items()
+        ]
+        self.buffers: dict[str, Tensor] = dict(model.named_buffers())
+        self._buffers: list[tuple[str, list[Slot]]] = [
+            (name, self._places("_buffers", x)) for name, x in self.buffers.items()
+        ]
+
+    def _places(self, table: str, x: Tensor) -> list[Slot]:
+        return [
+            (module.__dict__[table], key)
+            for module in self._modules
+            for key, held in module.__dict__[table].items()
+            if held is x
+        ]
+
+    def load(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
+        """Stand the values in their places. Only inside ``unchanged()``."""
+        for name, slots in self._params:
+            for table, key in slots:
+                table[key] = params[name]
+        for name, slots in self._buffers:
+            for table, key in slots:
+                table[key] = buffers[name]
+
+    def read_buffers(self) -> dict[str, Tensor]:
+        """The buffers as the last call of the module left them (changed in place or replaced)."""
+        return {name: slots[0][0][slots[0][1]] for name, slots in self._buffers}
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Give the module back as it was: attributes, parameters, buffers, training flags.
+
+        A shallow copy of each submodule's attributes is kept. That also undoes what layers
+        leave behind on their own, such as the computed ``weight`` of an old-style ``weight_norm``
+        or the flat weight list of an LSTM.
+        """
+        tables = ("_parameters", "_buffers", "_modules")
+        saved = [
+            (
+                module.__dict__,
+                dict(module.__dict__),
+                [(module.__dict__[t], dict(module.__dict__[t])) for t in tables],
+            )
+            for module in self._modules
+        ]
+        try:
+            yield
+        finally:
+            for attributes, before, contents in saved:
+                for table, entries in contents:
+                    _put_back(table, entries)
+                _put_back(attributes, before)
+
+
+def _put_back(table: dict[str, Any], before: dict[str, Any]) -> None:
+    if len(table) != len(before) or any(table.get(k, table) is not v for k, v in before.items()):
+        table.clear()
+        table.update(before)

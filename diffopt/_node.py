@@ -1,0 +1,123 @@
+"""The whole loop as one node of the autograd graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffopt._loop import Loop
+from diffopt._state import State
+from diffopt._tree import Path
+from diffopt.adjoint import Adjoint
+
+
+def run_connected(
+    loop: Loop, adjoint: Adjoint, start: Mapping[Path, Tensor], guarded: Sequence[Tensor]
+) -> tuple[State, Tensor]:
+    """Run ``loop`` and connect its results to the caller's graph.
+
+    Args:
+        start: the differentiable tensors of the start, as the caller's graph knows them.
+        guarded: further tensors that the way back will read again: that they were not changed in
+            place meanwhile is checked, as for every input.
+
+    Returns:
+        the final state and the losses, shape (T,).
+    """
+    with loop.session():
+        final, kept = adjoint.forward(loop)
+    losses = _stacked(loop)
+    values = {path: _owned(x, loop.start) for path, x in final.tensors().items()}
+    results = _Unrolling.apply(  # type: ignore[no-untyped-call]
+        loop,
+        adjoint,
+        kept,
+        list(start),
+        (list(values), (losses, *values.values()), set(loop.step.differentiable(final))),
+        list(guarded),
+        *start.values(),
+        *loop.captured.tensors,
+    )
+    connected = dict(zip(values, results[1:], strict=True))
+    return final.replace(connected), results[0]
+
+
+def run_detached(loop: Loop) -> tuple[State, Tensor]:
+    """Run ``loop`` for its results alone: nothing is kept."""
+    state = loop.start
+    with loop.session():
+        for t in range(loop.steps):
+            state = loop.first(state, t)
+    owned = {path: _owned(x, loop.start) for path, x in state.tensors().items()}
+    return state.replace(owned), _stacked(loop)
+
+
+def _stacked(loop: Loop) -> Tensor:
+    if loop.losses:
+        return torch.stack(loop.losses)
+    return next(iter(loop.start.params.values())).new_zeros(0)
+
+
+def _owned(x: Tensor, start: State) -> Tensor:
+    """Results never share memory with what the caller may change in place."""
+    caller = {y.data_ptr() for y in start.tensors().values()}
+    return x.clone() if x.data_ptr() in caller else x
+
+
+class _Unrolling(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        loop: Loop,
+        adjoint: Adjoint,
+        kept: Any,
+        start_paths: list[Path],
+        outcome: tuple[list[Path], tuple[Tensor, ...], set[Path]],
+        guarded: list[Tensor],
+        *inputs: Tensor,
+    ) -> tuple[Tensor, ...]:
+        paths, results, differentiable = outcome
+        ctx.loop, ctx.adjoint, ctx.kept = loop, adjoint, kept
+        ctx.start_paths, ctx.paths = start_paths, paths
+        ctx.inputs = len(inputs)
+        ctx.save_for_backward(*inputs, *guarded)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(
+            *(x for path, x in zip(paths, results[1:], strict=True) if path not in differentiable)
+        )
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, losses: Tensor | None, *cotangents: Tensor | None) -> Any:
+        inputs = ctx.saved_tensors[: ctx.inputs]  # also checks that nothing was changed in place
+        loop, adjoint, n = ctx.loop, ctx.adjoint, len(ctx.start_paths)
+        cotangent = {
+            path: g for path, g in zip(ctx.paths, cotangents, strict=True) if g is not None
+        }
+        if torch.is_grad_enabled():
+            before, captured = adjoint.differentiable_backward(
+                loop,
+                ctx.kept,
+                dict(zip(ctx.start_paths, inputs[:n], strict=True)),
+                inputs[n:],
+                cotangent,
+                losses,
+            )
+        else:
+            keep = _keeps_graph()
+            with loop.session(), loop.generators.undisturbed():
+                before, captured = adjoint.backward(loop, ctx.kept, cotangent, losses, keep=keep)
+            if not keep:
+                ctx.kept = None
+        return (*(None,) * 6, *(before.get(path) for path in ctx.start_paths), *captured)
+
+
+def _keeps_graph() -> bool:
+    """Whether the backward pass now running was asked to retain the graph."""
+    try:
+        return bool(torch._C._get_current_graph_task_keep_graph())  # type: ignore[attr-defined]
+    except AttributeError:  # pragma: no cover - a PyTorch without it: keep, to be safe
+        return True

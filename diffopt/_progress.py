@@ -1,0 +1,50 @@
+"""The optional progress bar of an unroll, forward and backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class Progress:
+    """Counts steps, on a tqdm bar where one was asked for."""
+
+    def __init__(self, steps: int, shown: bool) -> None:
+        self._steps = steps
+        self._shown = shown
+        self._bar: Any = None
+
+    def forward(self) -> None:
+        """One step of the first pass was taken."""
+        self._tick("forward")
+
+    def backward(self) -> None:
+        """One vector-Jacobian product was taken."""
+        self._tick("backward")
+
+    def close(self) -> None:
+        """End the present bar, also where its pass was interrupted."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _tick(self, direction: str) -> None:
+        if not self._shown:
+            return
+        if self._bar is None:
+            self._bar = _tqdm()(total=self._steps, desc=f"unroll, {direction}", leave=False)
+        self._bar.update()
+
+
+def check_available() -> None:
+    """Raise where a bar is asked for and tqdm is missing."""
+    _tqdm()
+
+
+def _tqdm() -> Any:
+    try:
+        from tqdm.auto import tqdm
+    except ImportError as error:
+        raise ImportError(
+            "progress=True needs tqdm, which is not installed: pip install tqdm"
+        ) from error
+    return tqdm

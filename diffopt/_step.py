@@ -1,0 +1,298 @@
+"""One inner training step as a pure function of the state, and its derivative.
+
+A step maps the state ``s = (params, optimizer state, buffers)`` to the next one,
+
+    g  = grad_transform(dL(params, buffers, batch_t)/dparams)
+    s' = update(params, g, optimizer state; hyperparameters at t),
+
+and yields the loss L before the update. ``loss_fn`` sees the user's own module, holding the
+values of ``s``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from diffopt._module import ModuleSlots
+from diffopt._state import Cotangent, State
+from diffopt._tree import Path
+from diffopt.optim import Optimizer
+
+GradTransform = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
+
+#: ``watch(roots, own)``: shown what a step computes and the leaves it started from.
+Watch = Callable[[Iterable[Tensor], Iterable[Tensor]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one step gives: the next state, the loss before the update, and the user's extras."""
+
+    state: State
+    loss: Tensor
+    aux: Any
+
+
+class InnerStep:
+    """The step of one unroll, with everything but the state bound.
+
+    Args:
+        slots: where the inner parameters and the buffers live in the user's module.
+        loss_of: ``loss_of(t)`` evaluates the user's loss at position t of the loop on the module
+            as it stands, and gives what the user's function gave.
+        opt: the rule; ``groups`` says which names belong to which of its param groups.
+        first_step: the step number of position 0, for schedules and messages.
+        grad_transform: the user's change to the inner gradients, or None.
+        first_order: take each inner gradient as a constant.
+    """
+
+    def __init__(
+        self,
+        slots: ModuleSlots,
+        loss_of: Callable[[int], Any],
+        opt: Optimizer,
+        groups: Sequence[Sequence[str]],
+        *,
+        first_step: int = 0,
+        grad_transform: GradTransform | None = None,
+        first_order: bool = False,
+    ) -> None:
+        self.slots = slots
+        self.loss_of = loss_of
+        self.opt = opt
+        self.groups = groups
+        self.first_step = first_step
+        self.grad_transform = grad_transform
+        self.first_order = first_order
+        self.buffers = _BufferStandIns(slots)
+
+    def __call__(self, state: State, t: int, watch: Watch | None = None) -> StepResult:
+        """Take step ``t``. The result carries a graph exactly where grad mode is enabled.
+
+        ``watch`` is shown the graphs before any of them is freed.
+        """
+        connected = torch.is_grad_enabled()
+        params = {
+            name: x if connected and x.requires_grad else x.detach().requires_grad_()
+            for name, x in state.params.items()
+        }
+        with torch.enable_grad():
+            loss, aux, buffers = self._evaluate(params, state.buffers, t)
+            if watch is not None:
+                watch([loss, *buffers.values()], params.values())
+            grads = self._gradients(loss, params, t, connected)
+        if not connected:
+            params = {name: x.detach() for name, x in params.items()}
+        with torch.set_grad_enabled(connected or watch is not None):
+            new_params, new_opt = self._update(params, grads, state.opt, t)
+            if watch is not None:
+                entries = (x for held in new_opt.values() for x in held.values())
+                watch([*new_params.values(), *entries], params.values())
+        new = State(new_params, new_opt, buffers)
+        if connected:
+            return StepResult(new, loss, aux)
+        return StepResult(new.detach(), loss.detach(), aux)
+
+    def _evaluate(
+        self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], t: int
+    ) -> tuple[Tensor, Any, dict[str, Tensor]]:
+        stand_ins = self.buffers.stand_in(buffers)
+        self.slots.load(params, stand_ins)
+        loss, aux = _loss_and_aux(self.loss_of(t), self.first_step + t)
+        return loss, aux, self.buffers.after(buffers, stand_ins)
+
+    def _gradients(
+        self, loss: Tensor, params: Mapping[str, Tensor], t: int, connected: bool
+    ) -> dict[str, Tensor | None]:
+        found: Sequence[Tensor | None] = ()
+        if loss.requires_grad:
+            found = torch.autograd.grad(
+                loss,
+                list(params.values()),
+                create_graph=connected and not self.first_order,
+                retain_graph=connected,
+                allow_unused=True,
+            )
+        if all(g is None for g in found):
+            raise ValueError(
+                f"the loss of step {self.first_step + t} does not depend on any inner variable: "
+                "compute it with the module that loss_fn is given, whose parameters are being "
+                "trained, and do not detach it"
+            )
+        return dict(zip(params, found, strict=True))
+
+    def _update(
+        self,
+        params: Mapping[str, Tensor],
+        grads: Mapping[str, Tensor | None],
+        opt_state: Mapping[str, Mapping[str, Tensor]],
+        t: int,
+    ) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+        if self.grad_transform is not None:
+            present = {name: g for name, g in grads.items() if g is not None}
+            grads = _checked_grads(self.grad_transform(present), params)
+        return self.opt.update(
+            params, grads, opt_state, step=self.first_step + t, groups=self.groups
+        )
+
+    def differentiable(self, state: State) -> dict[Path, Tensor]:
+        """The tensors of ``state`` that derivatives flow through.
+
+        Of the buffers only those that were computed with gradients, or given requiring grad: for
+        running statistics there is nothing to carry back.
+        """
+        return {
+            path: x
+            for path, x in state.differentiable().items()
+            if path[0] != "buffers" or path[1] in self.buffers.tracked
+        }
+
+    def linearize(self, state: State, t: int, watch: Watch | None = None) -> Linearization:
+        """Take step ``t`` and keep its graph for vector-Jacobian products."""
+        leaves = {
+            path: x.detach().requires_grad_() for path, x in self.differentiable(state).items()
+        }
+        with torch.enable_grad():
+            return Linearization(leaves, self(state.replace(leaves), t, watch))
+
+
+class Linearization:
+    """A step that was taken with its graph kept: one step's graph is what it costs.
+
+    Attributes:
+        result: what the step gave, cut from the graph.
+    """
+
+    def __init__(self, leaves: dict[Path, Tensor], result: StepResult) -> None:
+        self._leaves = leaves
+        self._outputs = {path: x for path, x in result.state.tensors().items() if x.requires_grad}
+        self._loss = result.loss
+        self.result = StepResult(result.state.detach(), result.loss.detach(), result.aux)
+
+    def vjp(
+        self,
+        state_cotangent: Cotangent,
+        loss_cotangent: Tensor | None,
+        captured: Sequence[Tensor | GradientEdge],
+        *,
+        retain_graph: bool = False,
+    ) -> tuple[Cotangent, list[Tensor | None]]:
+        """Pull cotangents of the next state and of the loss back through the step.
+
+        Returns:
+            the cotangent of the state the step started from, and those of ``captured``, None
+            where there is no influence.
+        """
+        pairs = [
+            (x, state_cotangent[path])
+            for path, x in self._outputs.items()
+            if state_cotangent.get(path) is not None
+        ]
+        if loss_cotangent is not None:
+            pairs.append((self._loss, loss_cotangent))
+        if not pairs:
+            return {}, [None] * len(captured)
+        grads = torch.autograd.grad(
+            [x for x, _ in pairs],
+            [*self._leaves.values(), *captured],
+            [cotangent for _, cotangent in pairs],
+            retain_graph=retain_graph,
+            allow_unused=True,
+        )
+        n = len(self._leaves)
+        before = {path: g for path, g in zip(self._leaves, grads[:n], strict=True) if g is not None}
+        return before, list(grads[n:])
+
+
+class _BufferStandIns:
+    """What stands in the module for the state's buffers: never a snapshot's or the caller's memory.
+
+    Layers change buffers in place, so one that was seen to change is copied before every step.
+    The others (masks, position ids) share one copy for the whole unroll.
+    """
+
+    def __init__(self, slots: ModuleSlots) -> None:
+        self._slots = slots
+        self._changing: set[str] = set()
+        self._copies: dict[str, tuple[Tensor, Tensor]] = {}  # name: (original, copy)
+        self.tracked = {name for name, x in slots.buffers.items() if x.requires_grad}
+
+    def stand_in(self, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: self._stand_in(name, x) for name, x in buffers.items()}
+
+    def _stand_in(self, name: str, x: Tensor) -> Tensor:
+        if name in self._changing or x.requires_grad:
+            return x.clone()
+        original, copy = self._copies.get(name, (None, x))
+        if original is not x:
+            copy = x.clone()
+            self._copies[name] = x, copy
+        return copy
+
+    def after(
+        self, buffers: Mapping[str, Tensor], stand_ins: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The buffers as the step left them; those it did not touch are the same objects."""
+        found = self._slots.read_buffers()
+        for name, x in found.items():
+            if x is stand_ins[name] and not self._was_changed(name, x):
+                found[name] = buffers[name]
+            elif x.requires_grad:
+                self.tracked.add(name)
+        return found
+
+    def _was_changed(self, name: str, x: Tensor) -> bool:
+        if name in self._changing or x.requires_grad:
+            return True
+        if x._version == 0:
+            return False
+        self._changing.add(name)
+        del self._copies[name]
+        return True
+
+
+def _loss_and_aux(out: Any, step: int) -> tuple[Tensor, Any]:
+    aux = None
+    if isinstance(out, tuple) and len(out) == 2:
+        out, aux = out
+    elif not isinstance(out, Tensor) and isinstance(getattr(out, "loss", None), Tensor):
+        out = out.loss  # the convention of models that compute their own loss
+    if not isinstance(out, Tensor):
+        raise TypeError(
+            f"the loss of step {step} is a {type(out).__name__}: loss_fn has to return a scalar "
+            "tensor, or the pair (loss, aux)"
+        )
+    if out.numel() != 1:
+        raise ValueError(
+            f"the loss of step {step} has shape {tuple(out.shape)}, which is not a scalar: "
+            "reduce it, for example with .mean()"
+        )
+    return out.reshape(()), aux
+
+
+def _checked_grads(
+    grads: Mapping[str, Tensor], params: Mapping[str, Tensor]
+) -> Mapping[str, Tensor | None]:
+    if not isinstance(grads, Mapping):
+        raise TypeError(
+            f"grad_transform returned a {type(grads).__name__}: it has to return a dict of "
+            "gradients by parameter name, as it was given"
+        )
+    for name, g in grads.items():
+        if name not in params:
+            raise ValueError(
+                f"grad_transform returned a gradient for {name!r}, which is not an inner "
+                f"variable: keep the names it was given"
+            )
+        if g is not None and g.shape != params[name].shape:
+            raise ValueError(
+                f"grad_transform returned a gradient of shape {tuple(g.shape)} for {name!r}, "
+                f"which has shape {tuple(params[name].shape)}"
+            )
+    return grads

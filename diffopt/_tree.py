@@ -1,0 +1,52 @@
+"""Small helpers for dicts of tensors and for batches.
+
+A batch is any pytree (nested lists, tuples, dicts, dataclasses that PyTorch knows); everything
+else in the package is held in flat dicts, whose keys are *paths*: tuples of strings such as
+``("params", "0.weight")``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+Path = tuple[str, ...]
+
+
+def tensors_in(tree: Any) -> Iterator[Tensor]:
+    """The tensors of a pytree, in order; anything else in it is passed over."""
+    if isinstance(tree, Tensor):
+        return iter((tree,))
+    return (leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor))
+
+
+def generators_in(tree: Any) -> Iterator[torch.Generator]:
+    """The random generators that a user put into a batch."""
+    if isinstance(tree, Tensor):
+        return iter(())
+    return (leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Generator))
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    """``tree`` with ``function`` applied to each tensor in it."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if tree is None:
+        return None
+    return pytree.tree_map(lambda x: function(x) if isinstance(x, Tensor) else x, tree)
+
+
+def is_differentiable(x: Tensor) -> bool:
+    """Whether a tensor of this dtype can carry a gradient."""
+    return x.is_floating_point() or x.is_complex()
+
+
+def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """The sum of two cotangents, where None stands for zero."""
+    if a is None or b is None:
+        return b if a is None else a
+    return a + b

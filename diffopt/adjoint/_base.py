@@ -1,0 +1,115 @@
+"""What every way of computing the derivative has in common.
+
+An adjoint is a small frozen object. It is given the loop as a value, runs it forward and keeps
+what it needs, and later carries the cotangents of the results back to the start and to every
+tensor that the steps used.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from diffopt._executor import Kept, Snapshots, run_backward, run_forward
+from diffopt._loop import Loop
+from diffopt._replay import differentiable_backward
+from diffopt._state import Cotangent, State
+from diffopt._tree import Path
+from diffopt.schedule import Plan
+
+
+@dataclass(frozen=True)
+class Adjoint(ABC):
+    """How ``diffopt.unroll`` computes the derivative. Subclass it to bring a way of your own."""
+
+    @abstractmethod
+    def forward(self, loop: Loop) -> tuple[State, Any]:
+        """Take all steps of ``loop`` from ``loop.start``.
+
+        Returns:
+            the final state, and whatever ``backward`` needs.
+        """
+
+    @abstractmethod
+    def backward(
+        self,
+        loop: Loop,
+        kept: Any,
+        cotangent: Cotangent,
+        loss_cotangents: Tensor | None,
+        *,
+        keep: bool,
+    ) -> tuple[Cotangent, list[Tensor | None]]:
+        """Carry cotangents of the final state and of the losses (T,) back.
+
+        Args:
+            kept: what ``forward`` returned; to be left intact if ``keep``.
+
+        Returns:
+            the cotangent of the start, and those of ``loop.captured.tensors`` in order, None
+            standing for no influence.
+        """
+
+    def differentiable_backward(
+        self,
+        loop: Loop,
+        kept: Any,
+        start: Mapping[Path, Tensor],
+        captured: Sequence[Tensor],
+        cotangent: Cotangent,
+        loss_cotangents: Tensor | None,
+    ) -> tuple[Cotangent, list[Tensor | None]]:
+        """``backward``, as a differentiable function of its inputs and of the cotangents."""
+        raise NotImplementedError(
+            f"{self!r} cannot be differentiated twice: use diffopt.Segmented() where a gradient "
+            "of a gradient is needed"
+        )
+
+
+@dataclass(frozen=True)
+class Checkpointed(Adjoint):
+    """An exact adjoint that follows a plan."""
+
+    @abstractmethod
+    def plan(self, steps: int) -> Plan:
+        """The order of work for ``steps`` inner steps, with its predicted cost."""
+
+    def snapshots(self) -> Snapshots:
+        """Where the states are kept: on their device, unless a subclass stores them elsewhere."""
+        return {}
+
+    def forward(self, loop: Loop) -> tuple[State, Any]:
+        plan = self.plan(loop.steps)
+        generators = loop.generators.get()
+        state, kept = run_forward(loop, plan, self.snapshots())
+        return state, (plan, generators, kept)
+
+    def backward(
+        self,
+        loop: Loop,
+        kept: tuple[Plan, tuple[Tensor, ...], Kept],
+        cotangent: Cotangent,
+        loss_cotangents: Tensor | None,
+        *,
+        keep: bool,
+    ) -> tuple[Cotangent, list[Tensor | None]]:
+        plan, _, remains = kept
+        return run_backward(loop, plan, remains, cotangent, loss_cotangents, keep=keep)
+
+    def differentiable_backward(
+        self,
+        loop: Loop,
+        kept: tuple[Plan, tuple[Tensor, ...], Kept],
+        start: Mapping[Path, Tensor],
+        captured: Sequence[Tensor],
+        cotangent: Cotangent,
+        loss_cotangents: Tensor | None,
+    ) -> tuple[Cotangent, list[Tensor | None]]:
+        _, generators, _ = kept
+        return differentiable_backward(
+            loop, 0, generators, start, captured, cotangent, loss_cotangents
+        )
