@@ -1,0 +1,193 @@
+"""Adam and AdamW, either with AMSGrad."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from diffopt.optim import lists as L
+from diffopt.optim.base import Optimizer, Value, check, check_betas
+from diffopt.optim.lists import Tensors
+from diffopt.optim.scalars import Coefficient, at
+from diffopt.optim.terms import (
+    Entries,
+    Hyper,
+    advance,
+    average_of_squares,
+    column,
+    count,
+    decayed,
+    with_entries,
+    zeros,
+)
+
+
+class Adam(Optimizer):
+    """Adam: ``torch.optim.Adam``, differentiable.
+
+    With gradient g, learning rate γ, decay rates β₁, β₂ and weight decay λ, at step t = 1, 2, ...::
+
+        g ← −g                               (maximize)
+        g ← g + λ θ   or   θ ← (1 − γ λ) θ   (decoupled_weight_decay)
+        m ← β₁ m + (1 − β₁) g
+        v ← β₂ v + (1 − β₂) g²
+        w ← max(w, v)  (amsgrad)   or   w = v
+        θ ← θ − γ / (1 − β₁ᵗ) · m / (√w / √(1 − β₂ᵗ) + ε)
+
+    Kingma and Ba, "Adam: a method for stochastic optimization" (ICLR 2015); AMSGrad: Reddi et al.,
+    "On the convergence of Adam and beyond" (ICLR 2018).
+
+    The derivative of √w at w = 0 is taken as 0, the limit of its product with m, so that a weight
+    which never had a gradient has a finite derivative (with ε > 0). Where AMSGrad's two second
+    moments are equal, each gets half of the derivative.
+
+    State: ``step`` (0-d, on the CPU), ``exp_avg`` m and ``exp_avg_sq`` v, with amsgrad
+    ``max_exp_avg_sq`` w; each but the first of the parameter's shape and dtype.
+
+    Cost: about ten passes over the parameters; two (amsgrad: three) copies of them as state.
+
+    Args:
+        params: parameters, named parameters or dicts that define param groups.
+        lr: γ.
+        betas: (β₁, β₂), each a number, a tensor or a callable.
+        eps: ε.
+        weight_decay: λ.
+        amsgrad: divide by the largest second moment so far.
+        maximize: ascend.
+        decoupled_weight_decay: decay the parameters, not their gradients: AdamW.
+        foreach, capturable, fused: no effect.
+        differentiable: allow parameters that are not leaves.
+
+    Raises:
+        ValueError: a number is negative, or a beta not below 1.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: Value = 1e-3,
+        betas: tuple[Value, Value] = (0.9, 0.999),
+        eps: Value = 1e-8,
+        weight_decay: Value = 0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+    ) -> None:
+        check("learning rate", lr)
+        check("epsilon value", eps)
+        check_betas(betas)
+        check("weight_decay value", weight_decay)
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "betas": betas,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "amsgrad": amsgrad,
+                "maximize": maximize,
+                "foreach": foreach,
+                "capturable": capturable,
+                "differentiable": differentiable,
+                "fused": fused,
+                "decoupled_weight_decay": decoupled_weight_decay,
+            },
+        )
+
+    def _init(self, hyper: Hyper, param: Tensor) -> Entries:
+        state = init_moments(param)
+        if hyper["amsgrad"]:
+            state["max_exp_avg_sq"] = zeros(param)
+        return state
+
+    def _update(
+        self, hyper: Hyper, params: Tensors, grads: Tensors, states: list[Entries]
+    ) -> tuple[Tensors, list[Entries]]:
+        lr, (beta1, beta2), eps = hyper["lr"], hyper["betas"], hyper["eps"]
+        params, grads = decayed(hyper, params, grads)
+        new, t = moments(hyper, params, grads, states)
+        v = new["exp_avg_sq"]
+        if hyper["amsgrad"]:
+            v = L.maximum(column(states, "max_exp_avg_sq", params), v)
+            new["max_exp_avg_sq"] = v
+        root = L.divide(L.sqrt(v), at(t, lambda t: (1 - beta2**t) ** 0.5))
+        rate = at(t, lambda t: -lr / (1 - beta1**t))
+        params = L.addcdiv(params, new["exp_avg"], L.shift(root, eps), rate)
+        return params, with_entries(states, new)
+
+
+class AdamW(Adam):
+    """Adam with decoupled weight decay, θ ← (1 − γ λ) θ: ``torch.optim.AdamW``, differentiable.
+
+    Loshchilov and Hutter, "Decoupled weight decay regularization" (ICLR 2019). All else is
+    ``Adam``'s.
+
+    Args:
+        params: as for ``Adam``, like everything else.
+        lr: γ.
+        betas: (β₁, β₂).
+        eps: ε.
+        weight_decay: λ.
+        amsgrad: divide by the largest second moment so far.
+        maximize: ascend.
+        foreach, capturable, fused: no effect.
+        differentiable: allow parameters that are not leaves.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: Value = 1e-3,
+        betas: tuple[Value, Value] = (0.9, 0.999),
+        eps: Value = 1e-8,
+        weight_decay: Value = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            decoupled_weight_decay=True,
+        )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # also where a checkpoint of Adam is loaded
+            group["decoupled_weight_decay"] = True
+
+
+def init_moments(param: Tensor) -> Entries:
+    """The state that Adam, NAdam and RAdam have in common."""
+    return {"step": count(), "exp_avg": zeros(param), "exp_avg_sq": zeros(param)}
+
+
+def moments(
+    hyper: Hyper, params: Tensors, grads: Tensors, states: list[Entries]
+) -> tuple[dict[str, Tensors], Coefficient]:
+    """That state after this step, by entry, and the step counts as numbers."""
+    beta1, beta2 = hyper["betas"]
+    steps, t = advance(states)
+    m = L.lerp(column(states, "exp_avg", params), grads, 1 - beta1)
+    v = average_of_squares(column(states, "exp_avg_sq", params), grads, beta2)
+    return {"step": steps, "exp_avg": m, "exp_avg_sq": v}, t

@@ -1,0 +1,423 @@
+"""What all optimizers share: param groups around one pure rule."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
+from numbers import Real
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from diffopt.optim.lists import Tensors
+from diffopt.optim.terms import Entries, Hyper
+
+#: A hyperparameter: a number, a tensor, or a schedule ``step -> number or tensor``.
+Value = float | Tensor | Callable[[int], float | Tensor]
+#: The state of every parameter, by name.
+OptState = dict[str, Entries]
+
+#: The options that switch; all others are numbers, and differentiable.
+SWITCHES = frozenset(
+    {
+        "amsgrad",
+        "capturable",
+        "centered",
+        "decoupled_weight_decay",
+        "differentiable",
+        "foreach",
+        "fused",
+        "maximize",
+        "nesterov",
+    }
+)
+
+_STEPS = "steps"  # the key in `state_dict()` for the number of `step()` calls
+
+
+class Optimizer(torch.optim.Optimizer):
+    """A ``torch.optim.Optimizer`` whose step is also available as a pure function.
+
+    A subclass states its rule once, in ``_init`` (one parameter) and ``_update`` (the parameters
+    of a group). ``init`` and ``update`` apply it to dicts by parameter name and write into
+    nothing; ``step`` applies the same rule to the parameters the optimizer was built with, in
+    place.
+
+    Every numeric option may be a number, a tensor (0-d, or broadcastable against each parameter of
+    its group; it may require grad) or a callable from the 0-based step number to either, also
+    inside a tuple such as ``betas``. ``step()`` counts its own calls for it.
+
+    Options that only choose a kernel in ``torch.optim`` (``foreach``, ``fused``, ``capturable``)
+    are accepted and have no effect; ``differentiable=True`` only lifts the demand that parameters
+    are leaves.
+    """
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        self._steps = 0
+        super().__init__(params, defaults)
+
+    # The rule, to be stated by each subclass.
+
+    def _init(self, hyper: Hyper, param: Tensor) -> Entries:
+        """The state of ``param`` before its first step."""
+        raise NotImplementedError
+
+    def _update(
+        self, hyper: Hyper, params: Tensors, grads: Tensors, states: list[Entries]
+    ) -> tuple[Tensors, list[Entries]]:
+        """The group's parameters and states after one step."""
+        raise NotImplementedError
+
+    # The rule as a pure function of dicts by name.
+
+    def hyperparameters(self, step: int) -> list[dict[str, Any]]:
+        """The options of each param group at a step: callables called, tensors as they are."""
+        return [
+            {key: _map(lambda value: _at(value, step), group[key]) for key in self.defaults}
+            for group in self.param_groups
+        ]
+
+    def init(
+        self, params: Mapping[str, Tensor], *, groups: Sequence[Sequence[str]] | None = None
+    ) -> OptState:
+        """The state before the first step, by parameter name and then by ``torch.optim``'s keys.
+
+        An entry that depends on the first gradient, or on the learning rate at that moment, is
+        absent until then: ``momentum_buffer`` with dampening, ``eta`` of ASGD, ``step_size`` of
+        Rprop.
+
+        Args:
+            params: tensors by name.
+            groups: the names of each param group. Default: as the optimizer knows them, from
+                ``model.named_parameters()`` or from having a single group.
+
+        Raises:
+            NotImplementedError: a parameter is complex.
+            ValueError: the names cannot be assigned to the param groups.
+        """
+        state: OptState = {}
+        hyper = self.hyperparameters(0)
+        for names, options in zip(self._names(params, groups), hyper, strict=True):
+            self._check_shapes(options, {name: params[name] for name in names})
+            for name in names:
+                _refuse_complex(params[name], name)
+                state[name] = self._init(options, params[name])
+        return {name: state[name] for name in params if name in state}
+
+    def update(
+        self,
+        params: Mapping[str, Tensor],
+        grads: Mapping[str, Tensor | None],
+        state: Mapping[str, Mapping[str, Tensor]],
+        *,
+        step: int = 0,
+        groups: Sequence[Sequence[str]] | None = None,
+        hyper: Sequence[Hyper] | None = None,
+    ) -> tuple[dict[str, Tensor], OptState]:
+        """Parameters and state after one step: differentiable in everything, in place in nothing.
+
+        A parameter whose gradient is None or missing is returned as it is, and so is its state.
+
+        Args:
+            params: tensors by name.
+            grads: their gradients, by name.
+            state: what ``init`` or the last ``update`` returned.
+            step: the step number that callable hyperparameters are called with.
+            groups: as for ``init``.
+            hyper: what to take for ``self.hyperparameters(step)``.
+
+        Raises:
+            NotImplementedError: a gradient is sparse.
+            ValueError: names are missing, or a hyperparameter does not broadcast to a parameter.
+        """
+        new_params = dict(params)
+        new_state: dict[str, Any] = dict(state)
+        options = self.hyperparameters(step) if hyper is None else hyper
+        for names, option in zip(self._names(params, groups), options, strict=True):
+            given = {name: g for name in names if (g := grads.get(name)) is not None}
+            if not given:
+                continue
+            for name, grad in given.items():
+                if grad.layout is not torch.strided:
+                    raise NotImplementedError(
+                        f"the gradient of {name!r} is sparse ({grad.layout}): "
+                        "use a dense one, such as nn.Embedding(..., sparse=False) gives"
+                    )
+                if name not in state:
+                    raise ValueError(
+                        f"the state has no entry for {name!r}: start from init(params)"
+                    )
+            own = {name: params[name] for name in given}
+            self._check_shapes(option, own)
+            values, entries = self._update(
+                option,
+                list(own.values()),
+                list(given.values()),
+                [dict(state[name]) for name in given],
+            )
+            new_params.update(zip(given, values, strict=True))
+            new_state.update(zip(given, entries, strict=True))
+        return new_params, new_state
+
+    def state_by_name(self, name_of: Callable[[Tensor], str]) -> OptState:
+        """The present state of the optimizer's parameters, and the initial one where it has none.
+
+        Args:
+            name_of: the name of each parameter.
+        """
+        groups = [[name_of(p) for p in group["params"]] for group in self.param_groups]
+        params = dict(zip(chain.from_iterable(groups), self._parameters(), strict=True))
+        initial = self.init(params, groups=groups)
+        return {
+            name: {**initial[name], **_tensors(self.state.get(p, {}))} for name, p in params.items()
+        }
+
+    # The rule applied in place, as an everyday optimizer.
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step, in place, from each parameter's ``.grad``.
+
+        Args:
+            closure: computes the loss and its gradients anew; its result is returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        number = itertools.count()
+        live: dict[str, Tensor] = {}
+        groups: list[list[str]] = []
+        for group in self.param_groups:
+            indexed = [(f"parameter {next(number)}", p) for p in group["params"]]
+            own = {name: p for name, p in indexed if p.grad is not None}
+            live.update(own)
+            groups.append(list(own))
+        with torch.no_grad():
+            hyper = self.hyperparameters(self._steps)
+            state = {}
+            for names, options in zip(groups, hyper, strict=True):
+                for name in names:
+                    present = _tensors(self.state.get(live[name], {}))
+                    state[name] = present or self._init(options, live[name])
+            grads = {name: p.grad for name, p in live.items()}
+            values, states = self.update(live, grads, state, groups=groups, hyper=hyper)
+            for name, p in live.items():
+                p.copy_(values[name])
+                # A first momentum is the gradient itself, and .grad is overwritten by the next.
+                self.state[p] = {
+                    key: x.clone() if x is grads[name] else x for key, x in states[name].items()
+                }
+        self._steps += 1
+        return loss
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in ``torch.optim``; complex parameters and ill-typed options are refused."""
+        super().add_param_group(param_group)
+        try:
+            group = self.param_groups[-1]
+            for key in self.defaults:
+                self._check_kind(key, group[key])
+            names = group.get("param_names") or [str(i) for i in range(len(group["params"]))]
+            for name, p in zip(names, group["params"], strict=True):
+                _refuse_complex(p, name)
+        except Exception:
+            del self.param_groups[-1]
+            raise
+
+    # Saving.
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in ``torch.optim``, and the number of ``step()`` calls.
+
+        A tensor hyperparameter is stored as its detached value, a callable as None.
+        """
+        packed = super().state_dict()
+        packed["param_groups"] = [
+            {
+                key: _map(_packed, value) if key in self.defaults else value
+                for key, value in g.items()
+            }
+            for g in packed["param_groups"]
+        ]
+        packed[_STEPS] = self._steps
+        return packed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict`` of this optimizer, or of its ``torch.optim`` namesake, returned.
+
+        What ties hyperparameters to the rest of the program stays: a callable of this instance is
+        kept, a tensor that requires grad gets the stored value copied into it if it is a leaf, and
+        is kept if it is computed from others.
+        """
+        before = [dict(group) for group in self.param_groups]
+        super().load_state_dict(state_dict)
+        for group, old in zip(self.param_groups, before, strict=True):
+            for key in self.defaults.keys() - SWITCHES:
+                group[key] = _restored(old[key], group[key])
+        counts = [float(s["step"]) for s in self.state.values() if "step" in s]
+        self._steps = int(state_dict.get(_STEPS, max(counts, default=0)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_steps": self._steps}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_steps", 0)
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+
+    # From torch.optim.
+
+    @classmethod
+    def from_torch(cls, opt: torch.optim.Optimizer) -> Self:
+        """This optimizer with the param groups and the present state of a ``torch.optim`` one.
+
+        Option values, tensors included, and state tensors are taken by reference.
+        """
+        make: Any = cls
+        groups = [dict(group) for group in opt.param_groups]
+        new: Self = make(groups, differentiable=bool(opt.defaults.get("differentiable", False)))
+        for p, entries in opt.state.items():
+            new.state[p] = _tensors(entries)
+        return new
+
+    # Helpers.
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _names(
+        self, params: Mapping[str, Tensor], groups: Sequence[Sequence[str]] | None
+    ) -> Sequence[Sequence[str]]:
+        """The names of each param group."""
+        if groups is not None:
+            missing = [name for name in chain.from_iterable(groups) if name not in params]
+            if len(groups) != len(self.param_groups) or missing:
+                raise ValueError(
+                    "groups= must list the parameter names of each of the "
+                    f"{len(self.param_groups)} param groups; got {len(groups)} lists"
+                    + (f", with {missing[0]!r}, which params does not have" if missing else "")
+                )
+            return groups
+        sizes = [len(group["params"]) for group in self.param_groups]
+        names = [group.get("param_names", ()) for group in self.param_groups]
+        if set(chain.from_iterable(names)) == set(params):
+            return names
+        if len(sizes) == 1:
+            return [list(params)]
+        if len(params) == sum(sizes) and not any(names):
+            order = iter(params)
+            return [[next(order) for _ in range(size)] for size in sizes]
+        raise ValueError(
+            f"cannot tell which of {len(sizes)} param groups each of {len(params)} parameters "
+            f"belongs to: build {type(self).__name__} from model.named_parameters(), "
+            "or pass groups=, a list of names for each param group"
+        )
+
+    def _check_kind(self, key: str, value: Any) -> None:
+        if key in SWITCHES:
+            if isinstance(value, Tensor) or callable(value):
+                raise NotImplementedError(
+                    f"{type(self).__name__}: {key} is a switch and has no derivative: "
+                    f"pass a bool, not a {type(value).__name__}"
+                )
+            return
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            if not (isinstance(item, (Real, Tensor)) or callable(item)):
+                raise TypeError(
+                    f"{type(self).__name__}: {key} must be a number, a tensor or a callable "
+                    f"from the step number to either, not {item!r}"
+                )
+
+    def _check_shapes(self, hyper: Hyper, params: Mapping[str, Tensor]) -> None:
+        """A tensor hyperparameter must not change the shape of a parameter."""
+        for key in self.defaults:
+            value = hyper[key]
+            for item in value if isinstance(value, (tuple, list)) else (value,):
+                if not (isinstance(item, Tensor) and item.dim() and item.numel() > 1):
+                    continue
+                for name, p in params.items():
+                    if not _broadcasts(item.shape, p.shape):
+                        raise ValueError(
+                            f"{type(self).__name__}: {key} of shape {tuple(item.shape)} does not "
+                            f"broadcast to parameter {name!r} of shape {tuple(p.shape)}: make it "
+                            "0-d, or put the parameter into a param group of its own"
+                        )
+
+
+def check(what: str, value: Any, *, most: float = math.inf, below: float | None = None) -> None:
+    """Raise ``torch.optim``'s error for a number outside [0, most], or not below a bound.
+
+    Tensors are not looked at, which would wait for an accelerator, nor are callables.
+    """
+    if isinstance(value, (int, float)) and (
+        not 0.0 <= value <= most or (below is not None and value >= below)
+    ):
+        raise ValueError(f"Invalid {what}: {value}")
+
+
+def check_betas(betas: Any) -> None:
+    """Raise ``torch.optim``'s error for decay rates outside [0, 1)."""
+    for index, beta in enumerate(betas):
+        check(f"beta parameter at index {index}", beta, below=1.0)
+
+
+def _refuse_complex(param: Tensor, name: str) -> None:
+    if param.is_complex():
+        raise NotImplementedError(
+            f"parameter {name!r} is complex: optimize its torch.view_as_real instead"
+        )
+
+
+def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
+    return len(shape) <= len(to) and all(
+        a in (1, b) for a, b in zip(reversed(shape), reversed(to), strict=False)
+    )
+
+
+def _map(function: Callable[[Any], Any], value: Any) -> Any:
+    """``function`` of an option, or of each entry where it is a tuple."""
+    return tuple(map(function, value)) if isinstance(value, (tuple, list)) else function(value)
+
+
+def _at(value: Any, step: int) -> Any:
+    value = value(step) if callable(value) else value
+    # NumPy scalars are real numbers, but not all of them floats.
+    return value if isinstance(value, (Tensor, int, float)) else _number(value)
+
+
+def _number(value: Any) -> Any:
+    return float(value) if isinstance(value, Real) else value
+
+
+def _packed(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach()  # a checkpoint holds values, and no graph can be pickled
+    return None if callable(value) else value
+
+
+def _restored(mine: Any, loaded: Any) -> Any:
+    if isinstance(mine, (tuple, list)):
+        return tuple(map(_restored, mine, loaded))
+    if loaded is None or callable(mine):
+        return mine
+    if isinstance(mine, Tensor) and mine.requires_grad:
+        if mine.is_leaf:
+            with torch.no_grad():
+                mine.copy_(torch.as_tensor(loaded))
+        return mine
+    return loaded
+
+
+def _tensors(entries: Mapping[str, Any]) -> Entries:
+    """State entries as tensors; PyTorch has kept None and numbers among them."""
+    return {
+        key: x if isinstance(x, Tensor) else torch.tensor(float(x))
+        for key, x in entries.items()
+        if x is not None
+    }

@@ -1,0 +1,113 @@
+"""From ``torch.optim`` optimizers and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffopt.optim.adam import Adam, AdamW
+from diffopt.optim.base import Optimizer
+from diffopt.optim.rmsprop import RMSprop
+from diffopt.optim.sgd import SGD
+
+Convert = Callable[[Any], Optimizer]
+
+_REGISTRY: dict[type, Convert] = {
+    torch.optim.SGD: SGD.from_torch,
+    torch.optim.Adam: Adam.from_torch,
+    torch.optim.AdamW: AdamW.from_torch,
+    torch.optim.RMSprop: RMSprop.from_torch,
+}
+
+
+def register(torch_class: type, convert: Convert) -> None:
+    """Teach ``diffopt`` an optimizer class.
+
+    Args:
+        torch_class: the class. Its subclasses are not included: they may step differently.
+        convert: makes a diffopt optimizer from an instance, with its param groups and its present
+            state. A class that steps as a known one does may use that one's ``from_torch``.
+
+    Raises:
+        TypeError: ``torch_class`` is not a class, or ``convert`` not callable.
+
+    Example:
+        >>> import torch
+        >>> class Mine(torch.optim.SGD):
+        ...     pass
+        >>> register(Mine, SGD.from_torch)
+        >>> type(convert(Mine([torch.zeros(1)], lr=0.1))).__name__
+        'SGD'
+    """
+    if not isinstance(torch_class, type):
+        raise TypeError(f"register(torch_class, convert): {torch_class!r} is not a class")
+    if not callable(convert):
+        raise TypeError(f"register(torch_class, convert): {convert!r} is not callable")
+    _REGISTRY[torch_class] = convert
+
+
+def convert(opt: Any) -> Optimizer:
+    """The diffopt optimizer with the param groups and the present state of ``opt``.
+
+    A diffopt optimizer is returned as it is. Tensors are shared with ``opt``, not copied: what it
+    changes in place later, autograd's version counters notice.
+
+    Raises:
+        TypeError: the class of ``opt`` is not known (a subclass of a known one is not).
+    """
+    if isinstance(opt, Optimizer):
+        return opt
+    cls = type(opt)
+    make = _REGISTRY.get(cls)
+    if make is None:
+        name = f"{cls.__module__}.{cls.__qualname__}"
+        if not isinstance(opt, torch.optim.Optimizer):
+            raise TypeError(f"expected a diffopt or torch.optim optimizer, got {name}")
+        base = next((b.__name__ for b in cls.__mro__ if b in _REGISTRY), None)
+        raise TypeError(
+            f"diffopt does not know how {name} steps: call diffopt.register({cls.__name__}, fn), "
+            "where fn(instance) returns a diffopt optimizer"
+            + (f"; if it steps as {base} does, fn is diffopt.{base}.from_torch" if base else "")
+        )
+    new = make(opt)
+    if not isinstance(new, Optimizer):
+        raise TypeError(
+            f"the function registered for {cls.__name__} must return a diffopt optimizer, "
+            f"not {type(new).__name__}"
+        )
+    return new
+
+
+def load_state_into(
+    opt: torch.optim.Optimizer,
+    states: Mapping[Tensor, Mapping[str, Tensor]],
+    *,
+    steps: int | None = None,
+) -> None:
+    """Write optimizer state back, so that ``opt`` continues as if it had taken the steps itself.
+
+    Args:
+        opt: a ``torch.optim`` or diffopt optimizer.
+        states: for each of its parameters, the state by ``torch.optim``'s names. It is copied.
+        steps: the step number to continue from, for the callable hyperparameters of a diffopt one.
+    """
+    for group in opt.param_groups:
+        on_device = bool(group.get("capturable") or group.get("fused"))
+        for p in group["params"]:
+            if p not in states:
+                continue
+            entries = {key: x.detach().clone() for key, x in states[p].items()}
+            if "step" in entries and not entries["step"].any():
+                # Not stepped yet: torch.optim makes the state with the first gradient.
+                if opt.state.get(p, {}).get("step"):
+                    del opt.state[p]
+                continue
+            for key in ("step", "mu_product"):
+                if on_device and key in entries:
+                    entries[key] = entries[key].to(p.device)
+            opt.state[p] = entries
+    if steps is not None and isinstance(opt, Optimizer):
+        opt._steps = steps

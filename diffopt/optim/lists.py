@@ -1,0 +1,162 @@
+"""The vocabulary that the rules are written in: arithmetic on lists of tensors.
+
+Every operation returns new tensors and can be differentiated to any order, in reverse and in
+forward mode. Coefficients are scalars in the sense of ``diffopt.optim.scalars``. Where all of them
+are numbers, one ``torch._foreach_*`` call serves the whole list; where a coefficient is a tensor,
+or under a ``torch.func`` transform (``vmap`` knows no ``_foreach`` operation), each tensor gets its
+own. That choice is made here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import repeat
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor
+
+from diffopt.optim.scalars import Coefficient, Scalar, has_tangent, in_functorch
+
+Tensors = list[Tensor]
+
+
+def fit(value: Scalar, x: Tensor) -> Scalar:
+    """``value`` such that arithmetic with ``x`` stays on ``x``'s device, in its dtype and shape."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.dim() and value.numel() == 1:
+        value = value.reshape(())
+    if value.device != x.device and (value.dim() or value.device.type != "cpu"):
+        value = value.to(x.device)
+    if value.dtype != x.dtype and (value.dim() or not x.dim()):
+        value = value.to(x.dtype)  # a 0-d tensor does not upcast one that has dimensions
+    return value
+
+
+def _each(value: Coefficient, xs: Tensors) -> Iterable[Scalar]:
+    values = value if isinstance(value, Sequence) else repeat(value, len(xs))
+    return (fit(v, x) for v, x in zip(values, xs, strict=True))
+
+
+def _one_call() -> bool:
+    return not in_functorch()
+
+
+def _one_call_with(c: Coefficient) -> TypeGuard[Any]:
+    """Whether one call serves an operation that takes a number."""
+    return not isinstance(c, (Tensor, Sequence)) and not in_functorch()
+
+
+def _one_call_with_many(c: Coefficient) -> TypeGuard[Any]:
+    """Whether one call serves an operation that takes a number, or one for each tensor."""
+    values = c if isinstance(c, Sequence) else (c,)
+    return not any(isinstance(v, Tensor) for v in values) and not in_functorch()
+
+
+def neg(xs: Tensors) -> Tensors:
+    """−x."""
+    return list(torch._foreach_neg(xs)) if _one_call() else [-x for x in xs]
+
+
+def magnitude(xs: Tensors) -> Tensors:
+    """``|x|``, with derivative 0 at 0."""
+    return list(torch._foreach_abs(xs)) if _one_call() else [x.abs() for x in xs]
+
+
+def add(xs: Tensors, ys: Tensors, c: Coefficient = 1.0) -> Tensors:
+    """x + c·y."""
+    if _one_call_with(c):
+        return list(torch._foreach_add(xs, ys, alpha=c))
+    return [x + k * y for x, y, k in zip(xs, ys, _each(c, xs), strict=True)]
+
+
+def shift(xs: Tensors, c: Coefficient) -> Tensors:
+    """x + c."""
+    if _one_call_with_many(c):
+        return list(torch._foreach_add(xs, c))
+    return [x + k for x, k in zip(xs, _each(c, xs), strict=True)]
+
+
+def scale(xs: Tensors, c: Coefficient) -> Tensors:
+    """c·x."""
+    if _one_call_with_many(c):
+        return list(torch._foreach_mul(xs, c))
+    return [k * x for x, k in zip(xs, _each(c, xs), strict=True)]
+
+
+def divide(xs: Tensors, c: Coefficient) -> Tensors:
+    """x / c."""
+    if _one_call_with_many(c):
+        return list(torch._foreach_div(xs, c))
+    return [x / k for x, k in zip(xs, _each(c, xs), strict=True)]
+
+
+def mul(xs: Tensors, ys: Tensors) -> Tensors:
+    """x·y."""
+    if _one_call():
+        return list(torch._foreach_mul(xs, ys))
+    return [x * y for x, y in zip(xs, ys, strict=True)]
+
+
+def div(xs: Tensors, ys: Tensors) -> Tensors:
+    """x / y."""
+    if _one_call():
+        return list(torch._foreach_div(xs, ys))
+    return [x / y for x, y in zip(xs, ys, strict=True)]
+
+
+def lerp(xs: Tensors, ys: Tensors, weight: Coefficient) -> Tensors:
+    """x + weight·(y − x)."""
+    if _one_call_with(weight):
+        return list(torch._foreach_lerp(xs, ys, weight))
+    return [x + k * (y - x) for x, y, k in zip(xs, ys, _each(weight, xs), strict=True)]
+
+
+def addcmul(xs: Tensors, ys: Tensors, zs: Tensors, c: Coefficient = 1.0) -> Tensors:
+    """x + c·y·z."""
+    if _one_call_with_many(c):
+        return list(torch._foreach_addcmul(xs, ys, zs, c))
+    return [x + k * y * z for x, y, z, k in zip(xs, ys, zs, _each(c, xs), strict=True)]
+
+
+def addcdiv(xs: Tensors, ys: Tensors, zs: Tensors, c: Coefficient = 1.0) -> Tensors:
+    """x + c·y/z."""
+    # The backward pass of torch._foreach_addcdiv raises IndexError for more tensors than the first
+    # has rows (seen in PyTorch 2.13): it serves where there is none.
+    if _one_call_with_many(c) and not _carry_derivative(zs):
+        return list(torch._foreach_addcdiv(xs, ys, zs, c))
+    return [
+        x + k * y / z if isinstance(k, Tensor) else torch.addcdiv(x, y, z, value=k)
+        for x, y, z, k in zip(xs, ys, zs, _each(c, xs), strict=True)
+    ]
+
+
+def maximum(xs: Tensors, ys: Tensors) -> Tensors:
+    """max(x, y); where they are equal each gets half of the derivative."""
+    if _one_call():
+        return list(torch._foreach_maximum(xs, ys))
+    return [torch.maximum(x, y) for x, y in zip(xs, ys, strict=True)]
+
+
+def sqrt(xs: Tensors) -> Tensors:
+    """√x, with every derivative 0 at x = 0.
+
+    The square root is a second moment's: x holds sums of squares g², and in m / (√x + ε) its own
+    derivative, infinite at 0, is multiplied by m, which vanishes there with g. The limit of the
+    product is 0, which autograd would compute as 0·∞ = NaN. Zeros are therefore kept away from the
+    square root. The value is unchanged, and NaN (of a negative x, too) stays NaN.
+    """
+    if _one_call() and not _carry_derivative(xs):
+        return list(torch._foreach_sqrt(xs))
+    return [_sqrt(x) for x in xs]
+
+
+def _carry_derivative(xs: Tensors) -> bool:
+    recording = torch.is_grad_enabled()
+    return any((recording and x.requires_grad) or has_tangent(x) for x in xs)
+
+
+def _sqrt(x: Tensor) -> Tensor:
+    zero = x == 0
+    return x.masked_fill(zero, 1.0).sqrt().masked_fill(zero, 0.0)

@@ -1,0 +1,128 @@
+"""RMSprop."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from diffopt.optim import lists as L
+from diffopt.optim.base import Optimizer, Value, check
+from diffopt.optim.lists import Tensors
+from diffopt.optim.scalars import is_zero
+from diffopt.optim.terms import (
+    Entries,
+    Hyper,
+    advance,
+    average_of_squares,
+    column,
+    count,
+    decayed,
+    with_entries,
+    zeros,
+)
+
+
+class RMSprop(Optimizer):
+    """RMSprop: ``torch.optim.RMSprop``, differentiable.
+
+    With gradient g, learning rate γ, smoothing α, momentum μ and weight decay λ::
+
+        g ← −g                             (maximize)
+        g ← g + λ θ
+        v ← α v + (1 − α) g²
+        a ← α a + (1 − α) g;  w = v − a²   (centered)   or   w = v
+        d = g / (√w + ε)
+        b ← μ b + d;  d = b                (momentum)
+        θ ← θ − γ d
+
+    Tieleman and Hinton, "Lecture 6.5: rmsprop" (Coursera, 2012); centered: Graves, "Generating
+    sequences with recurrent neural networks" (2013).
+
+    The derivative of √w at w = 0 is taken as 0, the limit of its product with g, so that a weight
+    which never had a gradient has a finite derivative (with ε > 0). Centered, w may round to less
+    than 0 where the gradient never changes: the step is then NaN, as in ``torch.optim``.
+
+    State: ``step`` (0-d, on the CPU), ``square_avg`` v, with momentum ``momentum_buffer`` b,
+    centered ``grad_avg`` a; each but the first of the parameter's shape and dtype.
+
+    Cost: six to ten passes over the parameters; one to three copies of them as state.
+
+    Args:
+        params: parameters, named parameters or dicts that define param groups.
+        lr: γ.
+        alpha: α.
+        eps: ε.
+        weight_decay: λ.
+        momentum: μ. A tensor counts as not 0.
+        centered: divide by an estimate of the standard deviation.
+        maximize: ascend.
+        capturable, foreach: no effect.
+        differentiable: allow parameters that are not leaves.
+
+    Raises:
+        ValueError: a number is negative.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: Value = 1e-2,
+        alpha: Value = 0.99,
+        eps: Value = 1e-8,
+        weight_decay: Value = 0,
+        momentum: Value = 0,
+        centered: bool = False,
+        capturable: bool = False,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        differentiable: bool = False,
+    ) -> None:
+        check("learning rate", lr)
+        check("epsilon value", eps)
+        check("momentum value", momentum)
+        check("weight_decay value", weight_decay)
+        check("alpha value", alpha)
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "momentum": momentum,
+                "alpha": alpha,
+                "eps": eps,
+                "centered": centered,
+                "weight_decay": weight_decay,
+                "capturable": capturable,
+                "foreach": foreach,
+                "maximize": maximize,
+                "differentiable": differentiable,
+            },
+        )
+
+    def _init(self, hyper: Hyper, param: Tensor) -> Entries:
+        state = {"step": count(), "square_avg": zeros(param)}
+        if not is_zero(hyper["momentum"]):
+            state["momentum_buffer"] = zeros(param)
+        if hyper["centered"]:
+            state["grad_avg"] = zeros(param)
+        return state
+
+    def _update(
+        self, hyper: Hyper, params: Tensors, grads: Tensors, states: list[Entries]
+    ) -> tuple[Tensors, list[Entries]]:
+        lr, alpha, momentum = hyper["lr"], hyper["alpha"], hyper["momentum"]
+        params, grads = decayed(hyper, params, grads)
+        steps, _ = advance(states)
+        v = average_of_squares(column(states, "square_avg", params), grads, alpha)
+        new = {"step": steps, "square_avg": v}
+        if hyper["centered"]:
+            average = L.lerp(column(states, "grad_avg", params), grads, 1 - alpha)
+            new["grad_avg"] = average
+            v = L.addcmul(v, average, average, -1.0)
+        scale = L.shift(L.sqrt(v), hyper["eps"])
+        if is_zero(momentum):
+            params = L.addcdiv(params, grads, scale, -lr)
+        else:
+            buffers = L.scale(column(states, "momentum_buffer", params), momentum)
+            new["momentum_buffer"] = L.addcdiv(buffers, grads, scale)
+            params = L.add(params, new["momentum_buffer"], -lr)
+        return params, with_entries(states, new)

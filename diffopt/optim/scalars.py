@@ -1,0 +1,90 @@
+"""Numbers that enter a rule: hyperparameters, step counts and what is computed from them.
+
+A ``Scalar`` is a Python number where it can be and a tensor where it must be: a tensor that a
+gradient flows to, or one whose value is not known because the step is being traced. Formulas such
+as ``1 - beta ** t`` read the same for both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+#: A number, a 0-d tensor, or a tensor that broadcasts against the parameter it multiplies.
+Scalar = float | Tensor
+#: One scalar for all parameters of a group, or one for each.
+Coefficient = Scalar | Sequence[Scalar]
+
+
+def in_functorch() -> bool:
+    """Whether a ``torch.func`` transform (``vmap``, ``grad``, ``jvp``) is being applied."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def value_unknown(x: Tensor) -> bool:
+    """Whether ``x`` has no value to read: it is fake, batched, or part of a trace."""
+    return (
+        type(x) is not Tensor
+        or get_proxy_mode() is not None
+        or torch.compiler.is_compiling()
+        or in_functorch()
+    )
+
+
+def has_tangent(x: Tensor) -> bool:
+    """Whether ``x`` carries a forward-mode tangent."""
+    unpack: Any = forward_ad.unpack_dual
+    return forward_ad._current_level >= 0 and unpack(x).tangent is not None
+
+
+def as_number(x: Tensor) -> Scalar:
+    """A 0-d tensor of the optimizer state (a step count) as a number in double precision.
+
+    A Python float where ``x`` is a constant, so that bias corrections cost no tensor operation,
+    as in ``torch.optim``. Where a derivative flows through ``x``, or its value is unknown, a
+    tensor: a 0-d one in float64, any other as it is.
+    """
+    if x.dim():
+        return x
+    if value_unknown(x) or x.requires_grad or has_tangent(x):
+        return x.double()
+    return x.item()
+
+
+def is_zero(value: Scalar) -> bool:
+    """Whether ``value`` is the number zero; a tensor never is, its derivative being wanted."""
+    return not isinstance(value, Tensor) and value == 0
+
+
+def same(values: Sequence[Scalar]) -> Coefficient:
+    """One number where all ``values`` are that number, otherwise ``values``."""
+    first = values[0]
+    if isinstance(first, Tensor):
+        return first if all(value is first for value in values) else values
+    if any(isinstance(value, Tensor) or value != first for value in values):
+        return values
+    return first
+
+
+def at(t: Coefficient, function: Callable[[Scalar], Scalar]) -> Coefficient:
+    """``function`` of a step count, or of each of several."""
+    if isinstance(t, Sequence):
+        return [function(value) for value in t]
+    return function(t)
+
+
+def select(condition: bool | Tensor, a: Scalar, b: Scalar) -> Scalar:
+    """``a`` where the condition holds, ``b`` elsewhere."""
+    if isinstance(condition, Tensor):
+        return torch.where(condition, a, b)
+    return a if condition else b
+
+
+def at_least_one(x: Scalar) -> Scalar:
+    """``max(x, 1)``."""
+    return x.clamp(min=1) if isinstance(x, Tensor) else max(x, 1.0)

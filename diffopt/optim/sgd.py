@@ -1,0 +1,162 @@
+"""Gradient descent, with or without momentum."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from diffopt.optim import lists as L
+from diffopt.optim.base import Optimizer, Value, check
+from diffopt.optim.lists import Tensors
+from diffopt.optim.scalars import is_zero
+from diffopt.optim.terms import Entries, Hyper, decayed, with_entries, zeros
+
+
+class SGD(Optimizer):
+    """Stochastic gradient descent: ``torch.optim.SGD``, differentiable.
+
+    With gradient g, learning rate γ, momentum μ, dampening τ and weight decay λ::
+
+        g ← −g                   (maximize)
+        g ← g + λ θ
+        b ← μ b + (1 − τ) g      (b ← g at the first step)
+        d = g + μ b  (nesterov)  or  b
+        θ ← θ − γ d
+
+    The derivative exists everywhere. Momentum as in Sutskever et al., "On the importance of
+    initialization and momentum in deep learning" (ICML 2013), with the learning rate outside of
+    the buffer.
+
+    State: ``momentum_buffer``, of the parameter's shape and dtype, where momentum is not the
+    number 0. It starts at zero, from which the first step makes it g; with dampening it is absent
+    before the first step. A tensor momentum or dampening counts as not 0.
+
+    Cost: a forward pass over the parameters per line; one copy of the parameters as state.
+
+    Args:
+        params: parameters, named parameters or dicts that define param groups.
+        lr: γ.
+        momentum: μ.
+        dampening: τ.
+        weight_decay: λ.
+        nesterov: look ahead along the buffer.
+        maximize: ascend.
+        foreach, fused: no effect.
+        differentiable: allow parameters that are not leaves.
+
+    Raises:
+        ValueError: a number is negative, or nesterov has no momentum or some dampening.
+
+    Example:
+        >>> import torch
+        >>> w, lr = torch.tensor([1.0]), torch.tensor(0.1, requires_grad=True)
+        >>> opt = SGD([w], lr=lr)
+        >>> new, state = opt.update({"w": w}, {"w": torch.tensor([2.0])}, opt.init({"w": w}))
+        >>> new["w"]
+        tensor([0.8000], grad_fn=<AddBackward0>)
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: Value = 1e-3,
+        momentum: Value = 0,
+        dampening: Value = 0,
+        weight_decay: Value = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        check("learning rate", lr)
+        check("momentum value", momentum)
+        check("weight_decay value", weight_decay)
+        if nesterov and (momentum == 0 or (isinstance(dampening, (int, float)) and dampening != 0)):
+            raise ValueError("Nesterov momentum requires a momentum and zero dampening")
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "momentum": momentum,
+                "dampening": dampening,
+                "weight_decay": weight_decay,
+                "nesterov": nesterov,
+                "maximize": maximize,
+                "foreach": foreach,
+                "differentiable": differentiable,
+                "fused": fused,
+            },
+        )
+
+    def _init(self, hyper: Hyper, param: Tensor) -> Entries:
+        if is_zero(hyper["momentum"]) or not is_zero(hyper["dampening"]):
+            return {}
+        return {"momentum_buffer": zeros(param)}
+
+    def _update(
+        self, hyper: Hyper, params: Tensors, grads: Tensors, states: list[Entries]
+    ) -> tuple[Tensors, list[Entries]]:
+        lr, momentum = hyper["lr"], hyper["momentum"]
+        params, grads = decayed(hyper, params, grads)
+        if is_zero(momentum):
+            return L.add(params, grads, -lr), states
+        buffers = self._accumulated(hyper, grads, states)
+        directions = L.add(grads, buffers, momentum) if hyper["nesterov"] else buffers
+        states = with_entries(states, {"momentum_buffer": buffers})
+        return L.add(params, directions, -lr), states
+
+    def _accumulated(self, hyper: Hyper, grads: Tensors, states: list[Entries]) -> Tensors:
+        """b ← μ b + (1 − τ) g, and g itself where there is no b yet."""
+        buffers = list(grads)
+        old = [i for i, s in enumerate(states) if "momentum_buffer" in s]
+        if old:
+            moved = L.scale([states[i]["momentum_buffer"] for i in old], hyper["momentum"])
+            moved = L.add(moved, [grads[i] for i in old], 1 - hyper["dampening"])
+            for i, buffer in zip(old, moved, strict=True):
+                buffers[i] = buffer
+        return buffers
+
+
+class Momentum(SGD):
+    """``SGD`` whose ``momentum`` defaults to 0.9.
+
+    Args:
+        params: as for ``SGD``, like everything else.
+        lr: γ.
+        momentum: μ.
+        dampening: τ.
+        weight_decay: λ.
+        nesterov: look ahead along the buffer.
+        maximize: ascend.
+        foreach, fused: no effect.
+        differentiable: allow parameters that are not leaves.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: Value = 1e-3,
+        momentum: Value = 0.9,
+        dampening: Value = 0,
+        weight_decay: Value = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            momentum,
+            dampening,
+            weight_decay,
+            nesterov,
+            maximize=maximize,
+            foreach=foreach,
+            differentiable=differentiable,
+            fused=fused,
+        )

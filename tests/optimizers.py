@@ -1,0 +1,71 @@
+"""The one table of optimizers and options that every property test runs over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+import diffopt.optim
+
+
+@dataclass(frozen=True)
+class Case:
+    """An optimizer with its options, as ``diffopt`` and as ``torch.optim`` make it."""
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def id(self) -> str:
+        words = [key if value is True else f"{key}={value}" for key, value in self.options.items()]
+        return "-".join([self.name, *words]).replace(" ", "")
+
+    def ours(self, params: Iterable[Any], **more: Any) -> diffopt.optim.Optimizer:
+        opt: diffopt.optim.Optimizer = getattr(diffopt.optim, self.name)(
+            params, **{**self.options, **more}
+        )
+        return opt
+
+    def theirs(self, params: Iterable[Any], **more: Any) -> torch.optim.Optimizer:
+        if self.name == "Momentum":
+            return torch.optim.SGD(params, **{"momentum": 0.9, **self.options, **more})
+        opt: torch.optim.Optimizer = getattr(torch.optim, self.name)(
+            params, **{**self.options, **more}
+        )
+        return opt
+
+
+_TABLE: dict[str, list[dict[str, Any]]] = {
+    "SGD": [
+        {"lr": 0.1},
+        {"lr": 0.1, "momentum": 0.9},
+        {"lr": 0.1, "momentum": 0.9, "dampening": 0.3},
+        {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.2, "nesterov": True},
+        {"lr": 0.1, "momentum": 0.5, "dampening": 0.2, "weight_decay": 0.2, "maximize": True},
+        {"lr": 0.1, "weight_decay": 0.2},
+    ],
+    "Momentum": [{"lr": 0.05}],
+    "Adam": [
+        {"lr": 0.1},
+        {"lr": 0.1, "betas": (0.5, 0.8), "eps": 1e-3, "weight_decay": 0.2},
+        {"lr": 0.1, "amsgrad": True, "betas": (0.8, 0.7)},
+        {"lr": 0.1, "amsgrad": True, "weight_decay": 0.1, "maximize": True},
+        {"lr": 0.1, "weight_decay": 0.3, "decoupled_weight_decay": True},
+    ],
+    "AdamW": [
+        {"lr": 0.1},
+        {"lr": 0.1, "weight_decay": 0.3, "amsgrad": True, "maximize": True},
+    ],
+    "RMSprop": [
+        {"lr": 0.1},
+        {"lr": 0.1, "alpha": 0.7, "eps": 1e-3, "weight_decay": 0.2},
+        {"lr": 0.1, "alpha": 0.7, "momentum": 0.8, "maximize": True},
+        {"lr": 0.1, "alpha": 0.7, "centered": True},
+        {"lr": 0.1, "alpha": 0.7, "centered": True, "momentum": 0.5, "weight_decay": 0.1},
+    ],
+}
+
+CASES = [Case(name, options) for name, table in _TABLE.items() for options in table]
