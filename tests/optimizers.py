@@ -66,6 +66,39 @@ _TABLE: dict[str, list[dict[str, Any]]] = {
         {"lr": 0.1, "alpha": 0.7, "centered": True},
         {"lr": 0.1, "alpha": 0.7, "centered": True, "momentum": 0.5, "weight_decay": 0.1},
     ],
+    "Adadelta": [
+        {},
+        {"lr": 0.5, "rho": 0.7, "eps": 1e-2, "weight_decay": 0.2, "maximize": True},
+    ],
+    "Adagrad": [
+        {"lr": 0.1},
+        {"lr": 0.1, "lr_decay": 0.1, "weight_decay": 0.2, "maximize": True},
+        {"lr": 0.1, "initial_accumulator_value": 0.3, "eps": 1e-3},
+    ],
+    "Adamax": [
+        {"lr": 0.1},
+        {"lr": 0.1, "betas": (0.7, 0.8), "eps": 1e-2, "weight_decay": 0.2, "maximize": True},
+    ],
+    "ASGD": [
+        {"lr": 0.1},
+        {"lr": 0.1, "lambd": 0.1, "alpha": 0.5, "t0": 2.5, "weight_decay": 0.2},
+        {"lr": 0.1, "t0": 1.0, "maximize": True},
+    ],
+    "Rprop": [
+        {"lr": 0.1},
+        {"lr": 0.1, "etas": (0.4, 1.5), "step_sizes": (0.05, 0.3), "maximize": True},
+    ],
+    "NAdam": [
+        {"lr": 0.1},
+        {"lr": 0.1, "betas": (0.7, 0.8), "weight_decay": 0.2, "momentum_decay": 0.3},
+        {"lr": 0.1, "weight_decay": 0.2, "decoupled_weight_decay": True, "maximize": True},
+    ],
+    "RAdam": [
+        {"lr": 0.1},
+        {"lr": 0.1, "betas": (0.7, 0.8), "eps": 1e-3, "weight_decay": 0.2},
+        {"lr": 0.1, "weight_decay": 0.2, "decoupled_weight_decay": True, "maximize": True},
+        {"lr": 0.1, "betas": (0.9, 0.6)},
+    ],
 }
 
 CASES = [Case(name, options) for name, table in _TABLE.items() for options in table]

@@ -8,18 +8,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffopt.optim.adadelta import Adadelta
+from diffopt.optim.adagrad import Adagrad
 from diffopt.optim.adam import Adam, AdamW
+from diffopt.optim.adamax import Adamax
+from diffopt.optim.asgd import ASGD
 from diffopt.optim.base import Optimizer
+from diffopt.optim.nadam import NAdam
+from diffopt.optim.radam import RAdam
 from diffopt.optim.rmsprop import RMSprop
+from diffopt.optim.rprop import Rprop
 from diffopt.optim.sgd import SGD
 
 Convert = Callable[[Any], Optimizer]
 
 _REGISTRY: dict[type, Convert] = {
-    torch.optim.SGD: SGD.from_torch,
+    torch.optim.Adadelta: Adadelta.from_torch,
+    torch.optim.Adagrad: Adagrad.from_torch,
     torch.optim.Adam: Adam.from_torch,
+    torch.optim.Adamax: Adamax.from_torch,
     torch.optim.AdamW: AdamW.from_torch,
+    torch.optim.ASGD: ASGD.from_torch,
+    torch.optim.NAdam: NAdam.from_torch,
+    torch.optim.RAdam: RAdam.from_torch,
     torch.optim.RMSprop: RMSprop.from_torch,
+    torch.optim.Rprop: Rprop.from_torch,
+    torch.optim.SGD: SGD.from_torch,
 }
 
 

@@ -56,9 +56,9 @@ def as_number(x: Tensor) -> Scalar:
     return x.item()
 
 
-def is_zero(value: Scalar) -> bool:
+def is_zero(value: Coefficient) -> bool:
     """Whether ``value`` is the number zero; a tensor never is, its derivative being wanted."""
-    return not isinstance(value, Tensor) and value == 0
+    return not isinstance(value, (Tensor, Sequence)) and value == 0
 
 
 def same(values: Sequence[Scalar]) -> Coefficient:
@@ -76,6 +76,11 @@ def at(t: Coefficient, function: Callable[[Scalar], Scalar]) -> Coefficient:
     if isinstance(t, Sequence):
         return [function(value) for value in t]
     return function(t)
+
+
+def each_of(value: Coefficient, number: int) -> Sequence[Scalar]:
+    """One scalar for each of a number of parameters."""
+    return value if isinstance(value, Sequence) else [value] * number
 
 
 def select(condition: bool | Tensor, a: Scalar, b: Scalar) -> Scalar:

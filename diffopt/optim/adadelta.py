@@ -1,0 +1,103 @@
+"""Adadelta."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from diffopt.optim import lists as L
+from diffopt.optim.base import Optimizer, Value, check
+from diffopt.optim.lists import Tensors
+from diffopt.optim.terms import (
+    Entries,
+    Hyper,
+    advance,
+    average_of_squares,
+    column,
+    count,
+    decayed,
+    with_entries,
+    zeros,
+)
+
+
+class Adadelta(Optimizer):
+    """Adadelta: ``torch.optim.Adadelta``, differentiable.
+
+    With gradient g, learning rate γ, smoothing ρ and weight decay λ::
+
+        g ← −g                    (maximize)
+        g ← g + λ θ
+        v ← ρ v + (1 − ρ) g²
+        d = √(u + ε) / √(v + ε) · g
+        u ← ρ u + (1 − ρ) d²
+        θ ← θ − γ d
+
+    Zeiler, "ADADELTA: an adaptive learning rate method" (2012). The derivative exists everywhere
+    (with ε > 0).
+
+    State: ``step`` (0-d, on the CPU), ``square_avg`` v and ``acc_delta`` u, of the parameter's
+    shape and dtype.
+
+    Cost: about ten passes over the parameters; two copies of them as state.
+
+    Args:
+        params: parameters, named parameters or dicts that define param groups.
+        lr: γ.
+        rho: ρ.
+        eps: ε.
+        weight_decay: λ.
+        foreach, capturable: no effect.
+        maximize: ascend.
+        differentiable: allow parameters that are not leaves.
+
+    Raises:
+        ValueError: a number is negative, or rho above 1.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: Value = 1.0,
+        rho: Value = 0.9,
+        eps: Value = 1e-6,
+        weight_decay: Value = 0,
+        foreach: bool | None = None,
+        *,
+        capturable: bool = False,
+        maximize: bool = False,
+        differentiable: bool = False,
+    ) -> None:
+        check("learning rate", lr)
+        check("rho value", rho, most=1.0)
+        check("epsilon value", eps)
+        check("weight_decay value", weight_decay)
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "rho": rho,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "maximize": maximize,
+                "capturable": capturable,
+                "foreach": foreach,
+                "differentiable": differentiable,
+            },
+        )
+
+    def _init(self, hyper: Hyper, param: Tensor) -> Entries:
+        return {"step": count(), "square_avg": zeros(param), "acc_delta": zeros(param)}
+
+    def _update(
+        self, hyper: Hyper, params: Tensors, grads: Tensors, states: list[Entries]
+    ) -> tuple[Tensors, list[Entries]]:
+        rho, eps = hyper["rho"], hyper["eps"]
+        params, grads = decayed(hyper, params, grads)
+        steps, _ = advance(states)
+        v = average_of_squares(column(states, "square_avg", params), grads, rho)
+        u = column(states, "acc_delta", params)
+        ratio = L.div(L.sqrt(L.shift(u, eps)), L.sqrt(L.shift(v, eps)))
+        deltas = L.mul(ratio, grads)
+        new = {"step": steps, "square_avg": v, "acc_delta": average_of_squares(u, deltas, rho)}
+        return L.add(params, deltas, -hyper["lr"]), with_entries(states, new)

@@ -1,0 +1,104 @@
+"""Adagrad."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from diffopt.optim import lists as L
+from diffopt.optim.base import Optimizer, Value, check
+from diffopt.optim.lists import Tensors
+from diffopt.optim.scalars import at
+from diffopt.optim.terms import (
+    Entries,
+    Hyper,
+    advance,
+    column,
+    count,
+    decayed,
+    filled,
+    with_entries,
+)
+
+
+class Adagrad(Optimizer):
+    """Adagrad: ``torch.optim.Adagrad``, differentiable.
+
+    With gradient g, learning rate γ, its decay η and weight decay λ, at step t = 1, 2, ...::
+
+        g ← −g                    (maximize)
+        g ← g + λ θ
+        v ← v + g²
+        θ ← θ − γ / (1 + (t − 1) η) · g / (√v + ε)
+
+    Duchi, Hazan and Singer, "Adaptive subgradient methods for online learning and stochastic
+    optimization" (JMLR 2011). The derivative of √v at v = 0 is taken as 0, the limit of its product
+    with g, so that a weight which never had a gradient has a finite derivative (with ε > 0).
+
+    State: ``step`` (0-d, on the CPU) and ``sum`` v, of the parameter's shape and dtype. ``sum``
+    starts at ``initial_accumulator_value``, and is where that option's derivative flows.
+
+    Cost: about four passes over the parameters; one copy of them as state.
+
+    Args:
+        params: parameters, named parameters or dicts that define param groups.
+        lr: γ.
+        lr_decay: η.
+        weight_decay: λ.
+        initial_accumulator_value: v before the first step.
+        eps: ε.
+        foreach, fused: no effect.
+        maximize: ascend.
+        differentiable: allow parameters that are not leaves.
+
+    Raises:
+        ValueError: a number is negative.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: Value = 1e-2,
+        lr_decay: Value = 0,
+        weight_decay: Value = 0,
+        initial_accumulator_value: Value = 0,
+        eps: Value = 1e-10,
+        foreach: bool | None = None,
+        *,
+        maximize: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        check("learning rate", lr)
+        check("lr_decay value", lr_decay)
+        check("weight_decay value", weight_decay)
+        check("initial_accumulator_value value", initial_accumulator_value)
+        check("epsilon value", eps)
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "lr_decay": lr_decay,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "initial_accumulator_value": initial_accumulator_value,
+                "foreach": foreach,
+                "maximize": maximize,
+                "differentiable": differentiable,
+                "fused": fused,
+            },
+        )
+
+    def _init(self, hyper: Hyper, param: Tensor) -> Entries:
+        return {"step": count(), "sum": filled(hyper["initial_accumulator_value"], param)}
+
+    def _update(
+        self, hyper: Hyper, params: Tensors, grads: Tensors, states: list[Entries]
+    ) -> tuple[Tensors, list[Entries]]:
+        lr, decay = hyper["lr"], hyper["lr_decay"]
+        params, grads = decayed(hyper, params, grads)
+        steps, t = advance(states)
+        v = L.addcmul(column(states, "sum", params), grads, grads)
+        scale = L.shift(L.sqrt(v), hyper["eps"])
+        params = L.addcdiv(params, grads, scale, at(t, lambda t: -lr / (1 + (t - 1) * decay)))
+        return params, with_entries(states, {"step": steps, "sum": v})

@@ -1,0 +1,115 @@
+"""Resilient backpropagation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from diffopt.optim import lists as L
+from diffopt.optim.base import Optimizer, Value, check
+from diffopt.optim.lists import Tensors, fit
+from diffopt.optim.scalars import Scalar
+from diffopt.optim.terms import Entries, Hyper, advance, column, count, filled, with_entries, zeros
+
+
+class Rprop(Optimizer):
+    """Resilient backpropagation: ``torch.optim.Rprop``, differentiable.
+
+    With gradient g, the last one p, and the factors η⁻ < 1 < η⁺, elementwise::
+
+        g ← −g                                       (maximize)
+        s ← s · (η⁺ where g p > 0, η⁻ where g p < 0, 1 elsewhere), within [s_min, s_max]
+        g ← 0 where g p < 0
+        θ ← θ − s · sign(g)
+        p ← g
+
+    Riedmiller and Braun, "A direct adaptive method for faster backpropagation learning" (ICNN
+    1993).
+
+    Only the sign of a gradient counts: the derivative of the parameters in every gradient is 0
+    wherever it exists, so nothing flows through the inner losses, and meta-gradients reach the
+    initial parameters (as the identity), ``lr``, ``etas`` and ``step_sizes``. Where a gradient or a
+    product g p is 0 the step jumps, and the derivative is taken as 0 there, too; where s meets a
+    bound, the derivative is the bound's.
+
+    State: ``step`` (0-d, on the CPU), ``prev`` p and ``step_size`` s, of the parameter's shape and
+    dtype. ``step_size`` is absent before the first step, which starts it at the ``lr`` given to it.
+
+    Cost: about eight passes over the parameters; two copies of them as state.
+
+    Args:
+        params: parameters, named parameters or dicts that define param groups.
+        lr: s before the first step.
+        etas: (η⁻, η⁺), each a number, a tensor or a callable.
+        step_sizes: (s_min, s_max), likewise.
+        capturable, foreach: no effect.
+        maximize: ascend.
+        differentiable: allow parameters that are not leaves.
+
+    Raises:
+        ValueError: lr is negative, or not 0 < η⁻ < 1 < η⁺.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: Value = 1e-2,
+        etas: tuple[Value, Value] = (0.5, 1.2),
+        step_sizes: tuple[Value, Value] = (1e-6, 50),
+        *,
+        capturable: bool = False,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        differentiable: bool = False,
+    ) -> None:
+        check("learning rate", lr)
+        minus, plus = etas
+        if (isinstance(minus, (int, float)) and not 0.0 < minus < 1.0) or (
+            isinstance(plus, (int, float)) and not plus > 1.0
+        ):
+            raise ValueError(f"Invalid eta values: {minus}, {plus}")
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "etas": etas,
+                "step_sizes": step_sizes,
+                "foreach": foreach,
+                "maximize": maximize,
+                "differentiable": differentiable,
+                "capturable": capturable,
+            },
+        )
+
+    def _init(self, hyper: Hyper, param: Tensor) -> Entries:
+        return {"step": count(), "prev": zeros(param)}
+
+    def _update(
+        self, hyper: Hyper, params: Tensors, grads: Tensors, states: list[Entries]
+    ) -> tuple[Tensors, list[Entries]]:
+        minus, plus = hyper["etas"]
+        if hyper["maximize"]:
+            grads = L.neg(grads)
+        steps, _ = advance(states)
+        signs = [x.sign() for x in L.mul(grads, column(states, "prev", params))]
+        factors = [_by_sign(s, fit(minus, s), fit(plus, s)) for s in signs]
+        sizes = [
+            s["step_size"] if "step_size" in s else filled(hyper["lr"], p)
+            for s, p in zip(states, params, strict=True)
+        ]
+        sizes = [_between(x, *hyper["step_sizes"]) for x in L.mul(sizes, factors)]
+        grads = [g.masked_fill(s < 0, 0.0) for g, s in zip(grads, signs, strict=True)]
+        params = L.addcmul(params, [g.sign() for g in grads], sizes, -1.0)
+        return params, with_entries(states, {"step": steps, "prev": grads, "step_size": sizes})
+
+
+def _by_sign(sign: Tensor, minus: Scalar, plus: Scalar) -> Tensor:
+    # What is neither is 0, where the factor is 1, or NaN, which stays.
+    return torch.where(sign > 0, plus, torch.where(sign < 0, minus, 1 + sign))
+
+
+def _between(x: Tensor, low: Scalar, high: Scalar) -> Tensor:
+    low, high = fit(low, x), fit(high, x)
+    x = torch.maximum(x, low) if isinstance(low, Tensor) else x.clamp(min=low)
+    return torch.minimum(x, high) if isinstance(high, Tensor) else x.clamp(max=high)
