@@ -34,7 +34,7 @@ def present_sequence() -> int:
     with torch.enable_grad():
         node = probe.view_as(probe).grad_fn
     assert node is not None
-    return int(node._sequence_nr())  # type: ignore[attr-defined]
+    return int(node._sequence_nr())
 
 
 class Captured:
@@ -165,7 +165,7 @@ class Captured:
         if not nodes or (len(nodes) == 1 and not any(x in self._behind for x in chosen)):
             yield False
             return
-        hooks = [node.register_prehook(lambda grads: (None,) * len(grads)) for node in nodes]  # type: ignore[arg-type, return-value]
+        hooks = [node.register_prehook(lambda grads: (None,) * len(grads)) for node in nodes]
         try:
             yield True
         finally:

@@ -17,22 +17,16 @@ class Generators:
     """The CPU's generator, one per accelerator in use, and those found in the batches."""
 
     def __init__(self, devices: Iterable[torch.device], own: Iterable[torch.Generator]) -> None:
-        used = {(d.type, d.index) for d in devices if d.type not in ("cpu", "meta")}
-        self._accelerators = [
-            (torch.get_device_module(kind), index)
-            for kind, index in sorted(used, key=str)
-            if hasattr(torch.get_device_module(kind), "get_rng_state")
-        ]
+        used = {(d.type, d.index or 0) for d in devices if d.type not in ("cpu", "meta")}
+        modules = [(torch.get_device_module(kind), index) for kind, index in sorted(used)]
+        self._accelerators = [(m, index) for m, index in modules if hasattr(m, "get_rng_state")]
         self._own = list({id(g): g for g in own}.values())
 
     def get(self) -> tuple[Tensor, ...]:
         """The present states, as byte tensors on the CPU (5 kB each for the CPU's generator)."""
         return (
             torch.get_rng_state(),
-            *(
-                module.get_rng_state() if index is None else module.get_rng_state(index)
-                for module, index in self._accelerators
-            ),
+            *(module.get_rng_state(index) for module, index in self._accelerators),
             *(generator.get_state() for generator in self._own),
         )
 
@@ -40,12 +34,10 @@ class Generators:
         """Put the generators where they were when ``states`` was read."""
         cpu, *rest = states
         torch.set_rng_state(cpu)
-        for (module, index), state in zip(self._accelerators, rest, strict=False):
-            if index is None:
-                module.set_rng_state(state)
-            else:
-                module.set_rng_state(state, index)
-        for generator, state in zip(self._own, rest[len(self._accelerators) :], strict=True):
+        count = len(self._accelerators)
+        for (module, index), state in zip(self._accelerators, rest[:count], strict=True):
+            module.set_rng_state(state, index)
+        for generator, state in zip(self._own, rest[count:], strict=True):
             generator.set_state(state)
 
     @contextmanager

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from diffopt._capture import Captured, Edge, TensorsSeen, present_sequence
+from diffopt._generators import Generators
 from diffopt._modes import Modes
 from diffopt._progress import Progress
-from diffopt._generators import Generators
 from diffopt._state import Cotangent, State
 from diffopt._step import InnerStep, Linearization, Watch
 from diffopt._tree import add, map_tensors

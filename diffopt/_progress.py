@@ -42,7 +42,7 @@ def check_available() -> None:
 
 def _tqdm() -> Any:
     try:
-        from tqdm.auto import tqdm
+        from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
     except ImportError as error:
         raise ImportError(
             "progress=True needs tqdm, which is not installed: pip install tqdm"

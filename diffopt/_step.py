@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
 
 from diffopt._module import ModuleSlots
 from diffopt._state import Cotangent, State
@@ -179,7 +178,7 @@ class Linearization:
         self,
         state_cotangent: Cotangent,
         loss_cotangent: Tensor | None,
-        captured: Sequence[Tensor | GradientEdge],
+        captured: Sequence[Any],
         *,
         retain_graph: bool = False,
     ) -> tuple[Cotangent, list[Tensor | None]]:

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from diffopt import _progress
 from diffopt._capture import Captured
+from diffopt._generators import Generators
 from diffopt._loop import Loop
 from diffopt._modes import Modes
 from diffopt._module import ModuleSlots
 from diffopt._node import run_connected, run_detached
-from diffopt._generators import Generators
 from diffopt._state import State
 from diffopt._step import GradTransform, InnerStep
 from diffopt._tree import generators_in, tensors_in
@@ -278,7 +278,7 @@ def _check_initial(initial: Any, inner: Mapping[str, Tensor]) -> None:
 
 def _batches(steps: Any) -> Sequence[Any]:
     """The batches as something that can be indexed; nothing where ``steps`` is an int."""
-    if isinstance(steps, bool) or isinstance(steps, (str, bytes, Mapping)):
+    if isinstance(steps, (bool, str, bytes, Mapping)):
         raise TypeError(
             f"steps is a {type(steps).__name__}: pass the number of steps, or a list of batches "
             "(for one batch used T times, [batch] * T)"
@@ -299,7 +299,7 @@ def _batches(steps: Any) -> Sequence[Any]:
     )
 
 
-def _distinct(batches: Sequence[Any]) -> list[Any]:
+def _distinct(batches: Any) -> list[Any]:
     """The batches that exist already, each once; those indexed on demand are left alone."""
     if isinstance(batches, Tensor):
         return [batches]
