@@ -512,10 +512,20 @@ def test_budget_names_the_smallest_that_fits(steps: int, sizes: tuple[int, int, 
     assert fitting(steps, sizes, smallest - 1) is None
 
 
+def test_of_equally_fast_plans_the_smallest_is_taken() -> None:
+    # Six steps are advanced over once each with one graph and every state, in 18 bytes, and with
+    # two graphs, too, where one of five is gone over twice.
+    plan = fitting(7, (1, 10, 12), 24)
+    assert plan is not None
+    assert plan == fitting(7, (1, 10, 12), 18)
+    assert (plan.predicted_peak_bytes, plan.peak_graphs, plan.counts.advanced) == (18, 1, 6)
+
+
 def test_workspace_is_a_graph_at_least() -> None:
+    for bound in range(15, 120):
+        assert fitting(9, (5, 10, 3), bound) == fitting(9, (5, 10, 10), bound)
     sizes = {"state_bytes": 5, "graph_bytes": 10, "budget_bytes": 40}
     without = budget(9, **sizes)
-    assert without == budget(9, **sizes, workspace_bytes=3)
     assert without == budget(9, **sizes, workspace_bytes=10)
     assert without.relative_cost < budget(9, **sizes, workspace_bytes=20).relative_cost
 
@@ -553,6 +563,10 @@ def test_budget_for_many_steps() -> None:
         ),
         ("advance 0 2; vjp 1", "action 1 of the plan, vjp 1: .* its graph or the working state"),
         ("save 0; advance 0 2; load 0; advance 0 1; vjp 1; vjp 0", "action 5 .* its graph or the"),
+        ("advance 0 2; save 0", "action 1 of the plan, save 0: it needs the working state there"),
+        ("record 0; record 1; vjp 1; save 2", "action 3 of the plan, save 2: .* working state"),
+        ("save 0; advance 0 1; record 1; vjp 1; record 1", "action 4 .* working state there"),
+        ("save 0; advance 0 2; load 0; advance 0 1; vjp 1; save 1", "action 5 .* working state"),
         ("save 0; advance 0 1; vjp 0", "action 2 of the plan, vjp 0: it needs all later steps"),
         ("record 0; record 1; vjp 1", "ends with 1 step still to reverse, .* graphs of steps .0."),
         ("save 0; record 0; record 1; vjp 1; vjp 0", r"ends with 0 steps .* snapshots \[0\]"),
