@@ -12,6 +12,10 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+# Each optimizer once, with the last of its lines in the table.
+every_optimizer = pytest.mark.parametrize(
+    "case", {case.name: case for case in CASES}.values(), ids=lambda case: case.id
+)
 
 SHAPES = {"a": (3,), "b": (2, 3), "c": ()}
 STEPS = 20
@@ -116,6 +120,29 @@ def with_slot(options: dict[str, Any], slot: Slot, value: Any) -> dict[str, Any]
     return {**options, key: value}
 
 
+def flat(function: Callable[..., tuple[Tensor, ...]], inputs: list[Tensor]) -> Any:
+    """A function of many tensors as one of a vector, with a random sum of its results."""
+    weights: list[Tensor] = []
+
+    def of_vector(vector: Tensor) -> Tensor:
+        parts = vector.split([x.numel() for x in inputs])
+        results = function(*(v.reshape(x.shape) for v, x in zip(parts, inputs, strict=True)))
+        if not weights:
+            weights.extend(torch.randn_like(y) for y in results)
+        return torch.stack([(w * y).sum() for w, y in zip(weights, results, strict=True)]).sum()
+
+    return of_vector, torch.cat([x.detach().reshape(-1) for x in inputs]).requires_grad_()
+
+
+def assert_differentiable(
+    function: Callable[..., tuple[Tensor, ...]], inputs: list[Tensor]
+) -> None:
+    """In reverse and in forward mode, once and twice, against finite differences."""
+    of_vector, vector = flat(function, inputs)
+    assert gradcheck(of_vector, vector, check_forward_ad=True)
+    assert gradgradcheck(of_vector, vector, check_fwd_over_rev=True, fast_mode=True)
+
+
 def one_step(case: Case, *, elementwise: bool) -> tuple[Callable[..., Any], list[Tensor]]:
     """One step, as a function of all that it depends on, and where to evaluate it."""
     params = {"a": torch.randn(2), "b": torch.randn(2) if elementwise else torch.randn(())}
@@ -155,19 +182,21 @@ def one_step(case: Case, *, elementwise: bool) -> tuple[Callable[..., Any], list
         new, after = opt.update(p, g, s, hyper=[hyper])
         return (*new.values(), *(x for n in after for k, x in after[n].items() if k != "step"))
 
-    return function, [x.detach().requires_grad_() for x in inputs]
+    return function, inputs
 
 
 @forward_mode
-@pytest.mark.parametrize("elementwise", [False, True], ids=["0-d", "elementwise"])
 @every_case
-def test_derivative_in_params_grads_state_and_every_hyperparameter(
-    case: Case, elementwise: bool
-) -> None:
+def test_derivative_in_params_grads_state_and_every_hyperparameter(case: Case) -> None:
     torch.set_default_dtype(torch.float64)
-    function, inputs = one_step(case, elementwise=elementwise)
-    assert gradcheck(function, inputs, check_forward_ad=True, fast_mode=True)
-    assert gradgradcheck(function, inputs, check_fwd_over_rev=True, fast_mode=True)
+    assert_differentiable(*one_step(case, elementwise=False))
+
+
+@forward_mode
+@every_optimizer
+def test_derivative_where_hyperparameters_are_elementwise(case: Case) -> None:
+    torch.set_default_dtype(torch.float64)
+    assert_differentiable(*one_step(case, elementwise=True))
 
 
 @forward_mode
@@ -185,6 +214,4 @@ def test_derivative_where_hyperparameters_are_numbers(case: Case) -> None:
         return tuple(p.values())
 
     grads = [torch.randn(2), torch.randn(()), torch.randn(2), torch.randn(2), torch.randn(())]
-    inputs = [x.requires_grad_() for x in (*params.values(), *grads)]
-    assert gradcheck(two_steps, inputs, check_forward_ad=True)
-    assert gradgradcheck(two_steps, inputs, check_fwd_over_rev=True, fast_mode=True)
+    assert_differentiable(two_steps, [*params.values(), *grads])

@@ -31,7 +31,7 @@ class Rprop(Optimizer):
     wherever it exists, so nothing flows through the inner losses, and meta-gradients reach the
     initial parameters (as the identity), ``lr``, ``etas`` and ``step_sizes``. Where a gradient or a
     product g p is 0 the step jumps, and the derivative is taken as 0 there, too; where s meets a
-    bound, the derivative is the bound's.
+    bound, the derivative is the bound's. The sign of a NaN gradient is 0, as in ``torch.optim``.
 
     State: ``step`` (0-d, on the CPU), ``prev`` p and ``step_size`` s, of the parameter's shape and
     dtype. ``step_size`` is absent before the first step, which starts it at the ``lr`` given to it.
@@ -105,8 +105,7 @@ class Rprop(Optimizer):
 
 
 def _by_sign(sign: Tensor, minus: Scalar, plus: Scalar) -> Tensor:
-    # What is neither is 0, where the factor is 1, or NaN, which stays.
-    return torch.where(sign > 0, plus, torch.where(sign < 0, minus, 1 + sign))
+    return torch.where(sign > 0, plus, torch.where(sign < 0, minus, torch.ones_like(sign)))
 
 
 def _between(x: Tensor, low: Scalar, high: Scalar) -> Tensor:
