@@ -8,7 +8,7 @@ from torch.optim.optimizer import ParamsT
 from diffopt.optim import lists as L
 from diffopt.optim.base import Optimizer, Value, check
 from diffopt.optim.lists import Tensors
-from diffopt.optim.scalars import Coefficient, as_number, at, at_least_one, each_of, same
+from diffopt.optim.scalars import Coefficient, as_numbers, at, at_least_one, each_of
 from diffopt.optim.terms import (
     Entries,
     Hyper,
@@ -108,8 +108,8 @@ class ASGD(Optimizer):
             s["eta"] if "eta" in s else stored(lr, p, s["mu"].dtype)
             for s, p in zip(states, params, strict=True)
         ]
-        eta = same([as_number(x) for x in etas])
-        mu = same([as_number(s["mu"]) for s in states])
+        eta = as_numbers(etas)
+        mu = as_numbers([s["mu"] for s in states])
         params = L.scale(params, at(eta, lambda eta: 1 - lambd * eta))
         params = L.add(params, grads, at(eta, lambda eta: -eta))
         averages = L.lerp(column(states, "ax", params), params, mu)

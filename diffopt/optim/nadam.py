@@ -10,7 +10,7 @@ from diffopt.optim import lists as L
 from diffopt.optim.adam import init_moments, moments
 from diffopt.optim.base import Optimizer, Value, check, check_betas
 from diffopt.optim.lists import Tensors
-from diffopt.optim.scalars import Scalar, as_number, at, each_of
+from diffopt.optim.scalars import Scalar, as_numbers, at, each_of
 from diffopt.optim.terms import Entries, Hyper, decayed, scalar_dtype, with_entries
 
 
@@ -110,7 +110,7 @@ class NAdam(Optimizer):
         scale = L.shift(scale, hyper["eps"])
         now: list[Scalar] = []
         ahead: list[Scalar] = []
-        for product, t in zip(map(as_number, products), ts, strict=True):
+        for product, t in zip(each_of(as_numbers(products), len(ts)), ts, strict=True):
             mu, mu_next = momentum(t), momentum(t + 1)
             now.append(-lr * (1.0 - mu) / (1.0 - product))
             ahead.append(-lr * mu_next / (1.0 - product * mu_next))

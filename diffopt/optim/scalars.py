@@ -26,14 +26,9 @@ def in_functorch() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def value_unknown(x: Tensor) -> bool:
-    """Whether ``x`` has no value to read: it is fake, batched, or part of a trace."""
-    return (
-        type(x) is not Tensor
-        or get_proxy_mode() is not None
-        or torch.compiler.is_compiling()
-        or in_functorch()
-    )
+def values_unknown() -> bool:
+    """Whether tensors may have no value to read, because they are being traced or batched."""
+    return get_proxy_mode() is not None or torch.compiler.is_compiling() or in_functorch()
 
 
 def has_tangent(x: Tensor) -> bool:
@@ -42,33 +37,32 @@ def has_tangent(x: Tensor) -> bool:
     return forward_ad._current_level >= 0 and unpack(x).tangent is not None
 
 
-def as_number(x: Tensor) -> Scalar:
-    """A 0-d tensor of the optimizer state (a step count) as a number in double precision.
+def as_numbers(xs: Sequence[Tensor]) -> Coefficient:
+    """0-d tensors of the optimizer state (step counts) as numbers in double precision.
 
-    A Python float where ``x`` is a constant, so that bias corrections cost no tensor operation,
-    as in ``torch.optim``. Where a derivative flows through ``x``, or its value is unknown, a
-    tensor: a 0-d one in float64, any other as it is.
+    Python floats where they are constants, so that bias corrections cost no tensor operation, as in
+    ``torch.optim``; one for all where they are equal. Where a derivative flows through one, or its
+    value is unknown, a tensor: a 0-d one in float64, any other as it is.
     """
-    if x.dim():
-        return x
-    if value_unknown(x) or x.requires_grad or has_tangent(x):
-        return x.double()
-    return x.item()
+    unknown = values_unknown()
+
+    def number(x: Tensor) -> Scalar:
+        if x.dim():
+            return x
+        if unknown or type(x) is not Tensor or x.requires_grad or has_tangent(x):
+            return x.double()
+        return x.item()
+
+    values = [number(x) for x in xs]
+    first = values[0]
+    if any(isinstance(value, Tensor) or value != first for value in values):
+        return values
+    return first
 
 
 def is_zero(value: Coefficient) -> bool:
     """Whether ``value`` is the number zero; a tensor never is, its derivative being wanted."""
     return not isinstance(value, (Tensor, Sequence)) and value == 0
-
-
-def same(values: Sequence[Scalar]) -> Coefficient:
-    """One number where all ``values`` are that number, otherwise ``values``."""
-    first = values[0]
-    if isinstance(first, Tensor):
-        return first if all(value is first for value in values) else values
-    if any(isinstance(value, Tensor) or value != first for value in values):
-        return values
-    return first
 
 
 def at(t: Coefficient, function: Callable[[Scalar], Scalar]) -> Coefficient:

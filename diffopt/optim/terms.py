@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffopt.optim import lists as L
 from diffopt.optim.lists import Tensors, fit
-from diffopt.optim.scalars import Coefficient, Scalar, as_number, is_zero, same
+from diffopt.optim.scalars import Coefficient, Scalar, as_numbers, is_zero
 
 #: The options of one param group, callables already called.
 Hyper = Mapping[str, Any]
@@ -41,7 +41,7 @@ def column(states: Sequence[Entries], key: str, params: Tensors) -> Tensors:
 def advance(states: Sequence[Entries]) -> tuple[Tensors, Coefficient]:
     """The step counts after this step, as state and as numbers."""
     steps = L.shift([s["step"] for s in states], 1.0)
-    return steps, same([as_number(step) for step in steps])
+    return steps, as_numbers(steps)
 
 
 def with_entries(states: Sequence[Entries], columns: Mapping[str, Tensors]) -> list[Entries]:
