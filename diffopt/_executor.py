@@ -63,9 +63,8 @@ def run_forward(loop: Loop, plan: Plan, snapshots: Snapshots) -> tuple[State, Ke
             for t in range(start, stop):
                 state = loop.first(state, t)
         elif kind == "record":
-            linearization = loop.first_recorded(state, start)
+            linearization, state = loop.first_recorded(state, start)
             kept.record(start, linearization)
-            state = linearization.result.state
         elif kind == "free":
             del kept.snapshots[start]
         else:
@@ -113,7 +112,7 @@ def run_backward(
             assert state is not None
             linearization = loop.linearize(state, start)
             kept.record(start, linearization)
-            state = linearization.result.state
+            state = linearization.advance().state
         elif kind == "vjp":
             if start in kept.graphs:
                 linearization = kept.graphs.pop(start)

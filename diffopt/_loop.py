@@ -84,12 +84,13 @@ class Loop:
         self._collect(result.loss, result.aux)
         return result.state
 
-    def first_recorded(self, state: State, t: int) -> Linearization:
+    def first_recorded(self, state: State, t: int) -> tuple[Linearization, State]:
         """Take step ``t`` for the first time and keep its graph."""
         with self._noting(state, t) as watch:
             linearization = self.step.linearize(state, t, watch)
-        self._collect(linearization.result.loss, linearization.result.aux)
-        return linearization
+            result = linearization.advance(watch)
+        self._collect(result.loss, result.aux)
+        return linearization, result.state
 
     def _collect(self, loss: Tensor, aux: Any) -> None:
         self.losses.append(loss)
@@ -143,20 +144,16 @@ class Loop:
                 would be lost.
         """
         since = present_sequence()
-        first = True
 
         def watch(roots: Iterable[Tensor], own: Iterable[Tensor]) -> None:
-            nonlocal first
-            if first:
-                known, unknown = self.captured.walk(roots, set(own), since)
-                if unknown or not self.captured.same_in_loss(t, known):
-                    raise RuntimeError(
-                        f"the loss of step {self.step.first_step + t} uses other tensors that "
-                        "require grad than in the forward pass: was a variable that loss_fn uses "
-                        "bound to a new tensor since? Call backward before that, or pass the "
-                        "tensor inside the batch"
-                    )
-            first = False
+            known, unknown = self.captured.walk(roots, set(own), since)
+            if unknown or not self.captured.same_in_loss(t, known):
+                raise RuntimeError(
+                    f"the loss of step {self.step.first_step + t} uses other tensors that "
+                    "require grad than in the forward pass: was a variable that loss_fn uses "
+                    "bound to a new tensor since? Call backward before that, or pass the "
+                    "tensor inside the batch"
+                )
 
         return self.step.linearize(state, t, watch)
 

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from diffopt._module import ModuleSlots
 from diffopt._state import Cotangent, State
-from diffopt._tree import Path
+from diffopt._tree import Path, add
 from diffopt.optim import Optimizer
+from diffopt.optim.vjp import update_vjp
 
 GradTransform = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
 
@@ -85,14 +86,14 @@ class InnerStep:
             loss, aux, buffers = self._evaluate(params, state.buffers, t)
             if watch is not None:
                 watch([loss, *buffers.values()], params.values())
-            grads = self._gradients(loss, params, t, connected)
+            found = self._gradients(loss, params, t, connected)
         if not connected:
             params = {name: x.detach() for name, x in params.items()}
         with torch.set_grad_enabled(connected or watch is not None):
+            grads = self._transformed(found, params)
             new_params, new_opt = self._update(params, grads, state.opt, t)
             if watch is not None:
-                entries = (x for held in new_opt.values() for x in held.values())
-                watch([*new_params.values(), *entries], params.values())
+                watch(_values(new_params, new_opt), params.values())
         new = State(new_params, new_opt, buffers)
         if connected:
             return StepResult(new, loss, aux)
@@ -126,6 +127,14 @@ class InnerStep:
             )
         return dict(zip(params, found, strict=True))
 
+    def _transformed(
+        self, grads: Mapping[str, Tensor | None], params: Mapping[str, Tensor]
+    ) -> Mapping[str, Tensor | None]:
+        if self.grad_transform is None:
+            return grads
+        present = {name: g for name, g in grads.items() if g is not None}
+        return _checked_grads(self.grad_transform(present), params)
+
     def _update(
         self,
         params: Mapping[str, Tensor],
@@ -133,9 +142,6 @@ class InnerStep:
         opt_state: Mapping[str, Mapping[str, Tensor]],
         t: int,
     ) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
-        if self.grad_transform is not None:
-            present = {name: g for name, g in grads.items() if g is not None}
-            grads = _checked_grads(self.grad_transform(present), params)
         return self.opt.update(
             params, grads, opt_state, step=self.first_step + t, groups=self.groups
         )
@@ -153,26 +159,65 @@ class InnerStep:
         }
 
     def linearize(self, state: State, t: int, watch: Watch | None = None) -> Linearization:
-        """Take step ``t`` and keep its graph for vector-Jacobian products."""
+        """Evaluate the gradients of step ``t`` and keep their graph, for vector-Jacobian products.
+
+        ``watch`` is shown the graph of the loss only: see ``Linearization.advance`` for the rest.
+        """
         leaves = {
-            path: x.detach().requires_grad_() for path, x in self.differentiable(state).items()
+            path: x.detach().requires_grad_()
+            for path, x in self.differentiable(state).items()
+            if path[0] != "opt"
         }
+        state = state.replace(leaves)
         with torch.enable_grad():
-            return Linearization(leaves, self(state.replace(leaves), t, watch))
+            loss, aux, buffers = self._evaluate(state.params, state.buffers, t)
+            if watch is not None:
+                watch([loss, *buffers.values()], state.params.values())
+            found = self._gradients(loss, state.params, t, connected=True)
+            grads = self._transformed(found, state.params)
+        return Linearization(self, t, state, leaves, loss, grads, buffers, aux)
 
 
 class Linearization:
-    """A step that was taken with its graph kept: one step's graph is what it costs.
+    """A step whose gradients were evaluated with their graph kept: one step's graph is its cost.
 
-    Attributes:
-        result: what the step gave, cut from the graph.
+    Its derivative has two parts. The update of the optimizer is differentiated on its own, from
+    the values of the gradients; what flows to them goes back through the graph of the loss, which
+    is differentiated a second time.
     """
 
-    def __init__(self, leaves: dict[Path, Tensor], result: StepResult) -> None:
+    def __init__(
+        self,
+        step: InnerStep,
+        t: int,
+        state: State,
+        leaves: dict[Path, Tensor],
+        loss: Tensor,
+        grads: Mapping[str, Tensor | None],
+        buffers: dict[str, Tensor],
+        aux: Any,
+    ) -> None:
+        self._step = step
+        self._t = t
+        self._state = state
         self._leaves = leaves
-        self._outputs = {path: x for path, x in result.state.tensors().items() if x.requires_grad}
-        self._loss = result.loss
-        self.result = StepResult(result.state.detach(), result.loss.detach(), result.aux)
+        self._loss = loss
+        self._grads = grads
+        self._buffers = buffers
+        self._aux = aux
+
+    def advance(self, watch: Watch | None = None) -> StepResult:
+        """What the step gives, cut from the graph. ``watch`` is shown the graph of the update."""
+        params = {name: x.detach() for name, x in self._state.params.items()}
+        grads = {name: g if g is None else g.detach() for name, g in self._grads.items()}
+        with torch.set_grad_enabled(watch is not None):
+            new_params, new_opt = self._step._update(params, grads, self._state.opt, self._t)
+            if watch is not None:
+                transformed = (g for g in self._grads.values() if g is not None)
+                own = self._leaves.values()
+                watch([*_values(new_params, new_opt), *transformed], own)
+        new = State(new_params, new_opt, self._buffers)
+        return StepResult(new.detach(), self._loss.detach(), self._aux)
 
     def vjp(
         self,
@@ -184,29 +229,58 @@ class Linearization:
     ) -> tuple[Cotangent, list[Tensor | None]]:
         """Pull cotangents of the next state and of the loss back through the step.
 
+        Args:
+            captured: further tensors or gradient edges to differentiate with respect to.
+
         Returns:
             the cotangent of the state the step started from, and those of ``captured``, None
             where there is no influence.
         """
-        pairs = [
-            (x, state_cotangent[path])
-            for path, x in self._outputs.items()
-            if state_cotangent.get(path) is not None
+        by_kind: dict[str, dict[Any, Any]] = {"params": {}, "buffers": {}, "opt": {}}
+        for (kind, name, *key), c in state_cotangent.items():
+            if kind == "opt":
+                by_kind[kind].setdefault(name, {})[key[0]] = c
+            else:
+                by_kind[kind][name] = c
+        update = update_vjp(
+            self._step.opt,
+            self._state.params,
+            self._grads,
+            self._state.opt,
+            by_kind["params"],
+            by_kind["opt"],
+            step=self._step.first_step + self._t,
+            groups=self._step.groups,
+            seen=captured,
+            retain_graph=retain_graph,
+        )
+        before: Cotangent = {("params", name): c for name, c in update.params.items()}
+        for name, entries in update.state.items():
+            before.update({("opt", name, key): c for key, c in entries.items()})
+        candidates: list[tuple[Tensor | None, Tensor | None]] = [
+            (self._grads[name], c) for name, c in update.grads.items()
         ]
-        if loss_cotangent is not None:
-            pairs.append((self._loss, loss_cotangent))
+        candidates += [(x, by_kind["buffers"].get(name)) for name, x in self._buffers.items()]
+        candidates += [(self._loss, loss_cotangent)]
+        pairs = [
+            (x, c) for x, c in candidates if x is not None and c is not None and x.requires_grad
+        ]
         if not pairs:
-            return {}, [None] * len(captured)
-        grads = torch.autograd.grad(
+            return before, update.seen
+        inputs = list(self._leaves.values())
+        found = torch.autograd.grad(
             [x for x, _ in pairs],
-            [*self._leaves.values(), *captured],
-            [cotangent for _, cotangent in pairs],
+            [*inputs, *captured],
+            [c for _, c in pairs],
             retain_graph=retain_graph,
             allow_unused=True,
         )
-        n = len(self._leaves)
-        before = {path: g for path, g in zip(self._leaves, grads[:n], strict=True) if g is not None}
-        return before, list(grads[n:])
+        for path, c in zip(self._leaves, found, strict=False):
+            total = add(before.get(path), c)
+            if total is not None:
+                before[path] = total
+        rest = found[len(inputs) :]
+        return before, [add(a, b) for a, b in zip(update.seen, rest, strict=True)]
 
 
 class _BufferStandIns:
@@ -254,6 +328,10 @@ class _BufferStandIns:
         self._changing.add(name)
         del self._copies[name]
         return True
+
+
+def _values(params: Mapping[str, Tensor], opt: Mapping[str, Mapping[str, Tensor]]) -> list[Tensor]:
+    return [*params.values(), *(x for entries in opt.values() for x in entries.values())]
 
 
 def _loss_and_aux(out: Any, step: int) -> tuple[Tensor, Any]:

@@ -17,8 +17,11 @@ from diffopt.optim.terms import (
     advance,
     average_of_squares,
     column,
+    cotangents,
     count,
     decayed,
+    decayed_vjp,
+    plus,
     with_entries,
     zeros,
 )
@@ -121,6 +124,38 @@ class Adam(Optimizer):
         rate = at(t, lambda t: -lr / (1 - beta1**t))
         params = L.addcdiv(params, new["exp_avg"], L.shift(root, eps), rate)
         return params, with_entries(states, new)
+
+    def _vjp(
+        self,
+        hyper: Hyper,
+        params: Tensors,
+        grads: Tensors,
+        states: list[Entries],
+        cot_params: Tensors,
+        cot_states: list[Entries],
+    ) -> tuple[Tensors, Tensors, list[Entries]] | None:
+        if hyper["amsgrad"]:
+            return None
+        lr, (beta1, beta2), eps = hyper["lr"], hyper["betas"], hyper["eps"]
+        _, grads = decayed(hyper, params, grads)
+        new, t = moments(hyper, params, grads, states)
+        m, root = new["exp_avg"], L.sqrt(new["exp_avg_sq"])
+        correction = at(t, lambda t: (1 - beta2**t) ** 0.5)
+        scale = L.shift(L.divide(root, correction), eps)
+        # θ' = θ − r m / scale, scale = √v / correction + ε
+        rate = at(t, lambda t: -lr / (1 - beta1**t))
+        through_m = L.div(L.scale(cot_params, rate), scale)
+        through_v = L.div(L.mul(through_m, m), scale)
+        through_v = L.mul(through_v, L.divide(L.half_inverse(root), correction))
+        cot_m = plus(through_m, cotangents(cot_states, "exp_avg", params))
+        cot_v = L.neg(through_v)
+        cot_v = plus(cot_v, cotangents(cot_states, "exp_avg_sq", params))
+        # m = β₁ m₋ + (1 − β₁) g,  v = β₂ v₋ + (1 − β₂) g²
+        cot_grads = L.scale(cot_m, 1 - beta1)
+        cot_grads = L.addcmul(cot_grads, grads, cot_v, 2 * (1 - beta2))
+        before = {"exp_avg": L.scale(cot_m, beta1), "exp_avg_sq": L.scale(cot_v, beta2)}
+        cot_params, cot_grads = decayed_vjp(hyper, cot_params, cot_grads)
+        return cot_params, cot_grads, with_entries([{} for _ in states], before)
 
 
 class AdamW(Adam):

@@ -72,6 +72,23 @@ class Optimizer(torch.optim.Optimizer):
         """The group's parameters and states after one step."""
         raise NotImplementedError
 
+    def _vjp(
+        self,
+        hyper: Hyper,
+        params: Tensors,
+        grads: Tensors,
+        states: list[Entries],
+        cot_params: Tensors,
+        cot_states: list[Entries],
+    ) -> tuple[Tensors, Tensors, list[Entries]] | None:
+        """Carry cotangents of ``_update``'s results back to params, grads and states.
+
+        Optional: a rule that is differentiated often states it by hand, for options that are plain
+        numbers, and returns None for those it does not cover. Entries missing from
+        ``cot_states`` stand for zero.
+        """
+        return None
+
     # The rule as a pure function of dicts by name.
 
     def hyperparameters(self, step: int) -> list[dict[str, Any]]:

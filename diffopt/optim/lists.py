@@ -152,6 +152,15 @@ def sqrt(xs: Tensors) -> Tensors:
     return [_sqrt(x) for x in xs]
 
 
+def half_inverse(roots: Tensors) -> Tensors:
+    """1 / 2√x of the roots √x: the derivative of ``sqrt``, 0 at 0."""
+    if _one_call():
+        doubled = torch._foreach_mul(roots, 2.0)
+        torch._foreach_reciprocal_(doubled)
+        return [d.masked_fill_(r == 0, 0.0) for d, r in zip(doubled, roots, strict=True)]
+    return [(0.5 / r).masked_fill(r == 0, 0.0) for r in roots]
+
+
 def _carry_derivative(xs: Tensors) -> bool:
     recording = torch.is_grad_enabled()
     return any((recording and x.requires_grad) or has_tangent(x) for x in xs)

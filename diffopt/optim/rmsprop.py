@@ -15,8 +15,11 @@ from diffopt.optim.terms import (
     advance,
     average_of_squares,
     column,
+    cotangents,
     count,
     decayed,
+    decayed_vjp,
+    plus,
     with_entries,
     zeros,
 )
@@ -126,3 +129,35 @@ class RMSprop(Optimizer):
             new["momentum_buffer"] = L.addcdiv(buffers, grads, scale)
             params = L.add(params, new["momentum_buffer"], -lr)
         return params, with_entries(states, new)
+
+    def _vjp(
+        self,
+        hyper: Hyper,
+        params: Tensors,
+        grads: Tensors,
+        states: list[Entries],
+        cot_params: Tensors,
+        cot_states: list[Entries],
+    ) -> tuple[Tensors, Tensors, list[Entries]] | None:
+        if hyper["centered"]:
+            return None
+        lr, alpha, momentum = hyper["lr"], hyper["alpha"], hyper["momentum"]
+        _, grads = decayed(hyper, params, grads)
+        v = average_of_squares(column(states, "square_avg", params), grads, alpha)
+        root = L.sqrt(v)
+        scale = L.shift(root, hyper["eps"])
+        cot_directions = L.scale(cot_params, -lr)
+        before: dict[str, Tensors] = {}
+        if momentum != 0:
+            cot_directions = plus(cot_directions, cotangents(cot_states, "momentum_buffer", params))
+            before["momentum_buffer"] = L.scale(cot_directions, momentum)
+        # d = g / scale, scale = √v + ε
+        cot_grads = L.div(cot_directions, scale)
+        cot_v = L.div(L.mul(cot_grads, grads), scale)
+        cot_v = L.neg(L.mul(cot_v, L.half_inverse(root)))
+        cot_v = plus(cot_v, cotangents(cot_states, "square_avg", params))
+        # v = α v₋ + (1 − α) g²
+        cot_grads = L.addcmul(cot_grads, grads, cot_v, 2 * (1 - alpha))
+        before["square_avg"] = L.scale(cot_v, alpha)
+        cot_params, cot_grads = decayed_vjp(hyper, cot_params, cot_grads)
+        return cot_params, cot_grads, with_entries([{} for _ in states], before)

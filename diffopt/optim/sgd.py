@@ -9,7 +9,16 @@ from diffopt.optim import lists as L
 from diffopt.optim.base import Optimizer, Value, check
 from diffopt.optim.lists import Tensors
 from diffopt.optim.scalars import is_zero
-from diffopt.optim.terms import Entries, Hyper, decayed, with_entries, zeros
+from diffopt.optim.terms import (
+    Entries,
+    Hyper,
+    cotangents,
+    decayed,
+    decayed_vjp,
+    plus,
+    with_entries,
+    zeros,
+)
 
 
 class SGD(Optimizer):
@@ -106,6 +115,37 @@ class SGD(Optimizer):
         directions = L.add(grads, buffers, momentum) if hyper["nesterov"] else buffers
         states = with_entries(states, {"momentum_buffer": buffers})
         return L.add(params, directions, -lr), states
+
+    def _vjp(
+        self,
+        hyper: Hyper,
+        params: Tensors,
+        grads: Tensors,
+        states: list[Entries],
+        cot_params: Tensors,
+        cot_states: list[Entries],
+    ) -> tuple[Tensors, Tensors, list[Entries]] | None:
+        lr, momentum, keep = hyper["lr"], hyper["momentum"], 1 - hyper["dampening"]
+        cot_directions = L.scale(cot_params, -lr)
+        if momentum == 0:
+            cot_params, cot_grads = decayed_vjp(hyper, cot_params, cot_directions)
+            return cot_params, cot_grads, cot_states
+        started = ["momentum_buffer" in s for s in states]
+        if any(started) != all(started):
+            return None
+        cot_buffers = cotangents(cot_states, "momentum_buffer", params)
+        if hyper["nesterov"]:
+            cot_buffers = plus(L.scale(cot_directions, momentum), cot_buffers)
+        else:
+            cot_buffers = plus(cot_directions, cot_buffers)
+        cot_grads = L.scale(cot_buffers, keep) if all(started) and keep != 1 else cot_buffers
+        if hyper["nesterov"]:
+            cot_grads = L.add(cot_grads, cot_directions)
+        before: list[Entries] = [{} for _ in states]
+        if all(started):
+            scaled = L.scale(cot_buffers, momentum)
+            before = [{"momentum_buffer": c} for c in scaled]
+        return *decayed_vjp(hyper, cot_params, cot_grads), before
 
     def _accumulated(self, hyper: Hyper, grads: Tensors, states: list[Entries]) -> Tensors:
         """b ← μ b + (1 − τ) g, and g itself where there is no b yet."""

@@ -81,6 +81,26 @@ def decayed(hyper: Hyper, params: Tensors, grads: Tensors) -> tuple[Tensors, Ten
     return params, L.add(grads, params, decay)
 
 
+def decayed_vjp(hyper: Hyper, cot_params: Tensors, cot_grads: Tensors) -> tuple[Tensors, Tensors]:
+    """Carry cotangents of ``decayed``'s results back to its arguments."""
+    decay: float = hyper["weight_decay"]
+    if decay and hyper.get("decoupled_weight_decay"):
+        cot_params = L.scale(cot_params, 1 - hyper["lr"] * decay)
+    elif decay:
+        cot_params = L.add(cot_params, cot_grads, decay)
+    return cot_params, L.neg(cot_grads) if hyper["maximize"] else cot_grads
+
+
+def cotangents(cot_states: Sequence[Entries], key: str, params: Tensors) -> Tensors | None:
+    """One entry of every state's cotangent, or None where none of them has it."""
+    return column(cot_states, key, params) if any(key in c for c in cot_states) else None
+
+
+def plus(xs: Tensors, ys: Tensors | None) -> Tensors:
+    """x + y, where y may stand for zero."""
+    return xs if ys is None else L.add(xs, ys)
+
+
 def average_of_squares(averages: Tensors, grads: Tensors, beta: Scalar) -> Tensors:
     """β v + (1 − β) g²."""
     return L.addcmul(L.scale(averages, beta), grads, grads, 1 - beta)
