@@ -30,6 +30,7 @@ class Loop:
         losses: one scalar per step taken so far, cut from the graph.
         aux: the user's extras, one per step, cut from the graph.
         max_cotangent_norm: the bound on what flows back through a step, or None.
+        tasks: N where every tensor leads with the task dimension, or None.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Loop:
         modes: Modes,
         progress: Progress,
         max_cotangent_norm: float | None = None,
+        tasks: int | None = None,
     ) -> None:
         self.step = step
         self.start = start
@@ -51,6 +53,7 @@ class Loop:
         self.generators = generators
         self.progress = progress
         self.max_cotangent_norm = max_cotangent_norm
+        self.tasks = tasks
         self.losses: list[Tensor] = []
         self.aux: list[Any] = []
         self._modes = modes
@@ -67,7 +70,7 @@ class Loop:
         if self._in_session:
             yield
             return
-        with self.step.slots.unchanged(), self._modes.active():
+        with self.step.loss.slots.unchanged(), self._modes.active():
             self._in_session = True
             try:
                 yield
@@ -172,8 +175,7 @@ class Loop:
             the cotangent of the state before the step, and those of the captured tensors that
             the step uses, with their indices.
         """
-        if self.max_cotangent_norm is not None:
-            state_cotangent = clip_params_cotangent(state_cotangent, self.max_cotangent_norm)
+        state_cotangent = self.clipped(state_cotangent)
         with self.captured.apart(t) as shared:
             before, captured = linearization.vjp(
                 state_cotangent,
@@ -184,6 +186,14 @@ class Loop:
         self.progress.backward()
         indexed = zip(self.captured.at(t), captured, strict=True)
         return before, [(i, g) for i, g in indexed if g is not None]
+
+    def clipped(self, cotangent: Cotangent) -> Cotangent:
+        """``cotangent`` with the parameters' part scaled to at most ``max_cotangent_norm``."""
+        params = {path: g for path, g in cotangent.items() if path[0] == "params"}
+        if not params or self.max_cotangent_norm is None:
+            return cotangent
+        scaled = clip_norm(list(params.values()), self.max_cotangent_norm, self.tasks)
+        return {**cotangent, **dict(zip(params, scaled, strict=True))}
 
 
 class CapturedSum:
@@ -197,17 +207,17 @@ class CapturedSum:
             self.total[i] = add(self.total[i], g)
 
 
-def clip_params_cotangent(cotangent: Cotangent, max_norm: float) -> Cotangent:
-    """Scale the parameters' part to at most ``max_norm`` in global norm."""
-    params = {path: g for path, g in cotangent.items() if path[0] == "params"}
-    if not params:
-        return cotangent
-    scaled = clip_global_norm(list(params.values()), max_norm)
-    return {**cotangent, **dict(zip(params, scaled, strict=True))}
+def clip_norm(tensors: Sequence[Tensor], max_norm: float, tasks: int | None) -> list[Tensor]:
+    """``tensors`` times min(1, max_norm / norm), with norm their joint Euclidean norm.
 
-
-def clip_global_norm(tensors: Sequence[Tensor], max_norm: float) -> list[Tensor]:
-    """``tensors`` times min(1, max_norm / norm), with norm their joint Euclidean norm."""
-    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(x) for x in tensors]))
-    scale = max_norm / norm.clamp(min=max_norm)
-    return [x * scale.to(x.dtype) for x in tensors]
+    With tasks each leads with the task dimension, and each task has its own norm.
+    """
+    rows = [x.reshape(1 if tasks is None else tasks, -1) for x in tensors]
+    norms = torch.linalg.vector_norm(
+        torch.stack([torch.linalg.vector_norm(row, dim=1) for row in rows]), dim=0
+    )
+    scale = max_norm / norms.clamp(min=max_norm)
+    return [
+        (row * scale.to(row.dtype)[:, None]).reshape(x.shape)
+        for row, x in zip(rows, tensors, strict=True)
+    ]

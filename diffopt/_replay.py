@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffopt._loop import Loop, clip_global_norm
+from diffopt._loop import Loop, clip_norm
 from diffopt._recompute import Seen, recomputed
 from diffopt._state import Cotangent, State
 from diffopt._tree import Path
@@ -71,7 +71,8 @@ def _forward(
     for t in range(first, loop.steps):
         state, loss, generators = _step(loop, t, generators, state, captured)
         if loop.max_cotangent_norm is not None:
-            clipped = _ClipCotangent.apply(loop.max_cotangent_norm, *state.params.values())  # type: ignore[no-untyped-call]
+            bound = loop.max_cotangent_norm, loop.tasks
+            clipped = _ClipCotangent.apply(bound, *state.params.values())  # type: ignore[no-untyped-call]
             state = State(dict(zip(state.params, clipped, strict=True)), state.opt, state.buffers)
         losses.append(loss)
     return state, losses
@@ -120,10 +121,10 @@ class _ClipCotangent(torch.autograd.Function):
     """The identity; its backward bounds the joint norm of what flows back."""
 
     @staticmethod
-    def forward(ctx: Any, max_norm: float, *tensors: Tensor) -> Any:
-        ctx.max_norm = max_norm
+    def forward(ctx: Any, bound: tuple[float, int | None], *tensors: Tensor) -> Any:
+        ctx.bound = bound
         return tuple(x.view_as(x) for x in tensors)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> Any:
-        return (None, *clip_global_norm(cotangents, ctx.max_norm))
+        return (None, *clip_norm(cotangents, *ctx.bound))

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffopt._module import ModuleSlots
+from diffopt._loss import InnerLoss
 from diffopt._state import Cotangent, State
 from diffopt._tree import Path, add
 from diffopt.optim import Optimizer
@@ -43,9 +43,7 @@ class InnerStep:
     """The step of one unroll, with everything but the state bound.
 
     Args:
-        slots: where the inner parameters and the buffers live in the user's module.
-        loss_of: ``loss_of(t)`` evaluates the user's loss at position t of the loop on the module
-            as it stands, and gives what the user's function gave.
+        loss: the user's loss, as a function of values.
         opt: the rule; ``groups`` says which names belong to which of its param groups.
         first_step: the step number of position 0, for schedules and messages.
         grad_transform: the user's change to the inner gradients, or None.
@@ -54,8 +52,7 @@ class InnerStep:
 
     def __init__(
         self,
-        slots: ModuleSlots,
-        loss_of: Callable[[int], Any],
+        loss: InnerLoss,
         opt: Optimizer,
         groups: Sequence[Sequence[str]],
         *,
@@ -63,14 +60,12 @@ class InnerStep:
         grad_transform: GradTransform | None = None,
         first_order: bool = False,
     ) -> None:
-        self.slots = slots
-        self.loss_of = loss_of
+        self.loss = loss
         self.opt = opt
         self.groups = groups
         self.first_step = first_step
         self.grad_transform = grad_transform
         self.first_order = first_order
-        self.buffers = _BufferStandIns(slots)
 
     def __call__(self, state: State, t: int, watch: Watch | None = None) -> StepResult:
         """Take step ``t``. The result carries a graph exactly where grad mode is enabled.
@@ -83,7 +78,7 @@ class InnerStep:
             for name, x in state.params.items()
         }
         with torch.enable_grad():
-            loss, aux, buffers = self._evaluate(params, state.buffers, t)
+            loss, aux, buffers = self.loss(params, state.buffers, t)
             if watch is not None:
                 watch([loss, *buffers.values()], params.values())
             found = self._gradients(loss, params, t, connected)
@@ -99,21 +94,13 @@ class InnerStep:
             return StepResult(new, loss, aux)
         return StepResult(new.detach(), loss.detach(), aux)
 
-    def _evaluate(
-        self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], t: int
-    ) -> tuple[Tensor, Any, dict[str, Tensor]]:
-        stand_ins = self.buffers.stand_in(buffers)
-        self.slots.load(params, stand_ins)
-        loss, aux = _loss_and_aux(self.loss_of(t), self.first_step + t)
-        return loss, aux, self.buffers.after(buffers, stand_ins)
-
     def _gradients(
         self, loss: Tensor, params: Mapping[str, Tensor], t: int, connected: bool
     ) -> dict[str, Tensor | None]:
         found: Sequence[Tensor | None] = ()
         if loss.requires_grad:
             found = torch.autograd.grad(
-                loss,
+                self.loss.total(loss),
                 list(params.values()),
                 create_graph=connected and not self.first_order,
                 retain_graph=connected,
@@ -133,7 +120,7 @@ class InnerStep:
         if self.grad_transform is None:
             return grads
         present = {name: g for name, g in grads.items() if g is not None}
-        return _checked_grads(self.grad_transform(present), params)
+        return _checked_grads(self.loss.transform_grads(self.grad_transform, present), params)
 
     def _update(
         self,
@@ -155,7 +142,7 @@ class InnerStep:
         return {
             path: x
             for path, x in state.differentiable().items()
-            if path[0] != "buffers" or path[1] in self.buffers.tracked
+            if path[0] != "buffers" or path[1] in self.loss.buffers.tracked
         }
 
     def linearize(self, state: State, t: int, watch: Watch | None = None) -> Linearization:
@@ -170,7 +157,7 @@ class InnerStep:
         }
         state = state.replace(leaves)
         with torch.enable_grad():
-            loss, aux, buffers = self._evaluate(state.params, state.buffers, t)
+            loss, aux, buffers = self.loss(state.params, state.buffers, t)
             if watch is not None:
                 watch([loss, *buffers.values()], state.params.values())
             found = self._gradients(loss, state.params, t, connected=True)
@@ -283,74 +270,8 @@ class Linearization:
         return before, [add(a, b) for a, b in zip(update.seen, rest, strict=True)]
 
 
-class _BufferStandIns:
-    """What stands in the module for the state's buffers: never a snapshot's or the caller's memory.
-
-    Layers change buffers in place, so one that was seen to change is copied before every step.
-    The others (masks, position ids) share one copy for the whole unroll.
-    """
-
-    def __init__(self, slots: ModuleSlots) -> None:
-        self._slots = slots
-        self._changing: set[str] = set()
-        self._copies: dict[str, tuple[Tensor, Tensor]] = {}  # name: (original, copy)
-        self.tracked = {name for name, x in slots.buffers.items() if x.requires_grad}
-
-    def stand_in(self, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: self._stand_in(name, x) for name, x in buffers.items()}
-
-    def _stand_in(self, name: str, x: Tensor) -> Tensor:
-        if name in self._changing or x.requires_grad:
-            return x.clone()
-        original, copy = self._copies.get(name, (None, x))
-        if original is not x:
-            copy = x.clone()
-            self._copies[name] = x, copy
-        return copy
-
-    def after(
-        self, buffers: Mapping[str, Tensor], stand_ins: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """The buffers as the step left them; those it did not touch are the same objects."""
-        found = self._slots.read_buffers()
-        for name, x in found.items():
-            if x is stand_ins[name] and not self._was_changed(name, x):
-                found[name] = buffers[name]
-            elif x.requires_grad:
-                self.tracked.add(name)
-        return found
-
-    def _was_changed(self, name: str, x: Tensor) -> bool:
-        if name in self._changing or x.requires_grad:
-            return True
-        if x._version == 0:
-            return False
-        self._changing.add(name)
-        del self._copies[name]
-        return True
-
-
 def _values(params: Mapping[str, Tensor], opt: Mapping[str, Mapping[str, Tensor]]) -> list[Tensor]:
     return [*params.values(), *(x for entries in opt.values() for x in entries.values())]
-
-
-def _loss_and_aux(out: Any, step: int) -> tuple[Tensor, Any]:
-    aux = None
-    if isinstance(out, tuple) and len(out) == 2:
-        out, aux = out
-    elif not isinstance(out, Tensor) and isinstance(getattr(out, "loss", None), Tensor):
-        out = out.loss  # the convention of models that compute their own loss
-    if not isinstance(out, Tensor):
-        raise TypeError(
-            f"the loss of step {step} is a {type(out).__name__}: loss_fn has to return a scalar "
-            "tensor, or the pair (loss, aux)"
-        )
-    if out.numel() != 1:
-        raise ValueError(
-            f"the loss of step {step} has shape {tuple(out.shape)}, which is not a scalar: "
-            "reduce it, for example with .mean()"
-        )
-    return out.reshape(()), aux
 
 
 def _checked_grads(

@@ -12,10 +12,11 @@ from diffopt import _progress
 from diffopt._capture import Captured
 from diffopt._generators import Generators
 from diffopt._loop import Loop
+from diffopt._loss import InnerLoss, TaskLosses
 from diffopt._modes import Modes
 from diffopt._module import ModuleSlots
 from diffopt._node import run_connected, run_detached
-from diffopt._state import State
+from diffopt._start import Initial, start_state
 from diffopt._step import GradTransform, InnerStep
 from diffopt._tree import generators_in, tensors_in
 from diffopt._unrolled import Unrolled
@@ -33,9 +34,10 @@ def unroll(
     *,
     segment: int | None = None,
     adjoint: Adjoint | None = None,
-    initial: Unrolled | Mapping[str, Tensor] | None = None,
+    initial: Initial = None,
     grad_transform: GradTransform | None = None,
     max_cotangent_norm: float | None = None,
+    tasks: int | None = None,
     progress: bool = False,
 ) -> Unrolled:
     """Train ``model`` for some steps, as a differentiable function of everything it is made of.
@@ -64,6 +66,10 @@ def unroll(
         grad_transform: ``f(grads)``, a differentiable change to the dict of inner gradients.
         max_cotangent_norm: before each step's vector-Jacobian product, scale the cotangent of
             the updated parameters to at most this joint norm, against exploding meta-gradients.
+        tasks: N, to adapt N tasks at once: every batch tensor leads with the task dimension, and
+            so do the results (``losses`` is (N, T)). Each task starts from the same values, unless
+            ``initial`` has one for each. Equal to N unrolls; ``loss_fn`` runs under
+            ``torch.vmap``.
         progress: show a tqdm bar, forward and backward.
 
     Returns:
@@ -92,7 +98,7 @@ def unroll(
     """
     _check_model(model)
     adjoint = _chosen_adjoint(segment, adjoint)
-    _check_options(loss_fn, grad_transform, max_cotangent_norm, progress)
+    _check_options(loss_fn, grad_transform, max_cotangent_norm, tasks, progress)
     rule = _frozen(convert(opt))
     groups = _names_by_group(model, rule)
     owned = dict(model.named_parameters())
@@ -105,7 +111,7 @@ def unroll(
     inner_groups = [[name for name in names if name in inner] for names in groups]
 
     slots = ModuleSlots(model, inner)
-    start = _start(rule, inner_groups, slots, inner, initial)
+    start = start_state(rule, inner_groups, slots, inner, initial, tasks)
     first_step = initial.step if isinstance(initial, Unrolled) else 0
     batches = _batches(steps)
     count = steps if isinstance(steps, int) else len(batches)
@@ -120,8 +126,7 @@ def unroll(
         captured = Captured()
         captured.offer([*inputs, *hyper, *constants])
     step = InnerStep(
-        slots,
-        _loss_of(model, loss_fn, steps, batches, first_step),
+        _inner_loss(slots, loss_fn, steps, batches, first_step, tasks),
         rule,
         inner_groups,
         first_step=first_step,
@@ -138,6 +143,7 @@ def unroll(
         modes=Modes(model, devices),
         progress=_progress.Progress(count, progress),
         max_cotangent_norm=max_cotangent_norm,
+        tasks=tasks,
     )
     if connected:
         final, losses = run_connected(
@@ -147,7 +153,9 @@ def unroll(
         final, losses = run_detached(loop)
     frozen = {name: owned[name] for names in groups for name in names if name not in inner}
     order = [name for name in owned if name in inner or name in frozen]
-    return Unrolled(slots, final, frozen, order, losses, loop.aux, first_step + count)
+    if tasks is not None:
+        losses = losses.T if count else losses.new_zeros(tasks, 0)
+    return Unrolled(slots, final, frozen, order, losses, loop.aux, first_step + count, tasks)
 
 
 def _check_model(model: Any) -> None:
@@ -176,7 +184,7 @@ def _chosen_adjoint(segment: int | None, adjoint: Adjoint | None) -> Adjoint:
 
 
 def _check_options(
-    loss_fn: Any, grad_transform: Any, max_cotangent_norm: Any, progress: bool
+    loss_fn: Any, grad_transform: Any, max_cotangent_norm: Any, tasks: Any, progress: bool
 ) -> None:
     for name, value in (("loss_fn", loss_fn), ("grad_transform", grad_transform)):
         if value is not None and not callable(value):
@@ -191,6 +199,11 @@ def _check_options(
                 f"max_cotangent_norm={max_cotangent_norm} would stop every gradient: pass a "
                 "number above 0, or None for no bound"
             )
+    if tasks is not None:
+        if isinstance(tasks, bool) or not isinstance(tasks, int):
+            raise TypeError(f"tasks is a {type(tasks).__name__}: pass how many there are, an int")
+        if tasks < 1:
+            raise ValueError(f"tasks={tasks}: pass 1 or more, or None for no task dimension")
     if progress:
         _progress.check_available()
 
@@ -220,60 +233,6 @@ def _names_by_group(model: nn.Module, opt: Optimizer) -> list[list[str]]:
                     "unrolled, after moving it to its device"
                 )
     return [[names[id(x)] for x in group["params"]] for group in opt.param_groups]
-
-
-def _start(
-    opt: Optimizer,
-    groups: list[list[str]],
-    slots: ModuleSlots,
-    inner: Mapping[str, Tensor],
-    initial: Unrolled | Mapping[str, Tensor] | None,
-) -> State:
-    """The state at position 0, connected to the caller's graph."""
-    params = dict(inner)
-    # A copy, so that using the model before the backward pass does not disturb the recomputation.
-    buffers = {name: x if x.requires_grad else x.clone() for name, x in slots.buffers.items()}
-    if isinstance(initial, Unrolled):
-        for name in inner:
-            if name not in initial.params or initial.params[name].shape != inner[name].shape:
-                raise ValueError(
-                    f"initial has no value that fits parameter {name!r}: continue with the same "
-                    "model and with an optimizer over the same parameters"
-                )
-        params = {name: initial.params[name] for name in inner}
-        buffers.update({n: x for n, x in initial.buffers.items() if n in buffers})
-        own = opt.init(params, groups=groups)
-        return State(params, {n: initial.opt_state.get(n, own[n]) for n in inner}, buffers)
-    if initial is not None:
-        _check_initial(initial, inner)
-        params.update(initial)
-    names = {id(x): name for name, x in inner.items()}
-    state = opt.init(params, groups=groups)
-    for x, entries in opt.state.items():
-        if id(x) in names:
-            state[names[id(x)]].update({k: v for k, v in entries.items() if v is not None})
-    return State(params, state, buffers)
-
-
-def _check_initial(initial: Any, inner: Mapping[str, Tensor]) -> None:
-    if not isinstance(initial, Mapping):
-        raise TypeError(
-            f"initial is a {type(initial).__name__}: pass an Unrolled, or a dict of tensors by "
-            "parameter name"
-        )
-    for name, x in initial.items():
-        if name not in inner:
-            raise ValueError(
-                f"initial has a value for {name!r}, which is not an inner variable: use names of "
-                f"the optimizer's parameters that require grad, such as {next(iter(inner))!r}"
-            )
-        if not isinstance(x, Tensor):
-            raise TypeError(f"initial[{name!r}] is a {type(x).__name__}: pass a tensor")
-        if x.shape != inner[name].shape:
-            raise ValueError(
-                f"initial[{name!r}] has shape {tuple(x.shape)}, the parameter has "
-                f"{tuple(inner[name].shape)}"
-            )
 
 
 def _batches(steps: Any) -> Sequence[Any]:
@@ -308,17 +267,30 @@ def _distinct(batches: Any) -> list[Any]:
     return list({id(batch): batch for batch in batches}.values())
 
 
-def _loss_of(
-    model: nn.Module,
+def _inner_loss(
+    slots: ModuleSlots,
     loss_fn: LossFn | None,
     steps: Any,
     batches: Sequence[Any],
     first_step: int,
-) -> Callable[[int], Any]:
-    if isinstance(steps, int):
-        if loss_fn is None:
-            return lambda t: model()
-        return lambda t: loss_fn(model, first_step + t)
-    if loss_fn is None:
-        return lambda t: model(batches[t])
-    return lambda t: loss_fn(model, batches[t])
+    tasks: int | None,
+) -> InnerLoss:
+    counted = isinstance(steps, int)
+    function = loss_fn
+    if function is None:
+        function = _own_loss_without_batch if counted else _own_loss
+
+    def item_at(t: int) -> Any:
+        return first_step + t if counted else batches[t]
+
+    if tasks is not None:
+        return TaskLosses(slots, function, item_at, first_step, tasks)
+    return InnerLoss(slots, function, item_at, first_step)
+
+
+def _own_loss(model: nn.Module, batch: Any) -> Any:
+    return model(batch)
+
+
+def _own_loss_without_batch(model: nn.Module, step: int) -> Any:
+    return model()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from diffopt._modes import Modes
 from diffopt._module import ModuleSlots
 from diffopt._state import State
+from diffopt._tasks import Values, check_leads, over_tasks
 from diffopt.optim import load_state_into
 
 P = ParamSpec("P")
@@ -30,6 +30,8 @@ class Unrolled:
         aux: what ``loss_fn`` returned beside the loss, one per step, cut from the graph.
         opt_state: by parameter name, then by ``torch.optim``'s name for the entry.
         step: inner steps taken, those of ``initial`` included.
+        tasks: N where it was unrolled with ``tasks=N``: parameters and buffers then lead with N,
+            and ``losses`` is (N, T).
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class Unrolled:
         losses: Tensor,
         aux: list[Any],
         step: int,
+        tasks: int | None = None,
     ) -> None:
         self._slots = slots
         self._inner = list(state.params)
@@ -53,11 +56,12 @@ class Unrolled:
         self.losses = losses
         self.aux = aux
         self.step = step
+        self.tasks = tasks
 
     def __repr__(self) -> str:
         return (
             f"Unrolled({type(self._slots.model).__name__}, step={self.step}, "
-            f"{len(self.params)} parameters, {len(self.losses)} losses)"
+            f"{len(self.params)} parameters, {self.losses.shape[-1]} losses)"
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -75,21 +79,27 @@ class Unrolled:
         Args:
             fn: anything that takes the model first: ``lambda m, x: m.encoder(x)``, or a
                 ``loss_fn`` that uses the model's attributes.
+            args, kwargs: passed on. With tasks, ``fn`` is mapped over their leading dimension.
 
         Returns:
             what ``fn`` returns, differentiable.
         """
-        with self._loaded() as model:
-            return fn(model, *args, **kwargs)
-
-    @contextmanager
-    def _loaded(self) -> Iterator[nn.Module]:
         slots = self._slots
+        inner = {name: self.params[name] for name in self._inner}
+        buffers = {name: x.clone() for name, x in self.buffers.items()}
+
+        def on_model(params: Values, buffers: Values, given: Any) -> R:
+            slots.load(params, buffers)
+            own_args, own_kwargs = given
+            return fn(slots.model, *own_args, **own_kwargs)
+
         devices = {x.device for x in self.params.values()}
         with slots.unchanged(), Modes(slots.model, devices).active():
-            copies = {name: x.clone() for name, x in self.buffers.items()}
-            slots.load({name: self.params[name] for name in self._inner}, copies)
-            yield slots.model
+            if self.tasks is None:
+                return on_model(inner, buffers, (args, kwargs))
+            check_leads((args, kwargs), self.tasks, "an argument")
+            result: R = over_tasks(on_model, inner, buffers, (args, kwargs))
+            return result
 
     def load_into(self, model: nn.Module, opt: torch.optim.Optimizer | None = None) -> None:
         """Write the values into ``model`` in place, and the optimizer state into ``opt``.

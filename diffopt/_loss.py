@@ -1,0 +1,186 @@
+"""Evaluating the user's loss with given values standing in the module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffopt._module import ModuleSlots
+from diffopt._tasks import check_leads, over_tasks
+
+#: The loss, the user's extras, and the buffers as the evaluation left them.
+Evaluation = tuple[Tensor, Any, dict[str, Tensor]]
+
+
+class InnerLoss:
+    """The loss of one unroll as a function of parameters, buffers and the position in the loop.
+
+    Args:
+        slots: where the inner parameters and the buffers live in the user's module.
+        loss_fn: ``loss_fn(model, item)``, the user's function.
+        item_at: the batch, or the step number, at a position of the loop.
+        first_step: the step number of position 0, for messages.
+    """
+
+    def __init__(
+        self,
+        slots: ModuleSlots,
+        loss_fn: Callable[[Any, Any], Any],
+        item_at: Callable[[int], Any],
+        first_step: int,
+    ) -> None:
+        self.slots = slots
+        self.buffers = BufferStandIns(slots)
+        self._loss_fn = loss_fn
+        self._item_at = item_at
+        self._first_step = first_step
+
+    def __call__(
+        self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], t: int
+    ) -> Evaluation:
+        """Evaluate; the module keeps the values until the next evaluation."""
+        stand_ins = self.buffers.stand_in(buffers)
+        item = self._item_at(t)
+        loss, aux, left = self._evaluate(params, stand_ins, item, self._first_step + t)
+        return loss, aux, self.buffers.after(buffers, stand_ins, left)
+
+    def total(self, loss: Tensor) -> Tensor:
+        """The scalar whose gradient is taken."""
+        return loss
+
+    def transform_grads(
+        self, transform: Callable[[dict[str, Tensor]], Any], grads: dict[str, Tensor]
+    ) -> Any:
+        """The user's ``grad_transform`` of the inner gradients."""
+        return transform(grads)
+
+    def _evaluate(
+        self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], item: Any, step: int
+    ) -> Evaluation:
+        self.slots.load(params, buffers)
+        loss, aux = loss_and_aux(self._loss_fn(self.slots.model, item), step)
+        return loss, aux, self.slots.read_buffers()
+
+
+class TaskLosses(InnerLoss):
+    """The losses of N tasks at once, shape (N,): every tensor leads with the task dimension.
+
+    Only the evaluation is mapped, by ``torch.vmap``. As no task sees another's parameters, the
+    gradient of the sum holds every task's own, and the optimizers' rules, being elementwise, need
+    not know.
+    """
+
+    def __init__(
+        self,
+        slots: ModuleSlots,
+        loss_fn: Callable[[Any, Any], Any],
+        item_at: Callable[[int], Any],
+        first_step: int,
+        tasks: int,
+    ) -> None:
+        super().__init__(slots, loss_fn, item_at, first_step)
+        self._tasks = tasks
+
+    def total(self, loss: Tensor) -> Tensor:
+        return loss.sum()
+
+    def transform_grads(
+        self, transform: Callable[[dict[str, Tensor]], Any], grads: dict[str, Tensor]
+    ) -> Any:
+        return torch.vmap(transform)(grads)
+
+    def _evaluate(
+        self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], item: Any, step: int
+    ) -> Evaluation:
+        check_leads(item, self._tasks, f"the batch of step {step}")
+
+        def one(
+            params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], item: Any
+        ) -> Evaluation:
+            loss, aux, left = InnerLoss._evaluate(self, params, buffers, item, step)
+            # What was changed in place was changed in the memory that is mapped over.
+            replaced = {name: x for name, x in left.items() if x is not buffers[name]}
+            return loss, aux, replaced
+
+        loss, aux, replaced = over_tasks(one, params, buffers, item)
+        return loss, aux, {**buffers, **replaced}
+
+
+class BufferStandIns:
+    """What stands in the module for the state's buffers: never a snapshot's or the caller's memory.
+
+    Layers change buffers in place, so one that was seen to change is copied before every step.
+    The others (masks, position ids) share one copy for the whole unroll.
+
+    Attributes:
+        tracked: names of the buffers that derivatives flow through: computed with gradients, or
+            given requiring grad.
+    """
+
+    def __init__(self, slots: ModuleSlots) -> None:
+        self.tracked = {name for name, x in slots.buffers.items() if x.requires_grad}
+        self._changing: set[str] = set()
+        self._copies: dict[str, tuple[Tensor, Tensor]] = {}  # name: (original, copy)
+
+    def stand_in(self, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copies to be stood in the module for one evaluation."""
+        return {name: self._stand_in(name, x) for name, x in buffers.items()}
+
+    def _stand_in(self, name: str, x: Tensor) -> Tensor:
+        if name in self._changing or x.requires_grad:
+            return x.clone()
+        original, copy = self._copies.get(name, (None, x))
+        if original is not x:
+            copy = x.clone()
+            self._copies[name] = x, copy
+        return copy
+
+    def after(
+        self,
+        buffers: Mapping[str, Tensor],
+        stand_ins: Mapping[str, Tensor],
+        left: Mapping[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """The buffers after an evaluation that found ``stand_ins`` and left ``left``.
+
+        Those it did not touch are the same objects as in ``buffers``.
+        """
+        found = dict(left)
+        for name, x in left.items():
+            if x is stand_ins[name] and not self._was_changed(name, x):
+                found[name] = buffers[name]
+            elif x.requires_grad:
+                self.tracked.add(name)
+        return found
+
+    def _was_changed(self, name: str, x: Tensor) -> bool:
+        if name in self._changing or x.requires_grad:
+            return True
+        if x._version == 0:
+            return False
+        self._changing.add(name)
+        del self._copies[name]
+        return True
+
+
+def loss_and_aux(out: Any, step: int) -> tuple[Tensor, Any]:
+    """What a ``loss_fn`` returned, checked: a scalar loss and anything beside it."""
+    aux = None
+    if isinstance(out, tuple) and len(out) == 2:
+        out, aux = out
+    elif not isinstance(out, Tensor) and isinstance(getattr(out, "loss", None), Tensor):
+        out = out.loss  # the convention of models that compute their own loss
+    if not isinstance(out, Tensor):
+        raise TypeError(
+            f"the loss of step {step} is a {type(out).__name__}: loss_fn has to return a scalar "
+            "tensor, or the pair (loss, aux)"
+        )
+    if out.numel() != 1:
+        raise ValueError(
+            f"the loss of step {step} has shape {tuple(out.shape)}, which is not a scalar: "
+            "reduce it, for example with .mean()"
+        )
+    return out.reshape(()), aux
