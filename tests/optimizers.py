@@ -82,7 +82,7 @@ _TABLE: dict[str, list[dict[str, Any]]] = {
     "ASGD": [
         {"lr": 0.1},
         {"lr": 0.1, "lambd": 0.1, "alpha": 0.5, "t0": 2.5, "weight_decay": 0.2},
-        {"lr": 0.1, "t0": 1.0, "maximize": True},
+        {"lr": 0.2, "t0": 1.0, "maximize": True},
     ],
     "Rprop": [
         {"lr": 0.1},

@@ -16,6 +16,7 @@ import pytest
 import torch
 from optimizers import CASES, Case
 from torch import Tensor, nn
+from torch.autograd import forward_ad as fwAD
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from diffopt import optim
@@ -23,6 +24,8 @@ from diffopt.optim.convert import load_state_into
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 OPTIMIZERS = {case.name: case for case in CASES}
+# PyTorch's forward mode compiles its decompositions with torch.jit.script, and warns of it.
+forward_mode = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 every_optimizer = pytest.mark.parametrize("case", OPTIMIZERS.values(), ids=OPTIMIZERS)
 
 Named = dict[str, Tensor]
@@ -140,6 +143,24 @@ def test_a_nan_gradient_is_treated_as_in_torch_optim(case: Case) -> None:
     assert new["w"].isnan().tolist() == w.isnan().tolist() == [case.name != "Rprop", False]
 
 
+@forward_mode
+@every_case
+def test_forward_mode_agrees_at_a_zero_second_moment(case: Case) -> None:
+    w = torch.zeros(1, dtype=torch.float64)
+    opt = case.ours([w])
+
+    def after(g: Tensor) -> Tensor:
+        params, state = opt.update({"w": w}, {"w": g}, opt.init({"w": w}))
+        return opt.update(params, {"w": 0.0 * g}, state)[0]["w"]
+
+    zero = torch.zeros(1, dtype=torch.float64)
+    with fwAD.dual_level():
+        slope = fwAD.unpack_dual(after(fwAD.make_dual(zero, torch.ones_like(zero)))).tangent
+    expected = torch.autograd.functional.jacobian(after, zero).reshape(1)
+    assert expected.isfinite().all()
+    assert_same(torch.zeros_like(zero) if slope is None else slope, expected)
+
+
 # Purity.
 
 
@@ -202,6 +223,29 @@ def test_vmap_with_numbers_is_a_loop(case: Case) -> None:
 
     expected = torch.stack([run(x)[0]["w"] for x in batch])
     assert_same(torch.vmap(lambda x: run(x)[0]["w"])(batch), expected)
+
+
+@forward_mode
+@every_case
+def test_functional_derivatives_in_the_learning_rate_from_the_first_step_on(case: Case) -> None:
+    torch.set_default_dtype(torch.float64)  # the dtype of 0-d state
+    grads = torch.randn(3, 2)
+
+    def run(lr: Tensor) -> Tensor:
+        opt = case.ours([torch.zeros(2)])
+        hyper = [{**opt.hyperparameters(0)[0], "lr": lr}]
+        params = {"w": torch.ones(2)}
+        state = opt.init(params)
+        for grad in grads:
+            params, state = opt.update(params, {"w": grad + 0.1 * params["w"]}, state, hyper=hyper)
+        return params["w"]
+
+    lr, h = torch.tensor(0.13), 1e-6
+    expected = (run(lr + h) - run(lr - h)) / (2 * h)
+    for slope in (torch.func.jacrev(run)(lr), torch.func.jacfwd(run)(lr)):
+        assert_same(slope, expected, rtol=1e-6, atol=1e-8)
+    curvature = torch.func.jacrev(torch.func.jacrev(run))(lr)
+    assert_same(torch.func.jacfwd(torch.func.jacrev(run))(lr), curvature)
 
 
 @every_case
@@ -491,6 +535,16 @@ def test_initial_state_written_back_is_no_state(case: Case) -> None:
     assert_same(other, whole)
 
 
+def test_the_step_number_is_written_back() -> None:
+    w = nn.Parameter(torch.ones(1))
+    seen: list[int] = []
+    opt = optim.SGD([w], lr=lambda t: seen.append(t) or 0.1)  # type: ignore[func-returns-value]
+    load_state_into(opt, {w: {}}, steps=4)
+    w.grad = torch.ones(1)
+    opt.step()
+    assert seen == [4]
+
+
 def test_conversion_keeps_groups_schedulers_and_tensors() -> None:
     a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))
     lr = torch.tensor(0.4)
@@ -544,9 +598,7 @@ def test_conversion_refuses_the_unknown() -> None:
     w = nn.Parameter(torch.ones(2))
     with pytest.raises(TypeError, match=r"LBFGS steps: call diffopt.register\(LBFGS, fn\)"):
         optim.convert(torch.optim.LBFGS([w]))
-    with pytest.raises(
-        TypeError, match=r"expected a diffopt or torch.optim .*, got .*float"
-    ):
+    with pytest.raises(TypeError, match=r"expected a diffopt or torch.optim .*, got .*float"):
         optim.convert(0.1)
     with pytest.raises(TypeError, match="'SGD' is not a class"):
         optim.register("SGD", optim.SGD.from_torch)  # type: ignore[arg-type]
