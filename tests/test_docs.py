@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fenced import TOP, blocks, run
 
+import diffopt
+
 PAGES = sorted(page for page in (TOP / "docs").rglob("*.md") if blocks(page))
+PUBLIC = [getattr(diffopt, name) for name in diffopt.__all__]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -34,3 +40,18 @@ def test_the_digits_example_runs(tmp_path: Path) -> None:
     assert out.read_bytes().startswith(b"\x89PNG")
     for line in ("gradient", "validation", "test", "peak memory"):
         assert line in done.stdout.lower()
+
+
+def test_every_public_name_is_on_the_api_page() -> None:
+    page = (TOP / "docs/pages/api.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^::: diffopt\.([\w.]+)$", page, re.MULTILINE)
+    assert sorted(shown) == sorted(diffopt.__all__)
+
+
+@pytest.mark.parametrize("public", PUBLIC, ids=lambda public: public.__name__)
+def test_what_is_documented_as_an_argument_is_one(public: Any) -> None:
+    args = re.search(r"^Args:\n((?:    .*\n|\n)+)", inspect.getdoc(public) or "", re.MULTILINE)
+    if args:
+        documented = re.findall(r"^    (\w[\w, ]*):", args[1], re.MULTILINE)
+        names = [name for names in documented for name in names.split(", ")]
+        assert set(names) <= set(inspect.signature(public).parameters)

@@ -228,16 +228,15 @@ def follow(recipe: Recipe, splits: Splits, batches: list[Batch]):
 
 
 def print_result(start: Recipe, tuned: Recipe, runs: dict, splits: Splits) -> None:
-    print("                                        validation               test")
-    print("                                       loss  accuracy       loss  accuracy")
+    print(f"{'':34}{'validation':>20}{'test':>22}")
+    print(f"{'':34}{'loss':>9}{'accuracy':>11}{'loss':>11}{'accuracy':>11}")
     for name, run in runs.items():
-        cells = []
-        for split in (splits.validation, splits.test):
-            loss, accuracy = score(run, split)
-            cells.append(f"{loss:9.3f}   {accuracy:6.1%}")
-        if "both" in name:
-            cells[0] = f"{'(seen in training)':>18}"
-        print(f"  {name:<32} {cells[0]:>18}  {cells[1]}")
+        cells = "".join(
+            "  {:7.3f}{:>11.1%}  ".format(*score(run, split))
+            for split in (splits.validation, splits.test)
+        )
+        print(f"  {name:<32}{cells}".rstrip())
+    print("  * on the training and the validation digits: tuning has seen both as well")
     print()
     for i, (before, after) in enumerate(zip(start.log_lr.exp(), tuned.log_lr.exp(), strict=True)):
         print(f"  learning rate, layer {i + 1}   {before:.1e} -> {after:.1e}")
@@ -371,7 +370,7 @@ def main() -> None:
         {
             "untuned": untuned_run,
             "tuned": tuned_run,
-            "untuned, trained on both splits": fair_run,
+            "untuned, trained on both *": fair_run,
         },
         splits,
     )
