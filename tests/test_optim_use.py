@@ -585,7 +585,7 @@ def test_register_teaches_a_class() -> None:
 
     w = nn.Parameter(torch.ones(2))
     known = r"does not know how .*Mine steps: call diffopt.register\(Mine, fn\)"
-    with pytest.raises(TypeError, match=known + r".*fn is diffopt.Adam.from_torch"):
+    with pytest.raises(TypeError, match=known + r".*fn is diffopt.optim.Adam.from_torch"):
         optim.convert(Mine([w]))
     optim.register(Mine, optim.Adam.from_torch)
     assert type(optim.convert(Mine([w], lr=0.5))) is optim.Adam

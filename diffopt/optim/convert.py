@@ -84,7 +84,11 @@ def convert(opt: Any) -> Optimizer:
         raise TypeError(
             f"diffopt does not know how {name} steps: call diffopt.register({cls.__name__}, fn), "
             "where fn(instance) returns a diffopt optimizer"
-            + (f"; if it steps as {base} does, fn is diffopt.{base}.from_torch" if base else "")
+            + (
+                f"; if it steps as {base} does, fn is diffopt.optim.{base}.from_torch"
+                if base
+                else ""
+            )
         )
     new = make(opt)
     if not isinstance(new, Optimizer):
