@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffopt._buffers import BufferStandIns
 from diffopt._module import ModuleSlots
 from diffopt._tasks import check_leads, over_tasks
 
@@ -45,7 +46,7 @@ class InnerLoss:
         stand_ins = self.buffers.stand_in(buffers)
         item = self._item_at(t)
         loss, aux, left = self._evaluate(params, stand_ins, item, self._first_step + t)
-        return loss, aux, self.buffers.after(buffers, stand_ins, left)
+        return loss, aux, self.buffers.after(buffers, stand_ins, left, t)
 
     def total(self, loss: Tensor) -> Tensor:
         """The scalar whose gradient is taken."""
@@ -107,63 +108,6 @@ class TaskLosses(InnerLoss):
 
         loss, aux, replaced = over_tasks(one, params, buffers, item)
         return loss, aux, {**buffers, **replaced}
-
-
-class BufferStandIns:
-    """What stands in the module for the state's buffers: never a snapshot's or the caller's memory.
-
-    Layers change buffers in place, so one that was seen to change is copied before every step.
-    The others (masks, position ids) share one copy for the whole unroll.
-
-    Attributes:
-        tracked: names of the buffers that derivatives flow through: computed with gradients, or
-            given requiring grad.
-    """
-
-    def __init__(self, slots: ModuleSlots) -> None:
-        self.tracked = {name for name, x in slots.buffers.items() if x.requires_grad}
-        self._changing: set[str] = set()
-        self._copies: dict[str, tuple[Tensor, Tensor]] = {}  # name: (original, copy)
-
-    def stand_in(self, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copies to be stood in the module for one evaluation."""
-        return {name: self._stand_in(name, x) for name, x in buffers.items()}
-
-    def _stand_in(self, name: str, x: Tensor) -> Tensor:
-        if name in self._changing or x.requires_grad:
-            return x.clone()
-        original, copy = self._copies.get(name, (None, x))
-        if original is not x:
-            copy = x.clone()
-            self._copies[name] = x, copy
-        return copy
-
-    def after(
-        self,
-        buffers: Mapping[str, Tensor],
-        stand_ins: Mapping[str, Tensor],
-        left: Mapping[str, Tensor],
-    ) -> dict[str, Tensor]:
-        """The buffers after an evaluation that found ``stand_ins`` and left ``left``.
-
-        Those it did not touch are the same objects as in ``buffers``.
-        """
-        found = dict(left)
-        for name, x in left.items():
-            if x is stand_ins[name] and not self._was_changed(name, x):
-                found[name] = buffers[name]
-            elif x.requires_grad:
-                self.tracked.add(name)
-        return found
-
-    def _was_changed(self, name: str, x: Tensor) -> bool:
-        if name in self._changing or x.requires_grad:
-            return True
-        if x._version == 0:
-            return False
-        self._changing.add(name)
-        del self._copies[name]
-        return True
 
 
 def loss_and_aux(out: Any, step: int) -> tuple[Tensor, Any]:

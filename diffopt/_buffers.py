@@ -1,0 +1,68 @@
+"""What stands in the module for a state's buffers: never a snapshot's or the caller's memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from diffopt._module import ModuleSlots
+
+
+class BufferStandIns:
+    """Copies of the buffers for the layers to work on.
+
+    Layers change buffers in place, so one that was seen to change is copied before every step.
+    The others (masks, position ids) share one copy for the whole unroll. Which is which is found
+    by value, the first time each step is taken: version counters do not tell, since batch
+    normalization updates its statistics, and old code writes through ``.data``, without them.
+
+    Attributes:
+        tracked: names of the buffers that derivatives flow through: given requiring grad, or
+            computed with gradients by some step.
+    """
+
+    def __init__(self, slots: ModuleSlots) -> None:
+        self._changing: set[str] = set()
+        self._copies: dict[str, tuple[Tensor, Tensor]] = {}  # name: (original, copy)
+        self._compared = 0  # steps whose buffers have been compared by value
+        self.tracked = {name for name, x in slots.buffers.items() if x.requires_grad}
+
+    def stand_in(self, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors equal to ``buffers``, which a layer may change in place."""
+        return {name: self._stand_in(name, x) for name, x in buffers.items()}
+
+    def _stand_in(self, name: str, x: Tensor) -> Tensor:
+        if name in self._changing or x.requires_grad:
+            return x.clone()
+        original, copy = self._copies.get(name, (None, x))
+        if original is not x:
+            copy = x.clone()
+            self._copies[name] = x, copy
+        return copy
+
+    def after(
+        self,
+        buffers: Mapping[str, Tensor],
+        stand_ins: Mapping[str, Tensor],
+        left: Mapping[str, Tensor],
+        t: int,
+    ) -> dict[str, Tensor]:
+        """The buffers after step ``t``, which found ``stand_ins`` and left ``left``.
+
+        Those it did not touch are the same objects as in ``buffers``.
+        """
+        found = dict(left)
+        first_time = t >= self._compared
+        for name, x in left.items():
+            if x is not stand_ins[name] or x.requires_grad or name in self._changing:
+                if x.requires_grad:
+                    self.tracked.add(name)
+            elif first_time and not torch.equal(x, buffers[name]):
+                self._changing.add(name)
+                del self._copies[name]
+            else:
+                found[name] = buffers[name]
+        self._compared = max(self._compared, t + 1)
+        return found
