@@ -1,0 +1,91 @@
+"""Buffers are part of the state: advanced once a step, whatever is recomputed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import diffopt
+
+ADJOINTS = [diffopt.StoreAll(), diffopt.Segmented(1), diffopt.Segmented(2), diffopt.Segmented()]
+every_adjoint = pytest.mark.parametrize("adjoint", ADJOINTS, ids=repr)
+
+X = torch.linspace(-1.0, 1.5, 24, dtype=torch.double).sin().reshape(8, 3)
+
+
+class NormBuffers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3, dtype=torch.double)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x)
+
+
+class ThroughData(nn.Module):
+    """Changes its buffer as old code does: PyTorch's version counter does not see it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3, dtype=torch.double))
+        self.register_buffer("seen", torch.zeros(3, dtype=torch.double))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * self.scale + self.seen
+        self.seen.data.mul_(0.9).add_(y.detach().mean(0), alpha=0.1)
+        return y
+
+
+class Reassigned(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3, dtype=torch.double))
+        self.register_buffer("count", torch.zeros((), dtype=torch.long))
+        self.register_buffer("mask", torch.tensor([1.0, 0.0, 1.0], dtype=torch.double))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count = self.count + 1
+        return x * self.scale * self.mask + self.count
+
+
+def loss_fn(model: Any, t: int) -> Tensor:
+    return model(X + 0.1 * t).pow(3).mean()
+
+
+def torch_loop(model: nn.Module, steps: int) -> nn.Module:
+    model = copy.deepcopy(model)
+    opt = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5)
+    for t in range(steps):
+        opt.zero_grad()
+        loss_fn(model, t).backward()
+        opt.step()
+    return model
+
+
+@every_adjoint
+@pytest.mark.parametrize("make", [NormBuffers, ThroughData, Reassigned])
+def test_buffers_are_those_of_a_torch_optim_loop(
+    make: Callable[[], nn.Module], adjoint: diffopt.Adjoint
+) -> None:
+    model = make()
+    before = copy.deepcopy(model.state_dict())
+    expected = torch_loop(model, 5)
+    inner = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5)
+    fast = diffopt.unroll(model, inner, 5, loss_fn, adjoint=adjoint)
+
+    def check() -> None:
+        for name, x in expected.named_buffers():
+            torch.testing.assert_close(fast.buffers[name], x, rtol=1e-12, atol=1e-14)
+        for name, x in expected.named_parameters():
+            torch.testing.assert_close(fast.params[name], x, rtol=1e-12, atol=1e-14)
+        for name, x in model.state_dict().items():
+            assert torch.equal(x, before[name])
+
+    check()
+    loss_fn(fast, 5).backward()  # neither the call nor the way back advances them
+    check()
