@@ -7,34 +7,30 @@ from typing import Any
 
 from torch import Tensor
 
-from diffopt._module import ModuleSlots
+from diffopt._problem import InnerProblem
 from diffopt._state import State
 from diffopt._unrolled import Unrolled
-from diffopt.optim import Optimizer
 
 Initial = Unrolled | Mapping[str, Tensor] | None
 
 
 def start_state(
-    opt: Optimizer,
-    groups: list[list[str]],
-    slots: ModuleSlots,
-    inner: Mapping[str, Tensor],
+    problem: InnerProblem,
+    buffers: Mapping[str, Tensor],
     initial: Initial,
     tasks: int | None,
 ) -> State:
     """Parameters, optimizer state and buffers at position 0.
 
     Args:
-        opt: the rule, with its present state.
-        groups: the names of the inner variables in each of its param groups.
-        slots: knows the model's buffers.
-        inner: the model's own parameters that are trained, by name.
+        problem: knows the present values of all but the buffers.
+        buffers: the model's own, by name.
         initial: what the caller wants to start from instead.
         tasks: N, where every tensor is to lead with the task dimension.
     """
+    inner = problem.inner
     # A copy, so that using the model before the backward pass does not disturb the recomputation.
-    buffers = {name: x if x.requires_grad else x.clone() for name, x in slots.buffers.items()}
+    buffers = {name: x if x.requires_grad else x.clone() for name, x in buffers.items()}
     if isinstance(initial, Unrolled):
         _check_continues(initial, inner, tasks)
         params = {name: initial.params[name] for name in inner}
@@ -43,13 +39,12 @@ def start_state(
         fresh = initial.tasks is None
     else:
         _check_initial(initial, inner, tasks)
-        names = {id(x): name for name, x in inner.items()}
-        held = {names[id(x)]: entries for x, entries in opt.state.items() if id(x) in names}
+        held = {name: x for name, x in problem.opt_state.items() if name in inner}
         state = State({**inner, **(initial or {})}, held, buffers)
         fresh = True
     if tasks is not None and fresh:
         state = _spread(state, inner, tasks)
-    first = opt.init(state.params, groups=groups)
+    first = problem.opt.init(state.params, groups=problem.inner_groups)
     entries = {name: {**first[name], **state.opt.get(name, {})} for name in inner}
     return State(state.params, entries, state.buffers)
 

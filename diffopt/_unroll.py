@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -16,12 +17,12 @@ from diffopt._loss import InnerLoss, TaskLosses
 from diffopt._modes import Modes
 from diffopt._module import ModuleSlots
 from diffopt._node import run_connected, run_detached
+from diffopt._problem import inner_problem
 from diffopt._start import Initial, start_state
 from diffopt._step import GradTransform, InnerStep
 from diffopt._tree import generators_in, tensors_in
 from diffopt._unrolled import Unrolled
 from diffopt.adjoint import Adjoint, Segmented
-from diffopt.optim import Optimizer, convert
 
 LossFn = Callable[..., Any]
 
@@ -96,41 +97,30 @@ def unroll(
         >>> model.weight.grad.shape, lr.grad.shape
         (torch.Size([1, 2]), torch.Size([]))
     """
-    _check_model(model)
     adjoint = _chosen_adjoint(segment, adjoint)
     _check_options(loss_fn, grad_transform, max_cotangent_norm, tasks, progress)
-    rule = _frozen(convert(opt))
-    groups = _names_by_group(model, rule)
-    owned = dict(model.named_parameters())
-    inner = {name: owned[name] for names in groups for name in names if owned[name].requires_grad}
-    if not inner:
-        raise ValueError(
-            "none of the optimizer's parameters requires grad, so there is nothing to train: "
-            "pass those to be trained with requires_grad=True"
-        )
-    inner_groups = [[name for name in names if name in inner] for names in groups]
-
-    slots = ModuleSlots(model, inner)
-    start = start_state(rule, inner_groups, slots, inner, initial, tasks)
-    first_step = initial.step if isinstance(initial, Unrolled) else 0
+    problem = inner_problem(model, opt, tasks)
+    slots = problem.slots()
+    start = start_state(problem, slots.buffers, initial, tasks)
+    first_step = initial.step if isinstance(initial, Unrolled) else problem.first_step
     batches = _batches(steps)
     count = steps if isinstance(steps, int) else len(batches)
     inputs = [x for batch in _distinct(batches) for x in tensors_in(batch)]
-    hyper = [x for group in rule.param_groups for x in tensors_in(_options(group))]
-    constants = [x for name, x in owned.items() if name not in inner]
-    devices = {x.device for x in (*inner.values(), *slots.buffers.values(), *inputs)}
+    hyper = [x for group in problem.opt.param_groups for x in tensors_in(_options(group))]
+    constants = [x for name, x in problem.params.items() if name not in problem.inner]
+    devices = {x.device for x in (*problem.inner.values(), *slots.buffers.values(), *inputs)}
 
-    connected = torch.is_grad_enabled()
+    connected = torch.is_grad_enabled() and problem.connected
     captured = None
     if connected:
         captured = Captured()
-        captured.offer([*inputs, *hyper, *constants])
+        captured.offer([*inputs, *hyper, *constants, *problem.inner.values()])
     step = InnerStep(
         _inner_loss(slots, loss_fn, steps, batches, first_step, tasks),
-        rule,
-        inner_groups,
+        problem.opt,
+        problem.inner_groups,
         first_step=first_step,
-        grad_transform=grad_transform,
+        grad_transform=grad_transform or problem.grad_transform,
     )
     loop = Loop(
         step,
@@ -151,21 +141,13 @@ def unroll(
         )
     else:
         final, losses = run_detached(loop)
-    frozen = {name: owned[name] for names in groups for name in names if name not in inner}
-    order = [name for name in owned if name in inner or name in frozen]
+    chosen = set(chain.from_iterable(problem.groups))
+    given = {name: x for name, x in problem.params.items() if name in chosen}
     if tasks is not None:
         losses = losses.T if count else losses.new_zeros(tasks, 0)
-    return Unrolled(slots, final, frozen, order, losses, loop.aux, first_step + count, tasks)
-
-
-def _check_model(model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}: pass a torch.nn.Module")
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        raise NotImplementedError(
-            f"model is wrapped in {type(model).__name__}, whose replicas would not see the fast "
-            "weights: pass the module inside, model.module"
-        )
+    result = Unrolled(slots, final, given, losses, loop.aux, first_step + count, tasks)
+    problem.deliver(result)
+    return result
 
 
 def _chosen_adjoint(segment: int | None, adjoint: Adjoint | None) -> Adjoint:
@@ -208,31 +190,8 @@ def _check_options(
         _progress.check_available()
 
 
-def _frozen(opt: Optimizer) -> Optimizer:
-    """The optimizer with the options it has now, whatever a scheduler does to it later."""
-    frozen = object.__new__(type(opt))
-    frozen.__dict__.update(opt.__dict__)
-    frozen.param_groups = [dict(group) for group in opt.param_groups]
-    return frozen
-
-
 def _options(group: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key not in ("params", "param_names")}
-
-
-def _names_by_group(model: nn.Module, opt: Optimizer) -> list[list[str]]:
-    names = {id(x): name for name, x in model.named_parameters()}
-    for i, group in enumerate(opt.param_groups):
-        for j, x in enumerate(group["params"]):
-            if id(x) not in names:
-                given = group.get("param_names", ())
-                which = repr(given[j]) if len(given) > j else f"{j} of param group {i}"
-                raise ValueError(
-                    f"the optimizer's parameter {which}, of shape {tuple(x.shape)}, is not one of "
-                    "the model's: build the optimizer over parameters of the model that is "
-                    "unrolled, after moving it to its device"
-                )
-    return [[names[id(x)] for x in group["params"]] for group in opt.param_groups]
 
 
 def _batches(steps: Any) -> Sequence[Any]:

@@ -38,8 +38,7 @@ class Unrolled:
         self,
         slots: ModuleSlots,
         state: State,
-        frozen: Mapping[str, Tensor],
-        order: list[str],
+        given: Mapping[str, Tensor],
         losses: Tensor,
         aux: list[Any],
         step: int,
@@ -47,8 +46,7 @@ class Unrolled:
     ) -> None:
         self._slots = slots
         self._inner = list(state.params)
-        held = {**state.params, **frozen}
-        self.params: dict[str, Tensor] = {name: held[name] for name in order}
+        self.params: dict[str, Tensor] = {**given, **state.params}  # in the model's order
         self.buffers: dict[str, Tensor] = dict(state.buffers)
         self.opt_state: dict[str, dict[str, Tensor]] = {
             name: dict(entries) for name, entries in state.opt.items()
