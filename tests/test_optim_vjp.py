@@ -7,7 +7,7 @@ import torch
 from optimizers import CASES, Case
 from torch import Tensor
 
-from diffopt.optim import vjp
+from diffopt.optim import SGD, vjp
 
 BY_HAND = {"SGD", "Momentum", "Adam", "AdamW", "RMSprop"}
 NOT_COVERED = ("amsgrad", "centered")
@@ -78,3 +78,15 @@ def test_tensor_hyperparameters_are_left_to_autograd() -> None:
     )
     expected = -sum((cot_params[name] * grads[name]).sum() for name in params)
     torch.testing.assert_close(found.seen[0].double(), expected)
+
+
+def test_a_changed_rule_does_not_inherit_the_derivative_of_the_old_one() -> None:
+    class Doubling(SGD):
+        def _update(self, hyper, params, grads, states):
+            return super()._update(hyper, params, [2 * g for g in grads], states)
+
+    weight = torch.ones(1, dtype=torch.float64)
+    opt = Doubling([weight], lr=0.1)
+    arguments = ({"w": weight}, {"w": weight}, {"w": {}}, {"w": weight}, {})
+    found = vjp.update_vjp(opt, *arguments, step=0, groups=[["w"]])
+    assert found.grads["w"].item() == pytest.approx(-0.2)

@@ -73,6 +73,8 @@ def _by_hand(
     step: int,
     groups: Sequence[Sequence[str]],
 ) -> UpdateCotangents | None:
+    if not _states_own_vjp(type(opt)):
+        return None
     found = UpdateCotangents(dict(cot_params), {}, {n: dict(s) for n, s in cot_state.items()}, [])
     for names, hyper in zip(groups, opt.hyperparameters(step), strict=True):
         given = [n for n in names if grads.get(n) is not None]
@@ -95,6 +97,16 @@ def _by_hand(
         for name, p, g, s in zip(flowing, *result, strict=True):
             found.params[name], found.grads[name], found.state[name] = p, g, s
     return found
+
+
+def _states_own_vjp(rule: type) -> bool:
+    """Whether ``_vjp`` belongs to the rule, not to another one that it inherits from."""
+    for cls in rule.__mro__:
+        if "_vjp" in cls.__dict__:
+            return True
+        if "_update" in cls.__dict__ or "update" in cls.__dict__:
+            return False
+    return False
 
 
 def _plain(hyper: Hyper) -> bool:
