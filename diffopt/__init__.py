@@ -2,7 +2,7 @@
 
 from diffopt._unroll import unroll
 from diffopt._unrolled import Unrolled
-from diffopt.adjoint import Adjoint, Segmented, StoreAll
+from diffopt.adjoint import Adjoint, Binomial, Segmented, StoreAll
 from diffopt.optim import SGD, Adam, AdamW, Momentum, Optimizer, RMSprop, register
 from diffopt.schedule import Plan
 
@@ -13,6 +13,7 @@ __all__ = [
     "Adam",
     "AdamW",
     "Adjoint",
+    "Binomial",
     "Momentum",
     "Optimizer",
     "Plan",

@@ -6,26 +6,15 @@ end and belongs to the forward pass; the rest takes it back, one vector-Jacobian
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from diffopt._loop import CapturedSum, Loop
+from diffopt._snapshots import Layer, Snapshot, Snapshots
 from diffopt._state import Cotangent, State
 from diffopt._step import Linearization
 from diffopt.schedule import Plan
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """A state and where the random generators stood when it was reached."""
-
-    state: State
-    generators: tuple[Tensor, ...]
-
-
-Snapshots = MutableMapping[int, Snapshot]
 
 
 @dataclass
@@ -35,12 +24,13 @@ class Kept:
     Attributes:
         snapshots: by position in the loop.
         graphs: steps recorded with their graph, by position.
-        peak_states, peak_graphs: the most of either held at once, so far.
+        peak_states, peak_graphs: the most of either held at once, so far. As in a plan, the start
+            counts, which the loop holds.
     """
 
     snapshots: Snapshots
     graphs: dict[int, Linearization] = field(default_factory=dict)
-    peak_states: int = 0
+    peak_states: int = 1
     peak_graphs: int = 0
 
     def save(self, t: int, snapshot: Snapshot) -> None:
@@ -53,23 +43,34 @@ class Kept:
 
 
 def run_forward(loop: Loop, plan: Plan, snapshots: Snapshots) -> tuple[State, Kept]:
-    """The plan's first part: from the start to the end of the loop."""
+    """The plan's first part: from the start to the end of the loop.
+
+    Whatever interrupts it, ``snapshots`` is closed then.
+    """
     kept = Kept(snapshots)
+    try:
+        return _forward(loop, plan, kept), kept
+    except BaseException:
+        snapshots.close()
+        raise
+
+
+def _forward(loop: Loop, plan: Plan, kept: Kept) -> State:
     state = loop.start
     for kind, start, stop in plan.forward_actions:
         if kind == "save":
-            kept.save(start, Snapshot(state, loop.generators.get()))
+            kept.save(start, loop.snapshot(state))
         elif kind == "advance":
             for t in range(start, stop):
                 state = loop.first(state, t)
         elif kind == "record":
-            linearization, state = loop.first_recorded(state, start)
-            kept.record(start, linearization)
+            recorded, state = loop.first_recorded(state, start)
+            kept.record(start, recorded)
         elif kind == "free":
             del kept.snapshots[start]
         else:
             raise ValueError(f"a plan cannot {kind!r} before it has reached the end")
-    return state, kept
+    return state
 
 
 def run_backward(
@@ -93,17 +94,34 @@ def run_backward(
         the cotangents of the start and of ``loop.captured.tensors``.
     """
     if keep:
-        kept = Kept(_Layer(kept.snapshots), dict(kept.graphs), kept.peak_states, kept.peak_graphs)
+        kept = Kept(Layer(kept.snapshots), dict(kept.graphs), kept.peak_states, kept.peak_graphs)
+    try:
+        return _backward(loop, plan, kept, cotangent, loss_cotangents, keep)
+    finally:
+        kept.snapshots.close()
+
+
+def _backward(
+    loop: Loop,
+    plan: Plan,
+    kept: Kept,
+    cotangent: Cotangent,
+    loss_cotangents: Tensor | None,
+    keep: bool,
+) -> tuple[Cotangent, list[Tensor | None]]:
     captured = CapturedSum(loop.captured)
     state = None
+    loads = [action.start for action in plan.backward_actions if action.kind == "load"]
+    following = iter([*loads[1:], None])
     for kind, start, stop in plan.backward_actions:
         if kind == "load":
-            snapshot = kept.snapshots[start]
-            state = snapshot.state
-            loop.generators.set(snapshot.generators)
+            state = loop.restored(kept.snapshots[start])
+            upcoming = next(following)
+            if upcoming is not None and upcoming in kept.snapshots:
+                kept.snapshots.prefetch(upcoming)
         elif kind == "save":
             assert state is not None
-            kept.save(start, Snapshot(state, loop.generators.get()))
+            kept.save(start, loop.snapshot(state))
         elif kind == "advance":
             assert state is not None
             for t in range(start, stop):
@@ -131,31 +149,3 @@ def run_backward(
         else:
             raise ValueError(f"a plan cannot {kind!r} on the way back")
     return cotangent, captured.total
-
-
-class _Layer(MutableMapping[int, Snapshot]):
-    """Snapshots over others that are to stay: what is deleted below is only hidden."""
-
-    def __init__(self, below: Snapshots) -> None:
-        self._below = below
-        self._visible = set(below)
-        self._own: dict[int, Snapshot] = {}
-
-    def __getitem__(self, t: int) -> Snapshot:
-        if t not in self._visible:
-            raise KeyError(t)
-        return self._own[t] if t in self._own else self._below[t]
-
-    def __setitem__(self, t: int, snapshot: Snapshot) -> None:
-        self._own[t] = snapshot
-        self._visible.add(t)
-
-    def __delitem__(self, t: int) -> None:
-        self._own.pop(t, None)
-        self._visible.remove(t)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._visible)
-
-    def __len__(self) -> int:
-        return len(self._visible)

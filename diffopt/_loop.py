@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from copy import copy
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -12,10 +13,12 @@ from torch import Tensor
 from diffopt._capture import Captured, Edge, TensorsSeen, present_sequence
 from diffopt._generators import Generators
 from diffopt._modes import Modes
+from diffopt._module import ModuleSlots
 from diffopt._progress import Progress
+from diffopt._snapshots import Snapshot
 from diffopt._state import Cotangent, State
 from diffopt._step import InnerStep, Linearization, Watch
-from diffopt._tree import add, map_tensors
+from diffopt._tree import Path, add, map_tensors
 
 
 class Loop:
@@ -23,6 +26,8 @@ class Loop:
 
     Attributes:
         start: the state at position 0, cut from any graph.
+        inputs: the tensors of the start that gradients are delivered to, as the caller's graph
+            knows them.
         steps: T, how many steps there are; positions in the loop run from 0 to T.
         step: the pure inner step.
         captured: the tensors that the steps use without being given them; filled by ``first``.
@@ -47,7 +52,8 @@ class Loop:
         tasks: int | None = None,
     ) -> None:
         self.step = step
-        self.start = start
+        self.start = start.detach()
+        self.inputs: Mapping[Path, Tensor] = step.differentiable(start)
         self.steps = steps
         self.captured = captured if captured is not None else Captured()
         self.generators = generators
@@ -56,27 +62,45 @@ class Loop:
         self.tasks = tasks
         self.losses: list[Tensor] = []
         self.aux: list[Any] = []
-        self._modes = modes
         self._watching = captured is not None
-        self._in_session = False
+        self._session = _Session(step.loss.slots, modes, progress)
 
-    @contextmanager
-    def session(self) -> Iterator[None]:
+    def session(self) -> AbstractContextManager[None]:
         """Where steps may be taken: the module is put back, and the modes are the call's.
 
         A session inside a session is the same one, so the module keeps the weights of the last
         step until its derivative has been taken: layers that recompute themselves need them.
         """
-        if self._in_session:
-            yield
-            return
-        with self.step.loss.slots.unchanged(), self._modes.active():
-            self._in_session = True
-            try:
-                yield
-            finally:
-                self._in_session = False
-                self.progress.close()
+        return self._session.entered()
+
+    # Loops made from this one. They share its captured tensors, losses and session.
+
+    def first_order(self) -> Self:
+        """This loop with every inner gradient taken as a constant."""
+        loop = copy(self)
+        loop.step = self.step.of_first_order()
+        return loop
+
+    def rest(self, state: State, t: int) -> Self:
+        """The loop from position ``t`` on, where its own positions start again from 0.
+
+        ``state`` is its start, a constant. The steps before have to be taken with ``pass_over``.
+        """
+        loop = copy(self)
+        loop.step = self.step.later(t)
+        loop.start, loop.inputs, loop.steps = state, {}, self.steps - t
+        return loop
+
+    # Snapshots.
+
+    def snapshot(self, state: State) -> Snapshot:
+        """``state``, with the random generators as they are now."""
+        return Snapshot(state, self.generators.get())
+
+    def restored(self, snapshot: Snapshot) -> State:
+        """The state of a snapshot; the generators are put where they were at it."""
+        self.generators.set(snapshot.generators)
+        return snapshot.state
 
     # The first pass: every step is taken once, in order, and its captured tensors are found.
 
@@ -84,6 +108,13 @@ class Loop:
         """Take step ``t`` for the first time, without keeping a graph."""
         with self._noting(state, t) as watch, torch.no_grad():
             result = self.step(state, t, watch)
+        self._collect(result.loss, result.aux)
+        return result.state
+
+    def pass_over(self, state: State, t: int) -> State:
+        """Take step ``t`` for its result alone: nothing that it uses is to get a gradient."""
+        with torch.no_grad():
+            result = self.step(state, t)
         self._collect(result.loss, result.aux)
         return result.state
 
@@ -194,6 +225,29 @@ class Loop:
             return cotangent
         scaled = clip_norm(list(params.values()), self.max_cotangent_norm, self.tasks)
         return {**cotangent, **dict(zip(params, scaled, strict=True))}
+
+
+class _Session:
+    """What surrounds the steps of a loop, entered once however deep it is asked for."""
+
+    def __init__(self, slots: ModuleSlots, modes: Modes, progress: Progress) -> None:
+        self._slots = slots
+        self._modes = modes
+        self._progress = progress
+        self._active = False
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        if self._active:
+            yield
+            return
+        with self._slots.unchanged(), self._modes.active():
+            self._active = True
+            try:
+                yield
+            finally:
+                self._active = False
+                self._progress.close()
 
 
 class CapturedSum:

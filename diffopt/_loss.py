@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from copy import copy
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -38,6 +39,13 @@ class InnerLoss:
         self._loss_fn = loss_fn
         self._item_at = item_at
         self._first_step = first_step
+
+    def later(self, by: int) -> Self:
+        """This loss with the positions counted from ``by`` on."""
+        item_at, loss = self._item_at, copy(self)
+        loss._item_at = lambda t: item_at(by + t)
+        loss._first_step = self._first_step + by
+        return loss
 
     def __call__(
         self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], t: int

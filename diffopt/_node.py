@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,13 +14,10 @@ from diffopt._tree import Path
 from diffopt.adjoint import Adjoint
 
 
-def run_connected(
-    loop: Loop, adjoint: Adjoint, start: Mapping[Path, Tensor], guarded: Sequence[Tensor]
-) -> tuple[State, Tensor]:
+def run_connected(loop: Loop, adjoint: Adjoint, guarded: Sequence[Tensor]) -> tuple[State, Tensor]:
     """Run ``loop`` and connect its results to the caller's graph.
 
     Args:
-        start: the differentiable tensors of the start, as the caller's graph knows them.
         guarded: further tensors that the way back will read again: that they were not changed in
             place meanwhile is checked, as for every input.
 
@@ -35,10 +32,10 @@ def run_connected(
         loop,
         adjoint,
         kept,
-        list(start),
+        list(loop.inputs),
         (list(values), (losses, *values.values()), set(loop.step.differentiable(final))),
         list(guarded),
-        *start.values(),
+        *loop.inputs.values(),
         *loop.captured.tensors,
     )
     connected = dict(zip(values, results[1:], strict=True))

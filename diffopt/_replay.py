@@ -22,7 +22,6 @@ from diffopt._tree import Path
 
 def differentiable_backward(
     loop: Loop,
-    first: int,
     generators: tuple[Tensor, ...],
     start: Mapping[Path, Tensor],
     captured: Sequence[Tensor],
@@ -32,18 +31,19 @@ def differentiable_backward(
     """What ``run_backward`` computes, connected to ``start``, ``captured`` and the cotangents.
 
     Args:
-        first: the position to start from; ``start`` and ``generators`` belong to it.
-        start: the differentiable tensors of the state there, connected to the caller's graph.
+        generators: where they stood at the start.
+        start: the differentiable tensors of the start, connected to the caller's graph; what is
+            missing is a constant.
     """
     with torch.enable_grad():
         # Aliases, so that a tensor behind another one is told apart from it.
         leaves = {path: x.view_as(x) for path, x in start.items()}
         seen = [x.view_as(x) for x in captured]
-        state, losses = _forward(loop, first, generators, loop.start.replace(leaves), seen)
+        state, losses = _forward(loop, generators, loop.start.replace(leaves), seen)
         outputs = state.tensors()
         pairs = [(x, cotangent[p]) for p, x in outputs.items() if cotangent.get(p) is not None]
         if loss_cotangents is not None:
-            pairs.extend((x, loss_cotangents[first + i]) for i, x in enumerate(losses))
+            pairs.extend(zip(losses, loss_cotangents, strict=True))
         pairs = [(x, c) for x, c in pairs if x.requires_grad]
         inputs = [x for x in [*leaves.values(), *seen] if x.requires_grad]
         found: dict[Tensor, Tensor | None] = {}
@@ -62,13 +62,12 @@ def differentiable_backward(
 
 def _forward(
     loop: Loop,
-    first: int,
     generators: tuple[Tensor, ...],
     state: State,
     captured: Sequence[Tensor],
 ) -> tuple[State, list[Tensor]]:
     losses = []
-    for t in range(first, loop.steps):
+    for t in range(loop.steps):
         state, loss, generators = _step(loop, t, generators, state, captured)
         if loop.max_cotangent_norm is not None:
             bound = loop.max_cotangent_norm, loop.tasks

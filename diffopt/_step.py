@@ -12,8 +12,9 @@ values of ``s``.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -66,6 +67,19 @@ class InnerStep:
         self.first_step = first_step
         self.grad_transform = grad_transform
         self.first_order = first_order
+
+    def of_first_order(self) -> Self:
+        """This step with its inner gradients taken as constants."""
+        step = copy(self)
+        step.first_order = True
+        return step
+
+    def later(self, by: int) -> Self:
+        """This step with the positions counted from ``by`` on."""
+        step = copy(self)
+        step.loss = self.loss.later(by)
+        step.first_step = self.first_step + by
+        return step
 
     def __call__(self, state: State, t: int, watch: Watch | None = None) -> StepResult:
         """Take step ``t``. The result carries a graph exactly where grad mode is enabled.

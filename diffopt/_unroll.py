@@ -124,7 +124,7 @@ def unroll(
     )
     loop = Loop(
         step,
-        start.detach(),
+        start,
         count,
         captured=captured,
         generators=Generators(
@@ -136,9 +136,7 @@ def unroll(
         tasks=tasks,
     )
     if connected:
-        final, losses = run_connected(
-            loop, adjoint, step.differentiable(start), [*inputs, *hyper, *constants]
-        )
+        final, losses = run_connected(loop, adjoint, [*inputs, *hyper, *constants])
     else:
         final, losses = run_detached(loop)
     chosen = set(chain.from_iterable(problem.groups))

@@ -14,9 +14,10 @@ from typing import Any
 
 from torch import Tensor
 
-from diffopt._executor import Kept, Snapshots, run_backward, run_forward
+from diffopt._executor import Kept, run_backward, run_forward
 from diffopt._loop import Loop
 from diffopt._replay import differentiable_backward
+from diffopt._snapshots import Snapshots
 from diffopt._state import Cotangent, State
 from diffopt._tree import Path
 from diffopt.schedule import Plan
@@ -78,14 +79,14 @@ class Checkpointed(Adjoint):
     def plan(self, steps: int) -> Plan:
         """The order of work for ``steps`` inner steps, with its predicted cost."""
 
-    def snapshots(self) -> Snapshots:
+    def new_snapshots(self) -> Snapshots:
         """Where the states are kept: on their device, unless a subclass stores them elsewhere."""
-        return {}
+        return Snapshots()
 
     def forward(self, loop: Loop) -> tuple[State, Any]:
         plan = self.plan(loop.steps)
         generators = loop.generators.get()
-        state, kept = run_forward(loop, plan, self.snapshots())
+        state, kept = run_forward(loop, plan, self.new_snapshots())
         return state, (plan, generators, kept)
 
     def backward(
@@ -111,5 +112,5 @@ class Checkpointed(Adjoint):
     ) -> tuple[Cotangent, list[Tensor | None]]:
         _, generators, _ = kept
         return differentiable_backward(
-            loop, 0, generators, start, captured, cotangent, loss_cotangents
+            loop, generators, start, captured, cotangent, loss_cotangents
         )

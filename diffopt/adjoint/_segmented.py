@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from diffopt import schedule
+from diffopt._snapshots import Snapshots
+from diffopt._storage import Storage, check_storage, open_storage
 from diffopt.adjoint._base import Checkpointed
 from diffopt.schedule import Plan
 
@@ -20,9 +22,12 @@ class Segmented(Checkpointed):
         segment: k, how many steps lie between two kept states. 1 keeps every state and recomputes
             none. None: about √T, the smallest peak (Chen et al., 2016, "Training Deep Nets with
             Sublinear Memory Cost").
+        storage: where they are kept: None, on their device; ``"cpu"``, in host memory, copied while
+            computing goes on; or a folder, in files, written and read while computing goes on and
+            removed in the end.
 
     Raises:
-        TypeError: ``segment`` is not an int.
+        TypeError: ``segment`` is not an int, or ``storage`` neither a string nor a path.
         ValueError: ``segment`` is below 1.
 
     Cost: about T - T/k steps are computed again without a graph, and each step once more inside its
@@ -30,9 +35,14 @@ class Segmented(Checkpointed):
     """
 
     segment: int | None = None
+    storage: Storage = None
 
     def __post_init__(self) -> None:
         self.plan(0)  # refuses a segment that is not a positive int
+        check_storage(self.storage)
 
     def plan(self, steps: int) -> Plan:
         return schedule.segmented(steps, self.segment)
+
+    def new_snapshots(self) -> Snapshots:
+        return open_storage(self.storage)

@@ -1,0 +1,49 @@
+"""Keep a given number of states, in the best order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from diffopt import schedule
+from diffopt._snapshots import Snapshots
+from diffopt._storage import Storage, check_storage, open_storage
+from diffopt.adjoint._base import Checkpointed
+from diffopt.schedule import Plan
+
+
+@dataclass(frozen=True)
+class Binomial(Checkpointed):
+    """Keep ``snapshots`` states, and recompute as few steps as that allows.
+
+    c states reverse up to (c + r choose c) steps where each is computed at most r times more: with
+    20 states, each of T = 10,000 steps is recomputed 2.8 times on average. The gradient is exact
+    and does not depend on c. The schedule is the optimal one of Griewank and Walther, "Algorithm
+    799: revolve" (ACM Transactions on Mathematical Software 26(1), 2000).
+
+    Args:
+        snapshots: c, how many states may be held at once, the start included. One suffices, at the
+            cost of T² / 2 recomputed steps.
+        storage: where they are kept: None, on their device; ``"cpu"``, in host memory, copied while
+            computing goes on; or a folder, in files, written and read while computing goes on and
+            removed in the end.
+
+    Raises:
+        TypeError: ``snapshots`` is not an int, or ``storage`` neither a string nor a path.
+        ValueError: ``snapshots`` is below 1.
+
+    Cost: c states and the graph of one step; ``plan(T).recomputed_steps`` steps without a graph,
+    and each step once more inside its vector-Jacobian product.
+    """
+
+    snapshots: int
+    storage: Storage = None
+
+    def __post_init__(self) -> None:
+        self.plan(0)  # refuses a number that is not a positive int
+        check_storage(self.storage)
+
+    def plan(self, steps: int) -> Plan:
+        return schedule.binomial(steps, self.snapshots)
+
+    def new_snapshots(self) -> Snapshots:
+        return open_storage(self.storage)
