@@ -14,9 +14,9 @@ The walk stops there; what lies behind belongs to the caller's graph.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,6 +26,12 @@ from torch.overrides import TorchFunctionMode
 from diffopt._tree import tensors_in
 
 Edge = tuple[Node, int]
+End = Edge | Tensor
+
+#: A step's graph in parts: the loss; its gradient; ``grad_transform``; hyperparameters; the update.
+Part = Literal["loss", "gradient", "transform", "hyper", "update"]
+#: Whose ends are the same in the first pass and in every recomputation.
+REPEATED: tuple[Part, ...] = ("loss", "transform", "hyper")
 
 
 def present_sequence() -> int:
@@ -43,8 +49,8 @@ class Captured:
     def __init__(self) -> None:
         self.tensors: list[Tensor] = []
         self._at: list[tuple[int, ...]] = []
-        self._in_loss: list[frozenset[int]] = []
-        self._index: dict[Tensor | Edge, int] = {}  # tensors and nodes hash by identity
+        self._parts: list[dict[Part, frozenset[int]]] = []
+        self._index: dict[End, int] = {}  # tensors and nodes hash by identity
         self._offered: dict[Edge, Tensor] = {}
         self._older: set[Node] = set()  # nodes known to lie outside the steps
         self._behind: set[Tensor] = set()  # leaves behind a captured non-leaf
@@ -53,71 +59,71 @@ class Captured:
         """Name non-leaf tensors that a step may use, so that they need no search."""
         for x in tensors:
             if x.requires_grad and not x.is_leaf:
-                edge = get_gradient_edge(x)
-                self._offered[edge.node, edge.output_nr] = x
+                self._offered[_edge(x)] = x
 
-    def is_known(self, end: Edge) -> bool:
-        """Whether the tensor at this edge has been offered."""
-        return end in self._offered
+    def is_known(self, end: End) -> bool:
+        """Whether the tensor at this end is known: a leaf always is, a non-leaf once offered."""
+        return isinstance(end, Tensor) or end in self._offered
 
     def walk(
-        self, roots: Iterable[Tensor], own: Collection[Tensor], since: int
-    ) -> tuple[set[Edge | Tensor], list[Edge]]:
+        self, roots: Iterable[Tensor], own: Iterable[Tensor], since: int, passed: set[Node]
+    ) -> set[End]:
         """Find the ends of the graph behind ``roots``.
 
         Args:
             roots: what a step computed.
-            own: the step's own leaves, where the walk ends too.
+            own: the step's own tensors, where the walk stops without noting anything.
             since: ``present_sequence()`` before the step.
-
-        Returns:
-            the ends whose tensor is known, and the edges to older nodes whose tensor is not:
-            offer that and walk again.
+            passed: nodes to leave out; those walked over are added.
         """
-        known: set[Edge | Tensor] = set()
-        unknown: list[Edge] = []
-        seen: set[Node] = set()
-        edges: list[Any] = []
-        for root in roots:
-            if root.requires_grad:
-                edge = get_gradient_edge(root)
-                edges.append((edge.node, edge.output_nr))
+        ends: set[End] = set()
+        own = set(own)
+        stops = {_edge(x) for x in own if not x.is_leaf}
+        edges: list[Any] = [_edge(x) for x in roots if x.requires_grad and x not in own]
         while edges:
-            node, output_nr = edges.pop()
-            if node is None or node in seen:
+            edge = edges.pop()
+            node = edge[0]
+            if node is None or node in passed or edge in stops:
                 continue
             leaf = getattr(node, "variable", None)
             if leaf is not None:
-                seen.add(node)
+                passed.add(node)
                 if leaf not in own:
-                    known.add(leaf)
-            elif node in self._older or (node._sequence_nr() < since and self._is_older(node, own)):
-                end = (node, output_nr)
-                if end in self._offered:
-                    known.add(end)
-                elif end not in unknown:
-                    unknown.append(end)
+                    ends.add(leaf)
+            elif self._is_captured(edge, own, since):
+                ends.add(edge)
             else:
-                seen.add(node)
+                passed.add(node)
                 edges.extend(node.next_functions)
-        return known, unknown
+        return ends
 
-    def note(self, in_loss: Iterable[Edge | Tensor], in_update: Iterable[Edge | Tensor]) -> None:
-        """Note the ends that the next step uses, in its loss and in its update."""
-        loss = {self._position(end) for end in in_loss}
-        update = {self._position(end) for end in in_update}
-        self._in_loss.append(frozenset(loss))
-        self._at.append(tuple(sorted(loss | update)))
+    def note(self, parts: Mapping[Part, Iterable[End]]) -> None:
+        """Note the ends that the next step uses."""
+        indices = {part: frozenset(map(self._position, ends)) for part, ends in parts.items()}
+        self._parts.append(indices)
+        self._at.append(tuple(sorted(frozenset().union(*indices.values()))))
 
-    def same_in_loss(self, step: int, ends: Iterable[Edge | Tensor]) -> bool:
-        """Whether a step computed again ends at the tensors it ended at the first time."""
-        return {self._index.get(end, -1) for end in ends} == self._in_loss[step]
+    def same(self, step: int, part: Part, ends: Iterable[End]) -> bool:
+        """Whether a step computed again ends where it ended at the first time."""
+        indices = {self._index.get(end, -1) for end in ends}
+        if part in REPEATED:
+            return indices == self._parts[step].get(part, frozenset())
+        return indices <= set(self._at[step])
 
     def _position(self, end: Edge | Tensor) -> int:
         if end not in self._index:
             self._index[end] = len(self.tensors)
             self.tensors.append(end if isinstance(end, Tensor) else self._offered[end])
         return self._index[end]
+
+    def _is_captured(self, edge: Edge, own: Collection[Tensor], since: int) -> bool:
+        """Whether the tensor at ``edge`` was there before the step."""
+        node = edge[0]
+        if node in self._older:
+            return True
+        if edge in self._offered or node._sequence_nr() < since:
+            return self._is_older(node, own)
+        return False
 
     def _is_older(self, node: Node, own: Collection[Tensor]) -> bool:
         """Whether no variable of the step is behind ``node``.
@@ -153,37 +159,51 @@ class Captured:
         return [x if x.is_leaf else get_gradient_edge(x) for x in chosen]
 
     @contextmanager
-    def apart(self, step: int) -> Iterator[bool]:
-        """Keep the gradients of a captured leaf and of a captured function of it apart.
+    def sealed(self, step: int) -> Iterator[bool]:
+        """Let derivatives end at the captured tensors of a step, as at leaves without hooks.
 
-        A step that uses both ``log_lr`` and ``lr = log_lr.exp()`` has, seen by autograd, a path
-        from ``lr`` on to ``log_lr``; but that path is the caller's graph's to add. It is
-        closed for the time of the block, which yields True where graphs have to be retained.
+        What follows belongs to the caller's graph, and happens once, with the sum over all steps:
+        tensor hooks run, ``retain_grad`` fills ``.grad``, and of ``log_lr`` and
+        ``lr = log_lr.exp()``, both captured, the one receives what flows back from the other. It
+        is put off for the time of the block, which yields True where graphs have to be retained.
         """
         chosen = [self.tensors[i] for i in self._at[step]]
         nodes = {get_gradient_edge(x).node for x in chosen if not x.is_leaf}
-        if not nodes or (len(nodes) == 1 and not any(x in self._behind for x in chosen)):
-            yield False
-            return
-        hooks = [node.register_prehook(lambda grads: (None,) * len(grads)) for node in nodes]
+        if len(nodes) == 1 and not any(x in self._behind for x in chosen):
+            nodes.clear()
+        retaining = [(x, x.grad) for x in chosen if x.retains_grad]
+        hooked = [(h, dict(h)) for x in chosen if (h := x._backward_hooks)]
+        closed = [node.register_prehook(lambda grads: (None,) * len(grads)) for node in nodes]
+        for hooks, _ in hooked:
+            hooks.clear()
         try:
-            yield True
+            yield bool(nodes)
         finally:
-            for hook in hooks:
-                hook.remove()
+            for handle in closed:
+                handle.remove()
+            for hooks, before in hooked:
+                hooks.update(before)
+            for x, grad in retaining:
+                x.grad = grad
 
 
 class TensorsSeen(TorchFunctionMode):
-    """Collects the non-leaf tensors handed to PyTorch's functions while it is active."""
+    """Finds the non-leaf tensors at some edges among those handed to PyTorch's functions."""
 
-    def __init__(self) -> None:
+    def __init__(self, edges: Iterable[Edge]) -> None:
         super().__init__()
-        self.tensors: dict[int, Tensor] = {}
+        self.found: dict[Edge, Tensor] = {}
+        self._wanted = set(edges)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         for x in tensors_in((args, kwargs or {})):
-            if x.requires_grad and not x.is_leaf:
-                self.tensors[id(x)] = x
+            if x.requires_grad and not x.is_leaf and (edge := _edge(x)) in self._wanted:
+                self.found[edge] = x
         return func(*args, **(kwargs or {}))
+
+
+def _edge(x: Tensor) -> Edge:
+    edge = get_gradient_edge(x)
+    return edge.node, edge.output_nr

@@ -9,8 +9,9 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
-from diffopt._capture import Captured, Edge, TensorsSeen, present_sequence
+from diffopt._capture import Captured, End, Part, TensorsSeen, present_sequence
 from diffopt._generators import Generators
 from diffopt._modes import Modes
 from diffopt._module import ModuleSlots
@@ -19,6 +20,13 @@ from diffopt._snapshots import Snapshot
 from diffopt._state import Cotangent, State
 from diffopt._step import InnerStep, Linearization, Watch
 from diffopt._tree import Path, add, map_tensors
+
+_NAMES: dict[Part, str] = {
+    "loss": "loss",
+    "transform": "grad_transform",
+    "hyper": "hyperparameters",
+    "update": "update",
+}
 
 
 class Loop:
@@ -64,9 +72,10 @@ class Loop:
         self.aux: list[Any] = []
         self._watching = captured is not None
         self._session = _Session(step.loss.slots, modes, progress)
+        self._on_cpu = all(x.device.type == "cpu" for x in start.params.values())
 
     def session(self) -> AbstractContextManager[None]:
-        """Where steps may be taken: the module is put back, and the modes are the call's.
+        """Where steps may be taken: the module and the modes are the call's, and put back.
 
         A session inside a session is the same one, so the module keeps the weights of the last
         step until its derivative has been taken: layers that recompute themselves need them.
@@ -136,33 +145,40 @@ class Loop:
         if not self._watching:
             yield None
             return
+        captured = self.captured
+        found: dict[Part, set[End]] = {}
+        walk = self._walker(found)
+        yield walk
+        unknown = {end for ends in found.values() for end in ends if not captured.is_known(end)}
+        if unknown:
+            self._find(unknown, state, t)
+        captured.note(found)
+
+    def _walker(self, found: dict[Part, set[End]]) -> Watch:
+        """Notes in ``found`` where each part of a step's graph ends."""
         since = present_sequence()
-        known: list[set[Edge | Tensor]] = []
-        unknown: list[list[Edge]] = []
+        loss_nodes: set[Node] = set()
 
-        def watch(roots: Iterable[Tensor], own: Iterable[Tensor]) -> None:
-            some, others = self.captured.walk(roots, set(own), since)
-            known.append(some)
-            unknown.append(others)
+        def watch(part: Part, roots: Iterable[Tensor], own: Iterable[Tensor]) -> None:
+            passed = loss_nodes if part in ("loss", "gradient") else set[Node]()
+            # An accelerator's gradients are made on a thread of their own, and numbered there.
+            start = since if part != "gradient" or self._on_cpu else 0
+            found[part] = self.captured.walk(roots, own, start, passed)
 
-        yield watch
-        if any(unknown):
-            self._find([edge for edges in unknown for edge in edges], state, t)
-        in_loss, in_update = (ends.union(edges) for ends, edges in zip(known, unknown, strict=True))
-        self.captured.note(in_loss, in_update)
+        return watch
 
-    def _find(self, edges: list[Edge], state: State, t: int) -> None:
-        """Find the tensors at ``edges``, by taking the step once more and looking on."""
-        with self.generators.undisturbed(), torch.no_grad(), TensorsSeen() as seen:
+    def _find(self, ends: Iterable[End], state: State, t: int) -> None:
+        """Find the tensors at ``ends``, by taking the step once more and looking on."""
+        edges = {end for end in ends if not isinstance(end, Tensor)}
+        with self.generators.undisturbed(), torch.no_grad(), TensorsSeen(edges) as seen:
             self.step(state, t)
-        self.captured.offer(seen.tensors.values())
-        for edge in edges:
-            if not self.captured.is_known(edge):
-                raise NotImplementedError(
-                    f"step {self.step.first_step + t} uses a tensor made by "
-                    f"{edge[0].name()} before the call, which could not be found to deliver its "
-                    "gradient to: pass it to loss_fn inside the batch"
-                )
+        self.captured.offer(seen.found.values())
+        for edge in edges - seen.found.keys():
+            raise NotImplementedError(
+                f"step {self.step.first_step + t} uses a tensor made by {edge[0].name()} before "
+                "the call, which could not be found to deliver its gradient to: pass it to "
+                "loss_fn inside the batch"
+            )
 
     # On the way back.
 
@@ -174,22 +190,34 @@ class Loop:
         """Take step ``t`` again and keep its graph, for ``vjp``.
 
         Raises:
-            RuntimeError: the loss used other tensors than the first time, so that a gradient
-                would be lost.
+            RuntimeError: it used other tensors than the first time, so that a gradient would be
+                lost.
         """
-        since = present_sequence()
+        return self.step.linearize(state, t, self.checked(t))
 
-        def watch(roots: Iterable[Tensor], own: Iterable[Tensor]) -> None:
-            known, unknown = self.captured.walk(roots, set(own), since)
-            if unknown or not self.captured.same_in_loss(t, known):
+    def checked(self, t: int) -> Watch:
+        """Shown step ``t`` computed again, raises where it uses other tensors than before."""
+        found: dict[Part, set[End]] = {}
+        walk = self._walker(found)
+
+        def watch(part: Part, roots: Iterable[Tensor], own: Iterable[Tensor]) -> None:
+            walk(part, roots, own)
+            if self.captured.same(t, part, found[part]):
+                return
+            n = self.step.first_step + t
+            if part == "gradient":
                 raise RuntimeError(
-                    f"the loss of step {self.step.first_step + t} uses other tensors that "
-                    "require grad than in the forward pass: was a variable that loss_fn uses "
-                    "bound to a new tensor since? Call backward before that, or pass the "
-                    "tensor inside the batch"
+                    f"the gradient of the loss of step {n} depends on a tensor that requires grad "
+                    "and that the loss itself does not depend on, such as one used in a hook: add "
+                    "0 * tensor.sum() to the loss, so that it is found in the forward pass"
                 )
+            raise RuntimeError(
+                f"the {_NAMES[part]} of step {n} uses other tensors that require grad than in the "
+                "forward pass: was a variable that it uses bound to a new tensor since? Call "
+                "backward before that, or pass the tensor inside the batch"
+            )
 
-        return self.step.linearize(state, t, watch)
+        return watch
 
     def vjp(
         self,
@@ -207,7 +235,7 @@ class Loop:
             the step uses, with their indices.
         """
         state_cotangent = self.clipped(state_cotangent)
-        with self.captured.apart(t) as shared:
+        with self.captured.sealed(t) as shared:
             before, captured = linearization.vjp(
                 state_cotangent,
                 loss_cotangent,
@@ -241,7 +269,7 @@ class _Session:
         if self._active:
             yield
             return
-        with self._slots.unchanged(), self._modes.active():
+        with self._slots.as_at_call(), self._modes.active():
             self._active = True
             try:
                 yield

@@ -34,6 +34,7 @@ class ModuleSlots:
         self._buffers: list[tuple[str, list[Slot]]] = [
             (name, self._places("_buffers", x)) for name, x in self.buffers.items()
         ]
+        self._at_call = _contents(self._modules)
 
     def _places(self, table: str, x: Tensor) -> list[Slot]:
         return [
@@ -58,31 +59,48 @@ class ModuleSlots:
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:
-        """Give the module back as it was: attributes, parameters, buffers, training flags.
+        """Give the module back as it was: attributes, parameters, buffers, training flags, hooks.
 
-        A shallow copy of each submodule's attributes is kept. That also undoes what layers
-        leave behind on their own, such as the computed ``weight`` of an old-style ``weight_norm``
-        or the flat weight list of an LSTM.
+        That also undoes what layers leave behind on their own, such as the computed ``weight`` of
+        an old-style ``weight_norm`` or the flat weight list of an LSTM.
         """
-        tables = ("_parameters", "_buffers", "_modules")
-        saved = [
-            (
-                module.__dict__,
-                dict(module.__dict__),
-                [(module.__dict__[t], dict(module.__dict__[t])) for t in tables],
-            )
-            for module in self._modules
-        ]
+        before = _contents(self._modules)
         try:
             yield
         finally:
-            for attributes, before, contents in saved:
-                for table, entries in contents:
-                    _put_back(table, entries)
-                _put_back(attributes, before)
+            _put_back(before)
+
+    @contextmanager
+    def as_at_call(self) -> Iterator[None]:
+        """Within ``unchanged()``, the module as it was when this was built.
+
+        A step is computed again as it was computed first, although the caller may have called
+        ``model.eval()`` or removed a hook since.
+        """
+        with self.unchanged():
+            _put_back(self._at_call)
+            yield
 
 
-def _put_back(table: dict[str, Any], before: dict[str, Any]) -> None:
-    if len(table) != len(before) or any(table.get(k, table) is not v for k, v in before.items()):
-        table.clear()
-        table.update(before)
+#: The tables that every module has: parameters, buffers, submodules and the many kinds of hooks.
+_TABLES = [key for key, value in nn.Module().__dict__.items() if isinstance(value, dict)]
+
+Contents = list[tuple[dict[str, Any], dict[str, Any]]]
+
+
+def _contents(modules: list[nn.Module]) -> Contents:
+    """Each dict that holds part of a module, with a shallow copy of it."""
+    held = []
+    for module in modules:
+        held.append(module.__dict__)
+        held += [table for key in _TABLES if (table := module.__dict__.get(key)) is not None]
+    return [(table, dict(table)) for table in held]
+
+
+def _put_back(contents: Contents) -> None:
+    for table, before in contents:
+        if len(table) != len(before) or any(
+            table.get(k, table) is not v for k, v in before.items()
+        ):
+            table.clear()
+            table.update(before)

@@ -92,7 +92,8 @@ def _step(
 
     def function(*leaves: Tensor) -> tuple[Tensor | None, ...]:
         loop.generators.set(generators)
-        result = loop.step(constant.replace(dict(zip(paths, leaves, strict=True))), t)
+        given = constant.replace(dict(zip(paths, leaves, strict=True)))
+        result = loop.step(given, t, loop.checked(t))
         if not template:
             template.append(result.state.detach())
             after.append(loop.generators.get())
@@ -104,7 +105,7 @@ def _step(
         with (
             loop.session(),
             loop.generators.undisturbed(),
-            loop.captured.apart(t) as shared,
+            loop.captured.sealed(t) as shared,
         ):
             yield shared
 

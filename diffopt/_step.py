@@ -19,16 +19,19 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from diffopt._capture import Part
 from diffopt._loss import InnerLoss
 from diffopt._state import Cotangent, State
-from diffopt._tree import Path, add
+from diffopt._tree import Path, add, tensors_in
 from diffopt.optim import Optimizer
+from diffopt.optim.terms import Hyper
 from diffopt.optim.vjp import update_vjp
 
 GradTransform = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
 
-#: ``watch(roots, own)``: shown what a step computes and the leaves it started from.
-Watch = Callable[[Iterable[Tensor], Iterable[Tensor]], None]
+#: ``watch(part, roots, own)``: shown what a step computes, before a graph is freed. Below ``own``,
+#: the step's own tensors, nothing of interest follows.
+Watch = Callable[[Part, Iterable[Tensor], Iterable[Tensor]], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,27 +85,26 @@ class InnerStep:
         return step
 
     def __call__(self, state: State, t: int, watch: Watch | None = None) -> StepResult:
-        """Take step ``t``. The result carries a graph exactly where grad mode is enabled.
-
-        ``watch`` is shown the graphs before any of them is freed.
-        """
+        """Take step ``t``. The result carries a graph exactly where grad mode is enabled."""
         connected = torch.is_grad_enabled()
         params = {
             name: x if connected and x.requires_grad else x.detach().requires_grad_()
             for name, x in state.params.items()
         }
+        own = [*params.values(), *(x for x in state.tensors().values() if x.requires_grad)]
         with torch.enable_grad():
             loss, aux, buffers = self.loss(params, state.buffers, t)
             if watch is not None:
-                watch([loss, *buffers.values()], params.values())
+                watch("loss", [loss, *buffers.values()], own)
             found = self._gradients(loss, params, t, connected)
         if not connected:
             params = {name: x.detach() for name, x in params.items()}
         with torch.set_grad_enabled(connected or watch is not None):
-            grads = self._transformed(found, params)
-            new_params, new_opt = self._update(params, grads, state.opt, t)
+            grads, hyper = self._prepared(found, params, t, own, watch)
+            new_params, new_opt = self._update(hyper, params, grads, state.opt)
             if watch is not None:
-                watch(_values(new_params, new_opt), params.values())
+                own += [*_present(grads).values(), *tensors_in(hyper)]
+                watch("update", _values(new_params, new_opt), own)
         new = State(new_params, new_opt, buffers)
         if connected:
             return StepResult(new, loss, aux)
@@ -128,24 +130,40 @@ class InnerStep:
             )
         return dict(zip(params, found, strict=True))
 
+    def _prepared(
+        self,
+        found: Mapping[str, Tensor | None],
+        params: Mapping[str, Tensor],
+        t: int,
+        own: Iterable[Tensor],
+        watch: Watch | None,
+    ) -> tuple[Mapping[str, Tensor | None], list[Hyper]]:
+        """What the update is given beside the state: gradients and hyperparameters."""
+        grads = self._transformed(found, params)
+        hyper: list[Hyper] = [*self.opt.hyperparameters(self.first_step + t)]
+        if watch is not None:
+            own, raw = list(own), _present(found).values()
+            watch("gradient", raw, own)
+            watch("transform", _present(grads).values(), [*own, *raw])
+            watch("hyper", tensors_in(hyper), own)
+        return grads, hyper
+
     def _transformed(
         self, grads: Mapping[str, Tensor | None], params: Mapping[str, Tensor]
     ) -> Mapping[str, Tensor | None]:
         if self.grad_transform is None:
             return grads
-        present = {name: g for name, g in grads.items() if g is not None}
-        return _checked_grads(self.loss.transform_grads(self.grad_transform, present), params)
+        changed = self.loss.transform_grads(self.grad_transform, _present(grads))
+        return _checked_grads(changed, params)
 
     def _update(
         self,
+        hyper: Sequence[Hyper],
         params: Mapping[str, Tensor],
         grads: Mapping[str, Tensor | None],
         opt_state: Mapping[str, Mapping[str, Tensor]],
-        t: int,
     ) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
-        return self.opt.update(
-            params, grads, opt_state, step=self.first_step + t, groups=self.groups
-        )
+        return self.opt.update(params, grads, opt_state, hyper=hyper, groups=self.groups)
 
     def differentiable(self, state: State) -> dict[Path, Tensor]:
         """The tensors of ``state`` that derivatives flow through.
@@ -162,7 +180,7 @@ class InnerStep:
     def linearize(self, state: State, t: int, watch: Watch | None = None) -> Linearization:
         """Evaluate the gradients of step ``t`` and keep their graph, for vector-Jacobian products.
 
-        ``watch`` is shown the graph of the loss only: see ``Linearization.advance`` for the rest.
+        ``watch`` is shown all but the update: see ``Linearization.advance`` for that.
         """
         leaves = {
             path: x.detach().requires_grad_()
@@ -173,10 +191,10 @@ class InnerStep:
         with torch.enable_grad():
             loss, aux, buffers = self.loss(state.params, state.buffers, t)
             if watch is not None:
-                watch([loss, *buffers.values()], state.params.values())
+                watch("loss", [loss, *buffers.values()], leaves.values())
             found = self._gradients(loss, state.params, t, connected=True)
-            grads = self._transformed(found, state.params)
-        return Linearization(self, t, state, leaves, loss, grads, buffers, aux)
+            grads, hyper = self._prepared(found, state.params, t, leaves.values(), watch)
+        return Linearization(self, state, leaves, loss, grads, hyper, buffers, aux)
 
 
 class Linearization:
@@ -190,20 +208,20 @@ class Linearization:
     def __init__(
         self,
         step: InnerStep,
-        t: int,
         state: State,
         leaves: dict[Path, Tensor],
         loss: Tensor,
         grads: Mapping[str, Tensor | None],
+        hyper: Sequence[Hyper],
         buffers: dict[str, Tensor],
         aux: Any,
     ) -> None:
         self._step = step
-        self._t = t
         self._state = state
         self._leaves = leaves
         self._loss = loss
         self._grads = grads
+        self._hyper = hyper
         self._buffers = buffers
         self._aux = aux
 
@@ -212,11 +230,9 @@ class Linearization:
         params = {name: x.detach() for name, x in self._state.params.items()}
         grads = {name: g if g is None else g.detach() for name, g in self._grads.items()}
         with torch.set_grad_enabled(watch is not None):
-            new_params, new_opt = self._step._update(params, grads, self._state.opt, self._t)
+            new_params, new_opt = self._step._update(self._hyper, params, grads, self._state.opt)
             if watch is not None:
-                transformed = (g for g in self._grads.values() if g is not None)
-                own = self._leaves.values()
-                watch([*_values(new_params, new_opt), *transformed], own)
+                watch("update", _values(new_params, new_opt), tensors_in(self._hyper))
         new = State(new_params, new_opt, self._buffers)
         return StepResult(new.detach(), self._loss.detach(), self._aux)
 
@@ -250,7 +266,7 @@ class Linearization:
             self._state.opt,
             by_kind["params"],
             by_kind["opt"],
-            step=self._step.first_step + self._t,
+            hyper=self._hyper,
             groups=self._step.groups,
             seen=captured,
             retain_graph=retain_graph,
@@ -282,6 +298,10 @@ class Linearization:
                 before[path] = total
         rest = found[len(inputs) :]
         return before, [add(a, b) for a, b in zip(update.seen, rest, strict=True)]
+
+
+def _present(grads: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    return {name: g for name, g in grads.items() if g is not None}
 
 
 def _values(params: Mapping[str, Tensor], opt: Mapping[str, Mapping[str, Tensor]]) -> list[Tensor]:

@@ -41,7 +41,8 @@ def test_equals_the_derivative_that_autograd_takes(case: Case, steps: int) -> No
     opt, params, grads, state, groups = _arguments(case, steps)
     _, after = opt.update(params, grads, state, step=steps, groups=groups)
     cot_params, cot_state = _cotangents(params, after)
-    arguments = (opt, params, grads, state, cot_params, cot_state, steps, groups)
+    hyper = opt.hyperparameters(steps)
+    arguments = (opt, params, grads, state, cot_params, cot_state, hyper, groups)
     hand = vjp._by_hand(*arguments)
     covered = not any(case.options.get(option) for option in NOT_COVERED)
     assert (hand is not None) == covered
@@ -63,7 +64,8 @@ def test_missing_cotangents_and_gradients(case: Case) -> None:
     cot_params = {"a": torch.ones(3, 2).double(), "b": torch.ones(4).double()}
     for hand_or_auto in (vjp._by_hand, vjp._by_autograd):
         more = {} if hand_or_auto is vjp._by_hand else {"seen": (), "retain_graph": False}
-        found = hand_or_auto(opt, params, grads, state, cot_params, {}, 1, groups, **more)
+        hyper = opt.hyperparameters(1)
+        found = hand_or_auto(opt, params, grads, state, cot_params, {}, hyper, groups, **more)
         if found is not None:
             assert found.grads.keys() == {"b"}
             torch.testing.assert_close(found.params["a"], cot_params["a"])
@@ -73,8 +75,9 @@ def test_tensor_hyperparameters_are_left_to_autograd() -> None:
     lr = torch.tensor(0.1, requires_grad=True)
     opt, params, grads, state, groups = _arguments(Case("SGD", {"lr": lr}), 0)
     cot_params, _ = _cotangents(params, {})
+    hyper = opt.hyperparameters(0)
     found = vjp.update_vjp(
-        opt, params, grads, state, cot_params, {}, step=0, groups=groups, seen=[lr]
+        opt, params, grads, state, cot_params, {}, hyper=hyper, groups=groups, seen=[lr]
     )
     expected = -sum((cot_params[name] * grads[name]).sum() for name in params)
     torch.testing.assert_close(found.seen[0].double(), expected)

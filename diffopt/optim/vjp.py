@@ -39,7 +39,7 @@ def update_vjp(
     cot_params: Mapping[str, Tensor],
     cot_state: Mapping[str, Mapping[str, Tensor]],
     *,
-    step: int,
+    hyper: Sequence[Hyper],
     groups: Sequence[Sequence[str]],
     seen: Sequence[Any] = (),
     retain_graph: bool = False,
@@ -50,16 +50,16 @@ def update_vjp(
         opt: the rule.
         params, grads, state: the arguments of the update; their graphs are not looked at.
         cot_params, cot_state: cotangents of its results, by name.
-        step, groups: as for ``update``.
+        hyper, groups: as for ``update``.
         seen: further tensors or gradient edges to differentiate with respect to, those that
             hyperparameters are made of.
         retain_graph: keep the graphs behind ``seen``.
     """
-    by_hand = _by_hand(opt, params, grads, state, cot_params, cot_state, step, groups)
+    by_hand = _by_hand(opt, params, grads, state, cot_params, cot_state, hyper, groups)
     if by_hand is not None:
         return by_hand._replace(seen=[None] * len(seen))
     return _by_autograd(
-        opt, params, grads, state, cot_params, cot_state, step, groups, seen, retain_graph
+        opt, params, grads, state, cot_params, cot_state, hyper, groups, seen, retain_graph
     )
 
 
@@ -70,13 +70,13 @@ def _by_hand(
     state: Mapping[str, Mapping[str, Tensor]],
     cot_params: Mapping[str, Tensor],
     cot_state: Mapping[str, Mapping[str, Tensor]],
-    step: int,
+    options: Sequence[Hyper],
     groups: Sequence[Sequence[str]],
 ) -> UpdateCotangents | None:
     if not _states_own_vjp(type(opt)):
         return None
     found = UpdateCotangents(dict(cot_params), {}, {n: dict(s) for n, s in cot_state.items()}, [])
-    for names, hyper in zip(groups, opt.hyperparameters(step), strict=True):
+    for names, hyper in zip(groups, options, strict=True):
         given = [n for n in names if grads.get(n) is not None]
         flowing = [n for n in given if n in cot_params or cot_state.get(n)]
         if not flowing:
@@ -125,7 +125,7 @@ def _by_autograd(
     state: Mapping[str, Mapping[str, Tensor]],
     cot_params: Mapping[str, Tensor],
     cot_state: Mapping[str, Mapping[str, Tensor]],
-    step: int,
+    options: Sequence[Hyper],
     groups: Sequence[Sequence[str]],
     seen: Sequence[Any],
     retain_graph: bool,
@@ -134,7 +134,7 @@ def _by_autograd(
     g = {name: x if x is None else _leaf(x) for name, x in grads.items()}
     s = {name: {k: _state_leaf(k, x) for k, x in held.items()} for name, held in state.items()}
     with torch.enable_grad():
-        new_params, new_state = opt.update(p, g, s, step=step, groups=groups)
+        new_params, new_state = opt.update(p, g, s, hyper=options, groups=groups)
     pairs = [(x, cot_params[n]) for n, x in new_params.items() if n in cot_params]
     for name, held in new_state.items():
         given = cot_state.get(name, {})
