@@ -14,6 +14,7 @@ The walk stops there; what lies behind belongs to the caller's graph.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -85,11 +86,10 @@ class Captured:
             node = edge[0]
             if node is None or node in passed or edge in stops:
                 continue
-            leaf = getattr(node, "variable", None)
-            if leaf is not None:
+            if hasattr(node, "variable"):
                 passed.add(node)
-                if leaf not in own:
-                    ends.add(leaf)
+                if _references(node) > _REFERENCES_OF_A_GRAPH and node.variable not in own:
+                    ends.add(node.variable)
             elif self._is_captured(edge, own, since):
                 ends.add(edge)
             else:
@@ -207,3 +207,19 @@ class TensorsSeen(TorchFunctionMode):
 def _edge(x: Tensor) -> Edge:
     edge = get_gradient_edge(x)
     return edge.node, edge.output_nr
+
+
+def _references(node: Any) -> int:
+    """How many refer to the leaf that an ``AccumulateGrad`` node belongs to."""
+    return sys.getrefcount(node.variable)
+
+
+def _references_of_a_graph() -> int:
+    with torch.enable_grad():
+        made: Any = torch.zeros((), requires_grad=True) * 2
+    return _references(made.grad_fn.next_functions[0][0])
+
+
+#: What that is where only graphs do. Such a leaf is one that the step made and dropped, as in
+#: ``x.requires_grad_()`` for a gradient penalty: nobody can ask for its gradient.
+_REFERENCES_OF_A_GRAPH = _references_of_a_graph()

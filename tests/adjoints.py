@@ -1,0 +1,18 @@
+"""The one table of exact adjoints that every property test runs over."""
+
+from __future__ import annotations
+
+import pytest
+
+import diffopt
+
+EXACT: list[tuple[str, diffopt.Adjoint]] = [
+    ("store-all", diffopt.StoreAll()),
+    ("segmented-1", diffopt.Segmented(1)),
+    ("segmented-3", diffopt.Segmented(3)),
+    ("segmented", diffopt.Segmented()),
+]
+
+every_adjoint = pytest.mark.parametrize(
+    "adjoint", [adjoint for _, adjoint in EXACT], ids=[name for name, _ in EXACT]
+)
