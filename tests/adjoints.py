@@ -11,6 +11,7 @@ EXACT: list[tuple[str, diffopt.Adjoint]] = [
     ("segmented-1", diffopt.Segmented(1)),
     ("segmented-3", diffopt.Segmented(3)),
     ("segmented", diffopt.Segmented()),
+    ("binomial-2", diffopt.Binomial(2)),
 ]
 
 every_adjoint = pytest.mark.parametrize(

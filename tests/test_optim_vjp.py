@@ -91,5 +91,5 @@ def test_a_changed_rule_does_not_inherit_the_derivative_of_the_old_one() -> None
     weight = torch.ones(1, dtype=torch.float64)
     opt = Doubling([weight], lr=0.1)
     arguments = ({"w": weight}, {"w": weight}, {"w": {}}, {"w": weight}, {})
-    found = vjp.update_vjp(opt, *arguments, step=0, groups=[["w"]])
+    found = vjp.update_vjp(opt, *arguments, hyper=opt.hyperparameters(0), groups=[["w"]])
     assert found.grads["w"].item() == pytest.approx(-0.2)
