@@ -158,7 +158,8 @@ def check_gradient(seed: int, inner: int) -> None:
         ("learning rate, layer 1", recipe.log_lr, 0),
         ("weight decay", recipe.log_decay, ()),
     ):
-        h, ends = 1e-4, []
+        ends = []
+        h = 1e-7  # with 1e-4 curvature shows: weight decay is 3 % off with --seed 1
         with torch.no_grad():
             for shift in (h, -h):
                 tensor[index] += shift
@@ -354,7 +355,7 @@ def main() -> None:
     batches = draw_batches(splits.train, args.inner, args.seed)
     tuned, history, stopped = learn(copy.deepcopy(start), splits, batches, args.outer)
     if stopped:
-        print(f"Stopped after {max(len(history) - 1, 0)} of {args.outer} outer steps.")
+        print("Stopped early: what follows is the best so far.")
     if not history:
         return None
 
