@@ -24,9 +24,10 @@ class BufferStandIns:
     """
 
     def __init__(self, slots: ModuleSlots) -> None:
+        self._slots = slots
         self._changing: set[str] = set()
         self._copies: dict[str, tuple[Tensor, Tensor]] = {}  # name: (original, copy)
-        self._compared = 0  # steps whose buffers have been compared by value
+        self._compared = 0  # the steps before this one have been compared by value
         self.tracked = {name for name, x in slots.buffers.items() if x.requires_grad}
 
     def stand_in(self, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -47,14 +48,14 @@ class BufferStandIns:
         buffers: Mapping[str, Tensor],
         stand_ins: Mapping[str, Tensor],
         left: Mapping[str, Tensor],
-        t: int,
+        step: int,
     ) -> dict[str, Tensor]:
-        """The buffers after step ``t``, which found ``stand_ins`` and left ``left``.
+        """The buffers after a step, which found ``stand_ins`` and left ``left``.
 
         Those it did not touch are the same objects as in ``buffers``.
         """
         found = dict(left)
-        first_time = t >= self._compared
+        first_time = step >= self._compared
         for name, x in left.items():
             if x is not stand_ins[name] or x.requires_grad or name in self._changing:
                 if x.requires_grad:
@@ -64,5 +65,6 @@ class BufferStandIns:
                 del self._copies[name]
             else:
                 found[name] = buffers[name]
-        self._compared = max(self._compared, t + 1)
+        self._compared = max(self._compared, step + 1)
+        self._slots.changing = self._changing
         return found

@@ -25,6 +25,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from diffopt._tree import tensors_in
+from diffopt._twice import WRONG
 
 Edge = tuple[Node, int]
 End = Edge | Tensor
@@ -76,6 +77,9 @@ class Captured:
             own: the step's own tensors, where the walk stops without noting anything.
             since: ``present_sequence()`` before the step.
             passed: nodes to leave out; those walked over are added.
+
+        Raises:
+            NotImplementedError: an operation in the graph has a wrong second derivative.
         """
         ends: set[End] = set()
         own = set(own)
@@ -93,6 +97,12 @@ class Captured:
             elif self._is_captured(edge, own, since):
                 ends.add(edge)
             else:
+                kind = type(node).__name__
+                if kind in WRONG:
+                    raise NotImplementedError(
+                        f"PyTorch's second derivative of {WRONG[kind]} is wrong: write that out in "
+                        "other operations"
+                    )
                 passed.add(node)
                 edges.extend(node.next_functions)
         return ends

@@ -14,9 +14,9 @@ from torch.autograd.graph import Node
 from diffopt._capture import Captured, End, Part, TensorsSeen, present_sequence
 from diffopt._generators import Generators
 from diffopt._modes import Modes
-from diffopt._module import ModuleSlots
 from diffopt._progress import Progress
 from diffopt._snapshots import Snapshot
+from diffopt._standing import standing
 from diffopt._state import Cotangent, State
 from diffopt._step import InnerStep, Linearization, Watch
 from diffopt._tree import Path, add, map_tensors
@@ -71,7 +71,7 @@ class Loop:
         self.losses: list[Tensor] = []
         self.aux: list[Any] = []
         self._watching = captured is not None
-        self._session = _Session(step.loss.slots, modes, progress)
+        self._session = _Session(step, modes, progress)
         self._on_cpu = all(x.device.type == "cpu" for x in start.params.values())
 
     def session(self) -> AbstractContextManager[None]:
@@ -258,8 +258,8 @@ class Loop:
 class _Session:
     """What surrounds the steps of a loop, entered once however deep it is asked for."""
 
-    def __init__(self, slots: ModuleSlots, modes: Modes, progress: Progress) -> None:
-        self._slots = slots
+    def __init__(self, step: InnerStep, modes: Modes, progress: Progress) -> None:
+        self._step = step
         self._modes = modes
         self._progress = progress
         self._active = False
@@ -269,7 +269,8 @@ class _Session:
         if self._active:
             yield
             return
-        with self._slots.as_at_call(), self._modes.active():
+        step = self._step
+        with standing(step.loss.slots, self._modes, step.hooks, as_at_call=True):
             self._active = True
             try:
                 yield

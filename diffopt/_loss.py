@@ -52,9 +52,9 @@ class InnerLoss:
     ) -> Evaluation:
         """Evaluate; the module keeps the values until the next evaluation."""
         stand_ins = self.buffers.stand_in(buffers)
-        item = self._item_at(t)
-        loss, aux, left = self._evaluate(params, stand_ins, item, self._first_step + t)
-        return loss, aux, self.buffers.after(buffers, stand_ins, left, t)
+        step = self._first_step + t
+        loss, aux, left = self._evaluate(params, stand_ins, self._item_at(t), step)
+        return loss, aux, self.buffers.after(buffers, stand_ins, left, step)
 
     def total(self, loss: Tensor) -> Tensor:
         """The scalar whose gradient is taken."""

@@ -7,12 +7,15 @@ at the call, and entered again.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from diffopt._twice import written_out
 
 
 class Modes:
@@ -20,28 +23,63 @@ class Modes:
 
     def __init__(self, model: nn.Module, devices: Iterable[torch.device]) -> None:
         kinds = {"cpu", *(device.type for device in devices)} - {"meta"}
-        self._autocast = [
-            (kind, torch.get_autocast_dtype(kind))
+        self._autocast = {
+            kind: torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
             for kind in sorted(kinds)
-            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-        ]
+            if torch.amp.is_autocast_available(kind)
+        }
         self._recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+        self._compiled = any(map(_is_compiled, model.modules()))
+        self._dtype = torch.get_default_dtype()
+        self._device = torch.get_default_device()
 
     @contextmanager
     def active(self) -> Iterator[None]:
         """Enter them: autocast as it was, and kernels that can be differentiated twice.
 
-        Attention runs on the math kernel, recurrent layers without cuDNN: the others have no
-        second derivative. The weight cache of autocast is off, as every step has new weights.
+        Attention runs on the math kernel, recurrent layers without cuDNN, compiled modules
+        uncompiled: otherwise there is no second derivative. The weight cache of autocast is off,
+        as every step has new weights.
         """
         with ExitStack() as stack:
-            stack.enter_context(torch.inference_mode(False))
+            if torch.is_inference_mode_enabled():  # whose tensors know no gradient, even of a step
+                stack.enter_context(torch.inference_mode(False))
+                stack.enter_context(torch.no_grad())  # leaving that mode alone would switch it on
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            stack.enter_context(written_out)
+            if self._compiled and hasattr(torch.compiler, "set_stance"):
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
             if self._recurrent:
-                stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-            for kind in ("cpu", "cuda"):
-                if torch.is_autocast_enabled(kind) and kind not in dict(self._autocast):
+                stack.enter_context(_set(_set_cudnn, torch.backends.cudnn.enabled, False))
+            stack.enter_context(
+                _set(torch.set_default_dtype, torch.get_default_dtype(), self._dtype)
+            )
+            if torch.get_default_device() != self._device:
+                stack.enter_context(self._device)
+            for kind, dtype in self._autocast.items():
+                if dtype is not None:
+                    stack.enter_context(torch.autocast(kind, dtype=dtype, cache_enabled=False))
+                elif torch.is_autocast_enabled(kind):
                     stack.enter_context(torch.autocast(kind, enabled=False))
-            for kind, dtype in self._autocast:
-                stack.enter_context(torch.autocast(kind, dtype=dtype, cache_enabled=False))
             yield
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
+
+
+@contextmanager
+def _set(setter: Callable[[Any], None], before: Any, value: Any) -> Iterator[None]:
+    """A process-wide setting, for the time of the block."""
+    if before == value:
+        yield
+        return
+    setter(value)
+    try:
+        yield
+    finally:
+        setter(before)
+
+
+def _set_cudnn(enabled: bool) -> None:
+    torch.backends.cudnn.enabled = enabled

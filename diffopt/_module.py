@@ -7,13 +7,14 @@ is reachable by two names once. Whatever happens in between, the module is after
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
 Slot = tuple[dict[str, Any], str]
+Values = Mapping[str, Tensor]
 
 
 class ModuleSlots:
@@ -22,7 +23,14 @@ class ModuleSlots:
     Args:
         model: the module; nothing is changed by building this.
         inner: names (as ``named_parameters()`` gives them) of the parameters to be replaced.
+
+    Attributes:
+        loaded: the parameters and buffers that stand in the module at present, if any do.
+        changing: names of the buffers that calls of the module change; None until that is known.
     """
+
+    loaded: tuple[Values, Values] | None = None
+    changing: Collection[str] | None = None
 
     def __init__(self, model: nn.Module, inner: Mapping[str, Tensor]) -> None:
         self.model = model
@@ -44,7 +52,7 @@ class ModuleSlots:
             if held is x
         ]
 
-    def load(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
+    def load(self, params: Values, buffers: Values) -> None:
         """Stand the values in their places. Only inside ``unchanged()``."""
         for name, slots in self._params:
             for table, key in slots:
@@ -52,6 +60,16 @@ class ModuleSlots:
         for name, slots in self._buffers:
             for table, key in slots:
                 table[key] = buffers[name]
+        self.loaded = params, buffers
+
+    def training(self) -> list[bool]:
+        """The training flag of each submodule."""
+        return [module.training for module in self._modules]
+
+    def set_training(self, flags: list[bool]) -> None:
+        """Put the flags back. Only inside ``unchanged()``."""
+        for module, flag in zip(self._modules, flags, strict=True):
+            module.training = flag
 
     def read_buffers(self) -> dict[str, Tensor]:
         """The buffers as the last call of the module left them (changed in place or replaced)."""
@@ -64,22 +82,20 @@ class ModuleSlots:
         That also undoes what layers leave behind on their own, such as the computed ``weight`` of
         an old-style ``weight_norm`` or the flat weight list of an LSTM.
         """
-        before = _contents(self._modules)
+        before, loaded = _contents(self._modules), self.loaded
         try:
             yield
         finally:
             _put_back(before)
+            self.loaded = loaded
 
-    @contextmanager
-    def as_at_call(self) -> Iterator[None]:
-        """Within ``unchanged()``, the module as it was when this was built.
+    def as_at_call(self) -> None:
+        """Make the module what it was when this was built. Only inside ``unchanged()``.
 
         A step is computed again as it was computed first, although the caller may have called
         ``model.eval()`` or removed a hook since.
         """
-        with self.unchanged():
-            _put_back(self._at_call)
-            yield
+        _put_back(self._at_call)
 
 
 #: The tables that every module has: parameters, buffers, submodules and the many kinds of hooks.

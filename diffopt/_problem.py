@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from diffopt._module import ModuleSlots
+from diffopt._refused import check_model
 from diffopt._step import GradTransform
 from diffopt._unrolled import Unrolled
 from diffopt.optim import Optimizer, convert
@@ -117,11 +118,7 @@ def frozen(opt: Optimizer) -> Optimizer:
 def _check_model(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}: pass a torch.nn.Module")
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        raise NotImplementedError(
-            f"model is wrapped in {type(model).__name__}, whose replicas would not see the fast "
-            "weights: pass the module inside, model.module"
-        )
+    check_model(model)
 
 
 def _names_by_group(names: Mapping[Tensor, str], opt: torch.optim.Optimizer) -> list[list[str]]:

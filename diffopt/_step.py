@@ -21,8 +21,10 @@ from torch import Tensor
 
 from diffopt._capture import Part
 from diffopt._loss import InnerLoss
+from diffopt._standing import InnerHooks, load_again
 from diffopt._state import Cotangent, State
 from diffopt._tree import Path, add, tensors_in
+from diffopt._twice import second_derivative
 from diffopt.optim import Optimizer
 from diffopt.optim.terms import Hyper
 from diffopt.optim.vjp import update_vjp
@@ -70,6 +72,7 @@ class InnerStep:
         self.first_step = first_step
         self.grad_transform = grad_transform
         self.first_order = first_order
+        self.hooks = InnerHooks()
 
     def of_first_order(self) -> Self:
         """This step with its inner gradients taken as constants."""
@@ -87,16 +90,13 @@ class InnerStep:
     def __call__(self, state: State, t: int, watch: Watch | None = None) -> StepResult:
         """Take step ``t``. The result carries a graph exactly where grad mode is enabled."""
         connected = torch.is_grad_enabled()
+        # An alias, so that a hook that the loss registers on a parameter stays within the step.
         params = {
-            name: x if connected and x.requires_grad else x.detach().requires_grad_()
+            name: x.view_as(x) if connected and x.requires_grad else x.detach().requires_grad_()
             for name, x in state.params.items()
         }
         own = [*params.values(), *(x for x in state.tensors().values() if x.requires_grad)]
-        with torch.enable_grad():
-            loss, aux, buffers = self.loss(params, state.buffers, t)
-            if watch is not None:
-                watch("loss", [loss, *buffers.values()], own)
-            found = self._gradients(loss, params, t, connected)
+        loss, aux, buffers, found = self._evaluate(params, state.buffers, t, own, connected, watch)
         if not connected:
             params = {name: x.detach() for name, x in params.items()}
         with torch.set_grad_enabled(connected or watch is not None):
@@ -109,6 +109,24 @@ class InnerStep:
         if connected:
             return StepResult(new, loss, aux)
         return StepResult(new.detach(), loss.detach(), aux)
+
+    def _evaluate(
+        self,
+        params: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        t: int,
+        own: Iterable[Tensor],
+        connected: bool,
+        watch: Watch | None,
+    ) -> tuple[Tensor, Any, dict[str, Tensor], dict[str, Tensor | None]]:
+        """The loss, the user's extras, the buffers afterwards, and the gradients."""
+        with self.hooks.acting(), torch.enable_grad():
+            loss, aux, left = self.loss(params, buffers, t)
+            if watch is not None:
+                watch("loss", [loss, *left.values()], own)
+            with second_derivative(self.first_step + t):
+                found = self._gradients(loss, params, t, connected)
+        return loss, aux, left, found
 
     def _gradients(
         self, loss: Tensor, params: Mapping[str, Tensor], t: int, connected: bool
@@ -188,13 +206,13 @@ class InnerStep:
             if path[0] != "opt"
         }
         state = state.replace(leaves)
+        own = leaves.values()
+        loss, aux, buffers, found = self._evaluate(state.params, state.buffers, t, own, True, watch)
         with torch.enable_grad():
-            loss, aux, buffers = self.loss(state.params, state.buffers, t)
-            if watch is not None:
-                watch("loss", [loss, *buffers.values()], leaves.values())
-            found = self._gradients(loss, state.params, t, connected=True)
             grads, hyper = self._prepared(found, state.params, t, leaves.values(), watch)
-        return Linearization(self, state, leaves, loss, grads, hyper, buffers, aux)
+        return Linearization(
+            self, self.first_step + t, state, leaves, loss, grads, hyper, buffers, aux
+        )
 
 
 class Linearization:
@@ -208,6 +226,7 @@ class Linearization:
     def __init__(
         self,
         step: InnerStep,
+        number: int,
         state: State,
         leaves: dict[Path, Tensor],
         loss: Tensor,
@@ -217,6 +236,7 @@ class Linearization:
         aux: Any,
     ) -> None:
         self._step = step
+        self._number = number
         self._state = state
         self._leaves = leaves
         self._loss = loss
@@ -224,6 +244,7 @@ class Linearization:
         self._hyper = hyper
         self._buffers = buffers
         self._aux = aux
+        self._loaded = step.loss.slots.loaded
 
     def advance(self, watch: Watch | None = None) -> StepResult:
         """What the step gives, cut from the graph. ``watch`` is shown the graph of the update."""
@@ -285,13 +306,15 @@ class Linearization:
         if not pairs:
             return before, update.seen
         inputs = list(self._leaves.values())
-        found = torch.autograd.grad(
-            [x for x, _ in pairs],
-            [*inputs, *captured],
-            [c for _, c in pairs],
-            retain_graph=retain_graph,
-            allow_unused=True,
-        )
+        load_again(self._step.loss.slots, self._loaded)  # for what reads the module on the way back
+        with second_derivative(self._number):
+            found = torch.autograd.grad(
+                [x for x, _ in pairs],
+                [*inputs, *captured],
+                [c for _, c in pairs],
+                retain_graph=retain_graph,
+                allow_unused=True,
+            )
         for path, c in zip(self._leaves, found, strict=False):
             total = add(before.get(path), c)
             if total is not None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from diffopt._modes import Modes
 from diffopt._module import ModuleSlots
+from diffopt._standing import standing
 from diffopt._state import State
 from diffopt._tasks import Values, check_leads, over_tasks
 from diffopt.optim import load_state_into
@@ -92,7 +93,7 @@ class Unrolled:
             return fn(slots.model, *own_args, **own_kwargs)
 
         devices = {x.device for x in self.params.values()}
-        with slots.unchanged(), Modes(slots.model, devices).active():
+        with standing(slots, Modes(slots.model, devices)):
             if self.tasks is None:
                 return on_model(inner, buffers, (args, kwargs))
             check_leads((args, kwargs), self.tasks, "an argument")

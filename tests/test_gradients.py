@@ -428,19 +428,6 @@ def captured_by_the_backward_pass_of_the_loss() -> Problem:
 
 
 @problem
-def captured_by_a_hook_within_the_loss() -> Problem:
-    model, data, query, strength = tiny(), batches(T), batch(), leaf(0.7)
-
-    def loss_fn(model: Any, pair: Any) -> Tensor:
-        hidden = model[0](pair[0])
-        if hidden.requires_grad:
-            hidden.register_hook(lambda g: g * strength)
-        return F.mse_loss(model[2](model[1](hidden)), pair[1]) + 0 * strength
-
-    return Problem(lambda train: mse(train(model, SGD, data, loss_fn), query), [strength])
-
-
-@problem
 def captured_by_grad_transform() -> Problem:
     model, data, query, log_scale, most = tiny(), batches(T), batch(), leaf(-0.3), leaf(0.5)
 
@@ -528,7 +515,6 @@ def through_two_unrolls() -> Problem:
 INEXACT_ON_PURPOSE = {
     "through_bounded_cotangents",
     "captured_by_the_backward_pass_of_the_loss",
-    "captured_by_a_hook_within_the_loss",
 }
 every_problem = pytest.mark.parametrize("name", PROBLEMS)
 

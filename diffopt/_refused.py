@@ -1,0 +1,68 @@
+"""Models that are refused, because their meta-gradient would be wrong or missing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+
+_SHARDED = {"FullyShardedDataParallel", "FSDPModule"}
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise ``NotImplementedError`` or ``ValueError`` where ``model`` cannot be unrolled."""
+    for name, module in model.named_modules():
+        where = f"submodule {name!r}" if name else "the model"
+        for reason in _reasons(module):
+            raise NotImplementedError(f"{where} {reason}")
+        for kind, x in chain(module._parameters.items(), module._buffers.items()):
+            if x is not None and is_lazy(x):
+                raise ValueError(
+                    f"{where} is a {type(module).__name__} whose {kind!r} has no shape yet: call "
+                    "the model on a batch first, and build the optimizer afterwards"
+                )
+            if x is not None and x.is_inference():
+                raise NotImplementedError(
+                    f"{where} has a {kind!r} that was made in torch.inference_mode(), which cannot "
+                    "be trained: build the model outside of it"
+                )
+    if getattr(parametrize, "_cache_enabled", 0):
+        raise NotImplementedError(
+            "torch.nn.utils.parametrize.cached() is active, which would keep the parametrized "
+            "weights of the first step: enter it inside loss_fn"
+        )
+
+
+def _reasons(module: nn.Module) -> Iterator[str]:
+    name = type(module).__name__
+    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        yield (
+            f"is wrapped in {name}, whose replicas would not see the fast weights: pass the "
+            "module inside, model.module"
+        )
+    if _SHARDED & {base.__name__ for base in type(module).__mro__}:
+        yield "is sharded by FSDP, and other weights cannot stand in it: pass it unsharded"
+    if isinstance(module, torch.jit.ScriptModule):
+        yield (
+            f"is a {name}, which holds its parameters where no others can stand: pass the module "
+            "it was scripted from"
+        )
+    if getattr(module, "max_norm", None) is not None and hasattr(module, "scale_grad_by_freq"):
+        yield (
+            "changes its weights in place (max_norm): scale its output instead, or divide the "
+            "weights by their norms in a parametrization"
+        )
+    if getattr(module, "scale_grad_by_freq", False):
+        yield (
+            "scales every gradient that passes it (scale_grad_by_freq), also those of the "
+            "meta-gradient: scale the inner gradient in grad_transform"
+        )
+    if module._backward_hooks and module._is_full_backward_hook is False:
+        yield (
+            "has a hook of register_backward_hook, which would act on the meta-gradient as well: "
+            "use register_full_backward_hook"
+        )

@@ -1,0 +1,94 @@
+"""Operations that PyTorch cannot differentiate twice, or does wrongly: written out, or refused.
+
+An unroll differentiates every inner gradient once more. Checked over all layers of ``torch.nn`` and
+PyTorch's own table of operations (2.13, CPU, float64), a few of the second derivatives do not exist
+and two are silently wrong: that of the fused ``torch._weight_norm`` in the direction, and that of
+the chunked ``linear_cross_entropy``, which is taken for zero.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffopt._replaced import Replaced
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
+def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
+    return F.relu6(input + 3) / 6
+
+
+_linear_cross_entropy = getattr(F, "linear_cross_entropy", None)  # new in PyTorch 2.13
+
+
+def _unchunked_linear_cross_entropy(*args: Any, options: Any = None, **kwargs: Any) -> Any:
+    assert _linear_cross_entropy is not None
+    return _linear_cross_entropy(*args, options=None, **kwargs)
+
+
+_cdist: Any = torch.cdist
+_IF_LARGE = "use_mm_for_euclid_dist_if_necessary"
+
+
+def _distances(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str = _IF_LARGE) -> Any:
+    large = x1.size(-2) > 25 or x2.size(-2) > 25
+    by_product = "donot" not in compute_mode and (large or "necessary" not in compute_mode)
+    if p == 2 and by_product:
+        return _cdist(x1, x2, p, compute_mode)  # this one can be differentiated
+    return torch.linalg.vector_norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), p, dim=-1)
+
+
+#: Where these operations are called from.
+written_out = Replaced(
+    (torch, "_weight_norm", _weight_norm),
+    (sys.modules["torch.nn.utils.weight_norm"], "_weight_norm", _weight_norm),
+    (F, "hardsigmoid", _hardsigmoid),
+    (torch, "cdist", _distances),
+    *(
+        [(F, "linear_cross_entropy", _unchunked_linear_cross_entropy)]
+        if _linear_cross_entropy is not None
+        else []
+    ),
+)
+
+#: The graph nodes that are silently wrong, and which operation they belong to.
+WRONG = {
+    "WeightNormInterfaceBackward0": "torch._weight_norm",
+    "GeneratedBackwardFor_torch_nn__linear_cross_entropy_batch_chunked_defaultBackward": (
+        "the chunked linear_cross_entropy"
+    ),
+}
+
+_PHRASES = (  # how PyTorch says that there is no second derivative
+    "is not implemented",
+    "don't support automatic differentiation",
+    "once_differentiable",
+    "double backward",
+    "Double backward",
+)
+
+
+@contextmanager
+def second_derivative(step: int) -> Iterator[None]:
+    """Say which step it was, and what to do, where PyTorch has no second derivative."""
+    try:
+        yield
+    except RuntimeError as error:
+        message = str(error)
+        if not any(phrase in message for phrase in _PHRASES):
+            raise
+        raise NotImplementedError(
+            f"the gradient of step {step} cannot be differentiated again ({message.strip()}): "
+            "replace that operation in the model, or use diffopt.FirstOrder(), which takes no "
+            "second derivatives"
+        ) from error
