@@ -1,4 +1,4 @@
-"""The oracle for whole models: a ``torch.optim`` loop and finite differences, nothing of diffopt."""
+"""The oracle for whole models: a ``torch.optim`` loop and finite differences."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models that are odd in one way or another: the exact gradient, or an error that names the cause."""
+"""Models that are odd in one way or another: the exact gradient, or an error that says why."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ import torch
 import torch.nn.functional as F
 from plain import Training, check
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
-
-import diffopt
 
 X = torch.linspace(-1.0, 1.5, 24, dtype=torch.double).mul(7).sin().reshape(8, 3)
 Y = torch.linspace(0.3, -0.7, 8, dtype=torch.double).mul(5).cos().reshape(8, 1)
