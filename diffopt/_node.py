@@ -108,7 +108,7 @@ class _Unrolling(torch.autograd.Function):
             with loop.session(), loop.generators.undisturbed():
                 before, captured = adjoint.backward(loop, ctx.kept, cotangent, losses, keep=keep)
             if not keep:
-                ctx.kept = None
+                ctx.loop = ctx.kept = None  # as autograd frees what it saved
         return (*(None,) * 6, *(before.get(path) for path in ctx.start_paths), *captured)
 
 
