@@ -33,7 +33,7 @@ class ModuleSlots:
     changing: Collection[str] | None = None
 
     def __init__(self, model: nn.Module, inner: Mapping[str, Tensor]) -> None:
-        self.model = model
+        self._model = model
         self._modules = list(model.modules())  # each once, however many names it has
         self._params: list[tuple[str, list[Slot]]] = [
             (name, self._places("_parameters", x)) for name, x in inner.items()
@@ -43,6 +43,11 @@ class ModuleSlots:
             (name, self._places("_buffers", x)) for name, x in self.buffers.items()
         ]
         self._at_call = _contents(self._modules)
+
+    @property
+    def model(self) -> nn.Module:
+        """The module that the caller's functions are given."""
+        return self._model
 
     def _places(self, table: str, x: Tensor) -> list[Slot]:
         return [
@@ -57,6 +62,10 @@ class ModuleSlots:
         for name, slots in self._params:
             for table, key in slots:
                 table[key] = params[name]
+        self.write_buffers(buffers)
+
+    def write_buffers(self, buffers: Mapping[str, Tensor]) -> None:
+        """Put other tensors in the places of the buffers."""
         for name, slots in self._buffers:
             for table, key in slots:
                 table[key] = buffers[name]

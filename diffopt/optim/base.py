@@ -190,7 +190,8 @@ class Optimizer(torch.optim.Optimizer):
         params = dict(zip(chain.from_iterable(groups), self._parameters(), strict=True))
         initial = self.init(params, groups=groups)
         return {
-            name: {**initial[name], **_tensors(self.state.get(p, {}))} for name, p in params.items()
+            name: {**initial[name], **as_tensors(self.state.get(p, {}))}
+            for name, p in params.items()
         }
 
     # The rule applied in place, as an everyday optimizer.
@@ -218,7 +219,7 @@ class Optimizer(torch.optim.Optimizer):
             state = {}
             for names, options in zip(groups, hyper, strict=True):
                 for name in names:
-                    present = _tensors(self.state.get(live[name], {}))
+                    present = as_tensors(self.state.get(live[name], {}))
                     state[name] = present or self._init(options, live[name])
             grads = {name: p.grad for name, p in live.items()}
             values, states = self.update(live, grads, state, groups=groups, hyper=hyper)
@@ -300,7 +301,7 @@ class Optimizer(torch.optim.Optimizer):
         groups = [dict(group) for group in opt.param_groups]
         new: Self = make(groups, differentiable=bool(opt.defaults.get("differentiable", False)))
         for p, entries in opt.state.items():
-            new.state[p] = _tensors(entries)
+            new.state[p] = as_tensors(entries)
         return new
 
     # Helpers.
@@ -431,7 +432,7 @@ def _restored(mine: Any, loaded: Any) -> Any:
     return loaded
 
 
-def _tensors(entries: Mapping[str, Any]) -> Entries:
+def as_tensors(entries: Mapping[str, Any]) -> Entries:
     """State entries as tensors; PyTorch has kept None and numbers among them."""
     return {
         key: x if isinstance(x, Tensor) else torch.tensor(float(x))

@@ -63,6 +63,11 @@ def register(torch_class: type, convert: Convert) -> None:
     _REGISTRY[torch_class] = convert
 
 
+def registered() -> list[type]:
+    """The optimizer classes that ``convert`` knows."""
+    return list(_REGISTRY)
+
+
 def convert(opt: Any) -> Optimizer:
     """The diffopt optimizer with the param groups and the present state of ``opt``.
 
