@@ -51,7 +51,9 @@ def unroll(
     Args:
         model: any module. It is afterwards what it was, also when ``loss_fn`` raises.
         opt: a ``diffopt`` or ``torch.optim`` optimizer over some or all of the model's
-            parameters: the inner variables. Its state and param groups are the start.
+            parameters: the inner variables. Its state and param groups are the start. After
+            ``import diffopt.higher`` also the pair that ``higher.innerloop_ctx`` yields, which
+            are then left as a loop of ``dopt.step(loss)`` would have left them.
         steps: an int T: ``loss_fn(model, t)`` is called with t = 0, ..., T-1. Or batches:
             ``loss_fn(model, batch)`` is called with each; a batch is any pytree. What cannot be
             indexed is read into a list; what can, but is no list or tuple, is indexed anew
