@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from diffopt._module import ModuleSlots
+from diffopt._module import ModuleSlots, Values
 
 
 class FastSlots(ModuleSlots):
@@ -44,7 +44,11 @@ class FastSlots(ModuleSlots):
         original: nn.Module | None = self._original()
         return self._model if original is None else original
 
-    def load(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
+    @property
+    def modules(self) -> list[nn.Module]:
+        return list(self.model.modules())
+
+    def load(self, params: Values, buffers: Values) -> None:
         super().load(params, buffers)
         self._weights[:] = [*self._past, list({**self._newest, **params}.values())]
         self._box[0] = None
@@ -62,11 +66,9 @@ class FastSlots(ModuleSlots):
                 self._box[0] = box
                 self._weights[:] = weights
 
-    @contextmanager
-    def as_at_call(self) -> Iterator[None]:
-        with super().as_at_call():
-            self._lend(lambda key: key not in ("_modules", "_root_ref"))
-            yield
+    def as_at_call(self) -> None:
+        super().as_at_call()
+        self._lend(lambda key: key not in ("_modules", "_root_ref"))
 
     def _lend(self, chosen: Callable[[str], bool]) -> None:
         """Let the caller's module, while it is there, have attributes of the copy."""

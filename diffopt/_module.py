@@ -34,7 +34,7 @@ class ModuleSlots:
 
     def __init__(self, model: nn.Module, inner: Mapping[str, Tensor]) -> None:
         self._model = model
-        self._modules = list(model.modules())  # each once, however many names it has
+        self._modules = list(model.modules())
         self._params: list[tuple[str, list[Slot]]] = [
             (name, self._places("_parameters", x)) for name, x in inner.items()
         ]
@@ -48,6 +48,11 @@ class ModuleSlots:
     def model(self) -> nn.Module:
         """The module that the caller's functions are given."""
         return self._model
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """It and its submodules, each once, however many names it has."""
+        return self._modules
 
     def _places(self, table: str, x: Tensor) -> list[Slot]:
         return [
@@ -63,21 +68,21 @@ class ModuleSlots:
             for table, key in slots:
                 table[key] = params[name]
         self.write_buffers(buffers)
+        self.loaded = params, buffers
 
     def write_buffers(self, buffers: Mapping[str, Tensor]) -> None:
         """Put other tensors in the places of the buffers."""
         for name, slots in self._buffers:
             for table, key in slots:
                 table[key] = buffers[name]
-        self.loaded = params, buffers
 
     def training(self) -> list[bool]:
         """The training flag of each submodule."""
-        return [module.training for module in self._modules]
+        return [module.training for module in self.modules]
 
     def set_training(self, flags: list[bool]) -> None:
         """Put the flags back. Only inside ``unchanged()``."""
-        for module, flag in zip(self._modules, flags, strict=True):
+        for module, flag in zip(self.modules, flags, strict=True):
             module.training = flag
 
     def read_buffers(self) -> dict[str, Tensor]:
