@@ -18,7 +18,7 @@ from diffopt._progress import Progress
 from diffopt._snapshots import Snapshot
 from diffopt._standing import standing
 from diffopt._state import Cotangent, State
-from diffopt._step import InnerStep, Linearization, Watch
+from diffopt._step import InnerStep, Linearization, StepResult, Watch
 from diffopt._tree import Path, add, map_tensors
 
 _NAMES: dict[Part, str] = {
@@ -117,28 +117,27 @@ class Loop:
         """Take step ``t`` for the first time, without keeping a graph."""
         with self._noting(state, t) as watch, torch.no_grad():
             result = self.step(state, t, watch)
-        self._collect(result.loss, result.aux)
-        return result.state
+        return self._collect(state, t, result)
 
     def pass_over(self, state: State, t: int) -> State:
         """Take step ``t`` for its result alone: nothing that it uses is to get a gradient."""
         with torch.no_grad():
             result = self.step(state, t)
-        self._collect(result.loss, result.aux)
-        return result.state
+        return self._collect(state, t, result)
 
     def first_recorded(self, state: State, t: int) -> tuple[Linearization, State]:
         """Take step ``t`` for the first time and keep its graph."""
         with self._noting(state, t) as watch:
             linearization = self.step.linearize(state, t, watch)
             result = linearization.advance(watch)
-        self._collect(result.loss, result.aux)
-        return linearization, result.state
+        return linearization, self._collect(state, t, result)
 
-    def _collect(self, loss: Tensor, aux: Any) -> None:
-        self.losses.append(loss)
-        self.aux.append(map_tensors(torch.Tensor.detach, aux))
+    def _collect(self, before: State, t: int, result: StepResult) -> State:
+        self.losses.append(result.loss)
+        self.aux.append(map_tensors(lambda x: x.detach().clone(), result.aux))
         self.progress.forward()
+        # What the caller is given is the caller's to change, and no snapshot's memory.
+        return result.state.apart_from(before) if t + 1 == self.steps else result.state
 
     @contextmanager
     def _noting(self, state: State, t: int) -> Iterator[Watch | None]:

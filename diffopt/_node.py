@@ -26,8 +26,9 @@ def run_connected(loop: Loop, adjoint: Adjoint, guarded: Sequence[Tensor]) -> tu
     """
     with loop.session():
         final, kept = adjoint.forward(loop)
+    final = _owned(final, loop)
     losses = _stacked(loop)
-    values = {path: _owned(x, loop.start) for path, x in final.tensors().items()}
+    values = final.tensors()
     results = _Unrolling.apply(  # type: ignore[no-untyped-call]
         loop,
         adjoint,
@@ -48,8 +49,7 @@ def run_detached(loop: Loop) -> tuple[State, Tensor]:
     with loop.session():
         for t in range(loop.steps):
             state = loop.first(state, t)
-    owned = {path: _owned(x, loop.start) for path, x in state.tensors().items()}
-    return state.replace(owned), _stacked(loop)
+    return _owned(state, loop), _stacked(loop)
 
 
 def _stacked(loop: Loop) -> Tensor:
@@ -58,10 +58,9 @@ def _stacked(loop: Loop) -> Tensor:
     return next(iter(loop.start.params.values())).new_zeros(0)
 
 
-def _owned(x: Tensor, start: State) -> Tensor:
-    """Results never share memory with what the caller may change in place."""
-    caller = {y.data_ptr() for y in start.tensors().values()}
-    return x.clone() if x.data_ptr() in caller else x
+def _owned(final: State, loop: Loop) -> State:
+    """The caller may change results and start in place: they share no memory."""
+    return final if loop.steps else final.apart_from(final)
 
 
 class _Unrolling(torch.autograd.Function):
@@ -90,14 +89,19 @@ class _Unrolling(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, losses: Tensor | None, *cotangents: Tensor | None) -> Any:
         inputs = ctx.saved_tensors[: ctx.inputs]  # also checks that nothing was changed in place
-        loop, adjoint, n = ctx.loop, ctx.adjoint, len(ctx.start_paths)
+        loop, adjoint, n, kept = ctx.loop, ctx.adjoint, len(ctx.start_paths), ctx.kept
+        if kept is None:
+            raise RuntimeError(
+                "a backward pass through this unroll was interrupted, and what it needs is partly "
+                "used up: call diffopt.unroll again, or backward(retain_graph=True) the first time"
+            )
         cotangent = {
             path: g for path, g in zip(ctx.paths, cotangents, strict=True) if g is not None
         }
         if torch.is_grad_enabled():
             before, captured = adjoint.differentiable_backward(
                 loop,
-                ctx.kept,
+                kept,
                 dict(zip(ctx.start_paths, inputs[:n], strict=True)),
                 inputs[n:],
                 cotangent,
@@ -105,10 +109,10 @@ class _Unrolling(torch.autograd.Function):
             )
         else:
             keep = _keeps_graph()
-            with loop.session(), loop.generators.undisturbed():
-                before, captured = adjoint.backward(loop, ctx.kept, cotangent, losses, keep=keep)
             if not keep:
                 ctx.loop = ctx.kept = None  # as autograd frees what it saved
+            with loop.session(), loop.generators.undisturbed():
+                before, captured = adjoint.backward(loop, kept, cotangent, losses, keep=keep)
         return (*(None,) * 6, *(before.get(path) for path in ctx.start_paths), *captured)
 
 

@@ -58,6 +58,16 @@ class State:
         """The same values, cut from any graph."""
         return self.replace({path: x.detach() for path, x in self.tensors().items()})
 
+    def apart_from(self, other: State) -> State:
+        """The same values, copied where they are held in memory of ``other``."""
+        held = {_memory(x) for x in other.tensors().values()}
+        mine = self.tensors()
+        return self.replace({p: x.clone() for p, x in mine.items() if _memory(x) in held})
+
     def nbytes(self) -> int:
         """Bytes of all tensors together."""
         return sum(x.numel() * x.element_size() for x in self.tensors().values())
+
+
+def _memory(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()

@@ -345,6 +345,11 @@ def _checked_grads(
                 f"grad_transform returned a gradient for {name!r}, which is not an inner "
                 f"variable: keep the names it was given"
             )
+        if g is not None and not isinstance(g, Tensor):
+            raise TypeError(
+                f"grad_transform returned a {type(g).__name__} for {name!r}: return a tensor, or "
+                "leave the name out where the parameter is to stay as it is"
+            )
         if g is not None and g.shape != params[name].shape:
             raise ValueError(
                 f"grad_transform returned a gradient of shape {tuple(g.shape)} for {name!r}, "

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, MutableSequence, Sequence
 from itertools import chain
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 
 from diffopt import _progress
 from diffopt._capture import Captured
@@ -105,6 +108,7 @@ def unroll(
     slots = problem.slots()
     start = start_state(problem, slots.buffers, initial, tasks)
     first_step = initial.step if isinstance(initial, Unrolled) else problem.first_step
+    steps = _plain_int(steps)
     batches = _batches(steps)
     count = steps if isinstance(steps, int) else len(batches)
     inputs = [x for batch in _distinct(batches) for x in tensors_in(batch)]
@@ -134,7 +138,7 @@ def unroll(
         ),
         modes=Modes(model, devices),
         progress=_progress.Progress(count, progress),
-        max_cotangent_norm=max_cotangent_norm,
+        max_cotangent_norm=None if max_cotangent_norm == math.inf else max_cotangent_norm,
         tasks=tasks,
     )
     if connected:
@@ -172,11 +176,11 @@ def _check_options(
         if value is not None and not callable(value):
             raise TypeError(f"{name} is a {type(value).__name__}: pass a function")
     if max_cotangent_norm is not None:
-        if isinstance(max_cotangent_norm, bool) or not isinstance(max_cotangent_norm, (int, float)):
+        if isinstance(max_cotangent_norm, bool) or not isinstance(max_cotangent_norm, Real):
             raise TypeError(
                 f"max_cotangent_norm is a {type(max_cotangent_norm).__name__}: pass a number"
             )
-        if not max_cotangent_norm > 0:
+        if not float(max_cotangent_norm) > 0:
             raise ValueError(
                 f"max_cotangent_norm={max_cotangent_norm} would stop every gradient: pass a "
                 "number above 0, or None for no bound"
@@ -194,6 +198,11 @@ def _options(group: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key not in ("params", "param_names")}
 
 
+def _plain_int(steps: Any) -> Any:
+    """NumPy's integers as Python's; anything else as it is."""
+    return int(steps) if isinstance(steps, Integral) and not isinstance(steps, bool) else steps
+
+
 def _batches(steps: Any) -> Sequence[Any]:
     """The batches as something that can be indexed; nothing where ``steps`` is an int."""
     if isinstance(steps, (bool, str, bytes, Mapping)):
@@ -205,13 +214,18 @@ def _batches(steps: Any) -> Sequence[Any]:
         if steps < 0:
             raise ValueError(f"steps={steps} is negative: pass 0 or more")
         return ()
-    if isinstance(steps, (list, tuple)):
-        return tuple(steps)
+    if isinstance(steps, Tensor) and not steps.dim():
+        raise TypeError(
+            "steps is a 0-d tensor: pass the number of steps as an int, int(steps), or one tensor "
+            "whose first dimension is the batches'"
+        )
+    if isinstance(steps, (MutableSequence, tuple, IterableDataset)):
+        return tuple(steps)  # the caller may change a list before the backward pass
     if hasattr(steps, "__getitem__") and hasattr(steps, "__len__"):
         indexable: Sequence[Any] = steps
         return indexable
     if isinstance(steps, Iterable):
-        return list(steps)
+        return tuple(steps)
     raise TypeError(
         f"steps is a {type(steps).__name__}: pass the number of steps, or batches to iterate over"
     )
@@ -221,7 +235,7 @@ def _distinct(batches: Any) -> list[Any]:
     """The batches that exist already, each once; those indexed on demand are left alone."""
     if isinstance(batches, Tensor):
         return [batches]
-    if not isinstance(batches, (list, tuple)):
+    if not isinstance(batches, tuple):
         return []
     return list({id(batch): batch for batch in batches}.values())
 

@@ -127,6 +127,13 @@ class Unrolled:
                 targets.append((theirs[name], x))
         if opt is not None:
             owned = dict(model.named_parameters())
+            held = {p for group in opt.param_groups for p in group["params"]}
+            for name in self.opt_state:
+                if owned[name] not in held:
+                    raise ValueError(
+                        f"load_into: opt does not hold the model's parameter {name!r}: build it "
+                        "over the parameters of that model"
+                    )
             load_state_into(
                 opt,
                 {owned[name]: entries for name, entries in self.opt_state.items()},

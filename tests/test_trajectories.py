@@ -1,4 +1,4 @@
-"""Unrolled training is ``torch.optim``'s training, and its gradient is that of ``torch.optim``'s."""
+"""Unrolled training is that of ``torch.optim``, and so is its gradient."""
 
 from __future__ import annotations
 

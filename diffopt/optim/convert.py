@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import chain, count
 from typing import Any
 
 import torch
@@ -116,7 +117,12 @@ def load_state_into(
         opt: a ``torch.optim`` or diffopt optimizer.
         states: for each of its parameters, the state by ``torch.optim``'s names. It is copied.
         steps: the step number to continue from, for the callable hyperparameters of a diffopt one.
+
+    Raises:
+        ValueError: an entry is missing that ``opt`` starts with, so that it could not go on from
+            there; ``opt`` is unchanged then.
     """
+    _check_entries(opt, states)
     for group in opt.param_groups:
         on_device = bool(group.get("capturable") or group.get("fused"))
         for p in group["params"]:
@@ -134,3 +140,21 @@ def load_state_into(
             opt.state[p] = entries
     if steps is not None and isinstance(opt, Optimizer):
         opt._steps = steps
+
+
+def _check_entries(
+    opt: torch.optim.Optimizer, states: Mapping[Tensor, Mapping[str, Tensor]]
+) -> None:
+    rule, number = convert(opt), count()
+    groups = [[str(next(number)) for _ in group["params"]] for group in rule.param_groups]
+    held = [p for group in rule.param_groups for p in group["params"]]
+    params = dict(zip(chain.from_iterable(groups), held, strict=True))
+    for name, first in rule.init(params, groups=groups).items():
+        present = states.get(params[name], first)
+        missing = first.keys() - present.keys()
+        if missing:
+            raise ValueError(
+                f"the optimizer state to load holds {sorted(present)}, and "
+                f"{type(opt).__name__} also needs {sorted(missing)}: pass an optimizer of the "
+                "class and with the options that the state was made with"
+            )
