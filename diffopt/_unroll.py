@@ -200,7 +200,7 @@ def _options(group: Mapping[str, Any]) -> dict[str, Any]:
 
 def _plain_int(steps: Any) -> Any:
     """NumPy's integers as Python's; anything else as it is."""
-    return int(steps) if isinstance(steps, Integral) and not isinstance(steps, bool) else steps
+    return int(steps) if type(steps) is not bool and isinstance(steps, Integral) else steps
 
 
 def _batches(steps: Any) -> Sequence[Any]:
