@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import plain
 from torch import Tensor, nn
 
 import diffopt
@@ -89,3 +90,38 @@ def test_buffers_are_those_of_a_torch_optim_loop(
     check()
     loss_fn(fast, 5).backward()  # neither the call nor the way back advances them
     check()
+
+
+class Averaged(nn.Module):
+    """Adds a running average of its weight, which keeps its graph."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 1)
+        self.register_buffer("average", torch.zeros(1, 3))
+        self.in_place = in_place
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.in_place:
+            self.average.mul_(0.8).add_(0.2 * self.layer.weight)
+        else:
+            self.average = 0.8 * self.average + 0.2 * self.layer.weight
+        return self.layer(x) + x @ self.average.T
+
+
+@every_adjoint
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_buffer_may_have_a_graph(in_place: bool, adjoint: diffopt.Adjoint) -> None:
+    model = Averaged(in_place).double()
+    options = {"lr": 0.1, "momentum": 0.5}
+    expected = plain(model, options, 4, loss_fn)
+    inner = torch.optim.SGD(model.parameters(), **options)
+    fast = diffopt.unroll(model, inner, 4, loss_fn, adjoint=adjoint)
+    torch.testing.assert_close(fast.buffers["average"], expected.buffers["average"])
+    for found, wanted in zip(*(gradients(model, x) for x in (fast, expected)), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+
+
+def gradients(model: nn.Module, trained: Any) -> tuple[Tensor, ...]:
+    outer = loss_fn(trained, 5) + trained.buffers["average"].square().sum()
+    return torch.autograd.grad(outer, list(model.parameters()))
