@@ -135,4 +135,4 @@ def loss_and_aux(out: Any, step: int) -> tuple[Tensor, Any]:
             f"the loss of step {step} has shape {tuple(out.shape)}, which is not a scalar: "
             "reduce it, for example with .mean()"
         )
-    return out.reshape(()), aux
+    return out if out.dim() == 0 else out.reshape(()), aux

@@ -56,7 +56,8 @@ class State:
 
     def detach(self) -> State:
         """The same values, cut from any graph."""
-        return self.replace({path: x.detach() for path, x in self.tensors().items()})
+        attached = {path: x.detach() for path, x in self.tensors().items() if x.requires_grad}
+        return self.replace(attached) if attached else self
 
     def apart_from(self, other: State) -> State:
         """The same values, copied where they are held in memory of ``other``."""

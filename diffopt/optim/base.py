@@ -36,6 +36,9 @@ SWITCHES = frozenset(
     }
 )
 
+#: Types of options that are the same at every step.
+_CONSTANT = frozenset({bool, int, float, type(None)})
+
 _STEPS = "steps"  # the key in `state_dict()` for the number of `step()` calls
 
 
@@ -94,8 +97,7 @@ class Optimizer(torch.optim.Optimizer):
     def hyperparameters(self, step: int) -> list[dict[str, Any]]:
         """The options of each param group at a step: callables called, tensors as they are."""
         return [
-            {key: _map(lambda value: _at(value, step), group[key]) for key in self.defaults}
-            for group in self.param_groups
+            {key: _option(group[key], step) for key in self.defaults} for group in self.param_groups
         ]
 
     def init(
@@ -401,6 +403,12 @@ def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
 def _map(function: Callable[[Any], Any], value: Any) -> Any:
     """``function`` of an option, or of each entry where it is a tuple."""
     return tuple(map(function, value)) if isinstance(value, (tuple, list)) else function(value)
+
+
+def _option(value: Any, step: int) -> Any:
+    if type(value) in _CONSTANT:
+        return value
+    return _map(lambda item: _at(item, step), value)
 
 
 def _at(value: Any, step: int) -> Any:
