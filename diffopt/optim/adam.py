@@ -120,9 +120,9 @@ class Adam(Optimizer):
         if hyper["amsgrad"]:
             v = L.maximum(column(states, "max_exp_avg_sq", params), v)
             new["max_exp_avg_sq"] = v
-        root = L.divide(L.sqrt(v), at(t, lambda t: (1 - beta2**t) ** 0.5))
+        root = L.divide(L.sqrt(v), at(t, lambda t: (1 - beta2**t) ** 0.5), give_up=True)
         rate = at(t, lambda t: -lr / (1 - beta1**t))
-        params = L.addcdiv(params, new["exp_avg"], L.shift(root, eps), rate)
+        params = L.addcdiv(params, new["exp_avg"], L.shift(root, eps, give_up=True), rate)
         return params, with_entries(states, new)
 
     def _vjp(
@@ -139,21 +139,23 @@ class Adam(Optimizer):
         lr, (beta1, beta2), eps = hyper["lr"], hyper["betas"], hyper["eps"]
         _, grads = decayed(hyper, params, grads)
         new, t = moments(hyper, params, grads, states)
-        m, root = new["exp_avg"], L.sqrt(new["exp_avg_sq"])
-        correction = at(t, lambda t: (1 - beta2**t) ** 0.5)
-        scale = L.shift(L.divide(root, correction), eps)
-        # θ' = θ − r m / scale, scale = √v / correction + ε
-        rate = at(t, lambda t: -lr / (1 - beta1**t))
-        through_m = L.div(L.scale(cot_params, rate), scale)
-        through_v = L.div(L.mul(through_m, m), scale)
-        through_v = L.mul(through_v, L.divide(L.half_inverse(root), correction))
-        cot_m = plus(through_m, cotangents(cot_states, "exp_avg", params))
-        cot_v = L.neg(through_v)
-        cot_v = plus(cot_v, cotangents(cot_states, "exp_avg_sq", params))
+        m, root = new["exp_avg"], L.sqrt(new["exp_avg_sq"], give_up=True)
+        # θ' = θ + r m / s with s = √v + c ε, c = √(1 − β₂ᵗ), r = −γ c / (1 − β₁ᵗ)
+        s = L.shift(root, at(t, lambda t: eps * (1 - beta2**t) ** 0.5))
+        quotient = L.div(cot_params, s)
+        rate = at(t, lambda t: -lr * (1 - beta2**t) ** 0.5 / (1 - beta1**t))
+        half = at(t, lambda t: 0.5 * lr * (1 - beta2**t) ** 0.5 / (1 - beta1**t))
+        cot_m = plus(cotangents(cot_states, "exp_avg", params), quotient, rate)
+        through_v = L.div(L.mul(quotient, m, give_up=True), s, give_up=True)
+        through_v = L.divide_by_roots(through_v, root)
+        cot_v = plus(cotangents(cot_states, "exp_avg_sq", params), through_v, half)
         # m = β₁ m₋ + (1 − β₁) g,  v = β₂ v₋ + (1 − β₂) g²
         cot_grads = L.scale(cot_m, 1 - beta1)
-        cot_grads = L.addcmul(cot_grads, grads, cot_v, 2 * (1 - beta2))
-        before = {"exp_avg": L.scale(cot_m, beta1), "exp_avg_sq": L.scale(cot_v, beta2)}
+        cot_grads = L.addcmul(cot_grads, grads, cot_v, 2 * (1 - beta2), give_up=True)
+        before = {
+            "exp_avg": L.scale(cot_m, beta1, give_up=True),
+            "exp_avg_sq": L.scale(cot_v, beta2, give_up=True),
+        }
         cot_params, cot_grads = decayed_vjp(hyper, cot_params, cot_grads)
         return cot_params, cot_grads, with_entries([{} for _ in states], before)
 

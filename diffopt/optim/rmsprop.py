@@ -144,20 +144,21 @@ class RMSprop(Optimizer):
         lr, alpha, momentum = hyper["lr"], hyper["alpha"], hyper["momentum"]
         _, grads = decayed(hyper, params, grads)
         v = average_of_squares(column(states, "square_avg", params), grads, alpha)
-        root = L.sqrt(v)
+        root = L.sqrt(v, give_up=True)
         scale = L.shift(root, hyper["eps"])
         cot_directions = L.scale(cot_params, -lr)
         before: dict[str, Tensors] = {}
         if momentum != 0:
-            cot_directions = plus(cot_directions, cotangents(cot_states, "momentum_buffer", params))
+            cot_buffers = cotangents(cot_states, "momentum_buffer", params)
+            cot_directions = plus(cot_buffers, cot_directions)
             before["momentum_buffer"] = L.scale(cot_directions, momentum)
-        # d = g / scale, scale = √v + ε
-        cot_grads = L.div(cot_directions, scale)
-        cot_v = L.div(L.mul(cot_grads, grads), scale)
-        cot_v = L.neg(L.mul(cot_v, L.half_inverse(root)))
-        cot_v = plus(cot_v, cotangents(cot_states, "square_avg", params))
+        # d = g / s, s = √v + ε
+        quotient = L.div(cot_directions, scale)
+        through_v = L.div(L.mul(quotient, grads), scale, give_up=True)
+        through_v = L.divide_by_roots(through_v, root)
+        cot_v = plus(cotangents(cot_states, "square_avg", params), through_v, -0.5)
         # v = α v₋ + (1 − α) g²
-        cot_grads = L.addcmul(cot_grads, grads, cot_v, 2 * (1 - alpha))
-        before["square_avg"] = L.scale(cot_v, alpha)
+        cot_grads = L.addcmul(quotient, grads, cot_v, 2 * (1 - alpha), give_up=True)
+        before["square_avg"] = L.scale(cot_v, alpha, give_up=True)
         cot_params, cot_grads = decayed_vjp(hyper, cot_params, cot_grads)
         return cot_params, cot_grads, with_entries([{} for _ in states], before)

@@ -135,9 +135,9 @@ class SGD(Optimizer):
             return None
         cot_buffers = cotangents(cot_states, "momentum_buffer", params)
         if hyper["nesterov"]:
-            cot_buffers = plus(L.scale(cot_directions, momentum), cot_buffers)
+            cot_buffers = plus(cot_buffers, cot_directions, momentum)
         else:
-            cot_buffers = plus(cot_directions, cot_buffers)
+            cot_buffers = plus(cot_buffers, cot_directions)
         cot_grads = L.scale(cot_buffers, keep) if all(started) and keep != 1 else cot_buffers
         if hyper["nesterov"]:
             cot_grads = L.add(cot_grads, cot_directions)

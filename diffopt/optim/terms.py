@@ -96,11 +96,11 @@ def cotangents(cot_states: Sequence[Entries], key: str, params: Tensors) -> Tens
     return column(cot_states, key, params) if any(key in c for c in cot_states) else None
 
 
-def plus(xs: Tensors, ys: Tensors | None) -> Tensors:
-    """x + y, where y may stand for zero."""
-    return xs if ys is None else L.add(xs, ys)
+def plus(ys: Tensors | None, xs: Tensors, c: Coefficient = 1.0) -> Tensors:
+    """y + c·x, where y may stand for zero."""
+    return L.scale(xs, c) if ys is None else L.add(ys, xs, c)
 
 
 def average_of_squares(averages: Tensors, grads: Tensors, beta: Scalar) -> Tensors:
     """β v + (1 − β) g²."""
-    return L.addcmul(L.scale(averages, beta), grads, grads, 1 - beta)
+    return L.addcmul(L.scale(averages, beta), grads, grads, 1 - beta, give_up=True)
