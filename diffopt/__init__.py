@@ -2,24 +2,47 @@
 
 from diffopt._unroll import unroll
 from diffopt._unrolled import Unrolled
-from diffopt.adjoint import Adjoint, Binomial, Segmented, StoreAll
+from diffopt.adjoint import (
+    CG,
+    Adjoint,
+    Binomial,
+    ConvergenceWarning,
+    FirstOrder,
+    Implicit,
+    Neumann,
+    NormalCG,
+    Segmented,
+    Solution,
+    Solver,
+    StoreAll,
+    Truncated,
+)
 from diffopt.optim import SGD, Adam, AdamW, Momentum, Optimizer, RMSprop, register
 from diffopt.schedule import Plan
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CG",
     "SGD",
     "Adam",
     "AdamW",
     "Adjoint",
     "Binomial",
+    "ConvergenceWarning",
+    "FirstOrder",
+    "Implicit",
     "Momentum",
+    "Neumann",
+    "NormalCG",
     "Optimizer",
     "Plan",
     "RMSprop",
     "Segmented",
+    "Solution",
+    "Solver",
     "StoreAll",
+    "Truncated",
     "Unrolled",
     "register",
     "unroll",

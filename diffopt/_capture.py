@@ -159,6 +159,11 @@ class Captured:
         """Indices into ``tensors`` of what the step uses (position in the loop, from 0)."""
         return self._at[step]
 
+    def used_after_loss(self, step: int) -> bool:
+        """Whether the step uses any of the tensors outside its loss and the gradient of that."""
+        parts = self._parts[step]
+        return any(parts[part] for part in parts.keys() - {"loss", "gradient"})
+
     def edges(self, step: int) -> list[Tensor | GradientEdge]:
         """What to differentiate a step's graph with respect to, in the order of ``at``."""
         chosen = [self.tensors[i] for i in self._at[step]]

@@ -139,10 +139,10 @@ def _backward(
                 linearization = loop.linearize(state, start)
                 state = None
             loss_cotangent = None if loss_cotangents is None else loss_cotangents[start]
-            cotangent, contributions = loop.vjp(
+            cotangent, found = loop.vjp(
                 linearization, start, cotangent, loss_cotangent, retain_graph=keep
             )
-            captured.add(contributions)
+            captured.add(loop.captured.at(start), found)
             del linearization
         elif kind == "free":
             del kept.snapshots[start]

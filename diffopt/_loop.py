@@ -226,12 +226,12 @@ class Loop:
         loss_cotangent: Tensor | None,
         *,
         retain_graph: bool = False,
-    ) -> tuple[Cotangent, list[tuple[int, Tensor]]]:
+    ) -> tuple[Cotangent, list[Tensor | None]]:
         """One vector-Jacobian product.
 
         Returns:
             the cotangent of the state before the step, and those of the captured tensors that
-            the step uses, with their indices.
+            the step uses, in the order of ``captured.at(t)``.
         """
         state_cotangent = self.clipped(state_cotangent)
         with self.captured.sealed(t) as shared:
@@ -242,8 +242,7 @@ class Loop:
                 retain_graph=retain_graph or shared,
             )
         self.progress.backward()
-        indexed = zip(self.captured.at(t), captured, strict=True)
-        return before, [(i, g) for i, g in indexed if g is not None]
+        return before, captured
 
     def clipped(self, cotangent: Cotangent) -> Cotangent:
         """``cotangent`` with the parameters' part scaled to at most ``max_cotangent_norm``."""
@@ -284,8 +283,9 @@ class CapturedSum:
     def __init__(self, captured: Captured) -> None:
         self.total: list[Tensor | None] = [None] * len(captured.tensors)
 
-    def add(self, contributions: Sequence[tuple[int, Tensor]]) -> None:
-        for i, g in contributions:
+    def add(self, indices: Sequence[int], cotangents: Sequence[Tensor | None]) -> None:
+        """Add one step's, as ``Captured.at`` and ``Loop.vjp`` give them."""
+        for i, g in zip(indices, cotangents, strict=True):
             self.total[i] = add(self.total[i], g)
 
 

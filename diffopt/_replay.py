@@ -69,10 +69,8 @@ def _forward(
     losses = []
     for t in range(loop.steps):
         state, loss, generators = _step(loop, t, generators, state, captured)
-        if loop.max_cotangent_norm is not None:
-            bound = loop.max_cotangent_norm, loop.tasks
-            clipped = _ClipCotangent.apply(bound, *state.params.values())  # type: ignore[no-untyped-call]
-            state = State(dict(zip(state.params, clipped, strict=True)), state.opt, state.buffers)
+        params = clip_cotangent(state.params, loop.max_cotangent_norm, loop.tasks)
+        state = State(params, state.opt, state.buffers)
         losses.append(loss)
     return state, losses
 
@@ -115,6 +113,16 @@ def _step(
     assert loss is not None
     new: dict[Path, Any] = dict(zip(loop.step.differentiable(template[0]), flowing, strict=True))
     return template[0].replace(new), loss, after[0]
+
+
+def clip_cotangent(
+    params: Mapping[str, Tensor], max_norm: float | None, tasks: int | None
+) -> Mapping[str, Tensor]:
+    """``params``, with a bound on what flows back to them."""
+    if max_norm is None:
+        return params
+    clipped = _ClipCotangent.apply((max_norm, tasks), *params.values())  # type: ignore[no-untyped-call]
+    return dict(zip(params, clipped, strict=True))
 
 
 class _ClipCotangent(torch.autograd.Function):

@@ -101,7 +101,7 @@ class InnerStep:
             params = {name: x.detach() for name, x in params.items()}
         with torch.set_grad_enabled(connected or watch is not None):
             grads, hyper = self._prepared(found, params, t, own, watch)
-            new_params, new_opt = self._update(hyper, params, grads, state.opt)
+            new_params, new_opt = self.update(hyper, params, grads, state.opt)
             if watch is not None:
                 own += [*_present(grads).values(), *tensors_in(hyper)]
                 watch("update", _values(new_params, new_opt), own)
@@ -174,13 +174,14 @@ class InnerStep:
         changed = self.loss.transform_grads(self.grad_transform, _present(grads))
         return _checked_grads(changed, params)
 
-    def _update(
+    def update(
         self,
         hyper: Sequence[Hyper],
         params: Mapping[str, Tensor],
         grads: Mapping[str, Tensor | None],
         opt_state: Mapping[str, Mapping[str, Tensor]],
     ) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+        """Apply the rule."""
         return self.opt.update(params, grads, opt_state, hyper=hyper, groups=self.groups)
 
     def differentiable(self, state: State) -> dict[Path, Tensor]:
@@ -211,7 +212,7 @@ class InnerStep:
         with torch.enable_grad():
             grads, hyper = self._prepared(found, state.params, t, leaves.values(), watch)
         return Linearization(
-            self, self.first_step + t, state, leaves, loss, grads, hyper, buffers, aux
+            self, self.first_step + t, state, leaves, loss, found, grads, hyper, buffers, aux
         )
 
 
@@ -221,6 +222,11 @@ class Linearization:
     Its derivative has two parts. The update of the optimizer is differentiated on its own, from
     the values of the gradients; what flows to them goes back through the graph of the loss, which
     is differentiated a second time.
+
+    Attributes:
+        inner_grads: the gradients of the loss, by name, with their graph.
+        grads: what the update is given: the same after ``grad_transform``.
+        hyper: the hyperparameters at the step.
     """
 
     def __init__(
@@ -230,6 +236,7 @@ class Linearization:
         state: State,
         leaves: dict[Path, Tensor],
         loss: Tensor,
+        inner_grads: Mapping[str, Tensor | None],
         grads: Mapping[str, Tensor | None],
         hyper: Sequence[Hyper],
         buffers: dict[str, Tensor],
@@ -240,8 +247,9 @@ class Linearization:
         self._state = state
         self._leaves = leaves
         self._loss = loss
-        self._grads = grads
-        self._hyper = hyper
+        self.hyper = hyper
+        self.inner_grads = inner_grads
+        self.grads = grads
         self._buffers = buffers
         self._aux = aux
         self._loaded = step.loss.slots.loaded
@@ -249,11 +257,11 @@ class Linearization:
     def advance(self, watch: Watch | None = None) -> StepResult:
         """What the step gives, cut from the graph. ``watch`` is shown the graph of the update."""
         params = {name: x.detach() for name, x in self._state.params.items()}
-        grads = {name: g if g is None else g.detach() for name, g in self._grads.items()}
+        grads = {name: g if g is None else g.detach() for name, g in self.grads.items()}
         with torch.set_grad_enabled(watch is not None):
-            new_params, new_opt = self._step._update(self._hyper, params, grads, self._state.opt)
+            new_params, new_opt = self._step.update(self.hyper, params, grads, self._state.opt)
             if watch is not None:
-                watch("update", _values(new_params, new_opt), tensors_in(self._hyper))
+                watch("update", _values(new_params, new_opt), tensors_in(self.hyper))
         new = State(new_params, new_opt, self._buffers)
         return StepResult(new.detach(), self._loss.detach(), self._aux)
 
@@ -283,11 +291,11 @@ class Linearization:
         update = update_vjp(
             self._step.opt,
             self._state.params,
-            self._grads,
+            self.grads,
             self._state.opt,
             by_kind["params"],
             by_kind["opt"],
-            hyper=self._hyper,
+            hyper=self.hyper,
             groups=self._step.groups,
             seen=captured,
             retain_graph=retain_graph,
@@ -296,31 +304,53 @@ class Linearization:
         for name, entries in update.state.items():
             before.update({("opt", name, key): c for key, c in entries.items()})
         candidates: list[tuple[Tensor | None, Tensor | None]] = [
-            (self._grads[name], c) for name, c in update.grads.items()
+            (self.grads[name], c) for name, c in update.grads.items()
         ]
         candidates += [(x, by_kind["buffers"].get(name)) for name, x in self._buffers.items()]
         candidates += [(self._loss, loss_cotangent)]
+        found, seen = self._pulled(candidates, captured, retain_graph)
+        for path, c in found.items():
+            total = add(before.get(path), c)
+            assert total is not None
+            before[path] = total
+        return before, [add(a, b) for a, b in zip(update.seen, seen, strict=True)]
+
+    def gradient_vjp(
+        self, cotangents: Mapping[str, Tensor], captured: Sequence[Any] = ()
+    ) -> tuple[dict[str, Tensor], list[Tensor | None]]:
+        """Pull cotangents of ``inner_grads`` back through the graph of the loss, which is kept.
+
+        Returns:
+            the product of the loss's Hessian with ``cotangents``, by parameter name, and the
+            cotangents of ``captured``.
+        """
+        candidates = [(self.inner_grads[name], c) for name, c in cotangents.items()]
+        found, seen = self._pulled(candidates, captured, retain_graph=True)
+        return {path[1]: c for path, c in found.items() if path[0] == "params"}, seen
+
+    def _pulled(
+        self,
+        candidates: Iterable[tuple[Tensor | None, Tensor | None]],
+        captured: Sequence[Any],
+        retain_graph: bool,
+    ) -> tuple[Cotangent, list[Tensor | None]]:
+        """The cotangents of the leaves and of ``captured``, from results and their cotangents."""
         pairs = [
             (x, c) for x, c in candidates if x is not None and c is not None and x.requires_grad
         ]
         if not pairs:
-            return before, update.seen
-        inputs = list(self._leaves.values())
+            return {}, [None] * len(captured)
         load_again(self._step.loss.slots, self._loaded)  # for what reads the module on the way back
         with second_derivative(self._number):
             found = torch.autograd.grad(
                 [x for x, _ in pairs],
-                [*inputs, *captured],
+                [*self._leaves.values(), *captured],
                 [c for _, c in pairs],
                 retain_graph=retain_graph,
                 allow_unused=True,
             )
-        for path, c in zip(self._leaves, found, strict=False):
-            total = add(before.get(path), c)
-            if total is not None:
-                before[path] = total
-        rest = found[len(inputs) :]
-        return before, [add(a, b) for a, b in zip(update.seen, rest, strict=True)]
+        cotangents = zip(self._leaves, found, strict=False)
+        return {p: c for p, c in cotangents if c is not None}, list(found[len(self._leaves) :])
 
 
 def _present(grads: Mapping[str, Tensor | None]) -> dict[str, Tensor]:

@@ -71,11 +71,15 @@ class Plan:
     """The actions that take ``steps`` steps forward and back, in order.
 
     ``predicted_peak_bytes`` is there where the plan was made from sizes in bytes, by ``budget``.
+    ``constant`` steps at the start are not gone back through. ``more_work`` is what is done besides
+    the steps and their vector-Jacobian products, in evaluations of a step.
     """
 
     steps: int
     actions: tuple[Action, ...] = field(repr=False)
     predicted_peak_bytes: int | None = None
+    constant: int = 0
+    more_work: float = 0.0
 
     @cached_property
     def counts(self) -> Counts:
@@ -105,9 +109,14 @@ class Plan:
         """The work relative to storing every graph: 1 + A / 3T, for A steps advanced over.
 
         Evaluating a step counts 1, with a graph or without. Differentiating that graph counts 2,
-        since a step is a gradient step itself. All graphs come to 3T; this plan, to A more.
+        since a step is a gradient step itself. All graphs come to 3T; this plan, to A more, and to
+        3 less for each step that is not gone back through.
         """
-        return 1 + self.counts.advanced / (3 * self.steps) if self.steps else 1.0
+        if self.steps == 0:
+            return 1.0
+        reversed_steps = self.steps - self.constant
+        work = 3 * reversed_steps + self.counts.advanced + self.more_work
+        return work / (3 * self.steps)
 
     @cached_property
     def forward_actions(self) -> tuple[Action, ...]:
@@ -262,6 +271,25 @@ def budget(
     return replace(plan, predicted_peak_bytes=counts.peak_bytes)
 
 
+def preceded(plan: Plan, steps: int) -> Plan:
+    """``plan`` after ``steps`` more steps, which are advanced over and not gone back through."""
+    if steps == 0:
+        return plan
+    later = (Action(kind, start + steps, stop + steps) for kind, start, stop in plan.actions)
+    return replace(
+        plan,
+        steps=plan.steps + steps,
+        actions=(Action("advance", 0, steps), *later),
+        constant=plan.constant + steps,
+    )
+
+
+def one_way(steps: int, more_work: float = 0.0) -> Plan:
+    """Advance over all steps, and go back through none."""
+    actions = (Action("advance", 0, steps),) if steps else ()
+    return Plan(steps, actions, constant=steps, more_work=more_work)
+
+
 def simulate(
     plan: Plan, *, state_bytes: int = 0, graph_bytes: int = 0, workspace_bytes: int = 0
 ) -> Counts:
@@ -305,7 +333,7 @@ def simulate(
             graphs.add(start)
             working, extra = stop, workspace - graph_bytes
         else:
-            legal = turn is not None and start + 1 == stop == left
+            legal = turn is not None and plan.constant < stop == left == start + 1
             legal = legal and (start in graphs or start == working)
             graphs.add(start)
             left, extra = start, workspace - graph_bytes
@@ -324,6 +352,7 @@ def simulate(
             graphs.discard(start)
             working = None
 
+    left -= plan.constant
     if left or snapshots or graphs:
         raise ValueError(
             f"the plan ends with {_plural(left, 'step')} still to reverse, snapshots "

@@ -2,7 +2,26 @@
 
 from diffopt.adjoint._base import Adjoint, Checkpointed
 from diffopt.adjoint._binomial import Binomial
+from diffopt.adjoint._first_order import FirstOrder
+from diffopt.adjoint._implicit import ConvergenceWarning, Implicit
 from diffopt.adjoint._segmented import Segmented
+from diffopt.adjoint._solvers import CG, Neumann, NormalCG, Solution, Solver
 from diffopt.adjoint._store_all import StoreAll
+from diffopt.adjoint._truncated import Truncated
 
-__all__ = ["Adjoint", "Binomial", "Checkpointed", "Segmented", "StoreAll"]
+__all__ = [
+    "CG",
+    "Adjoint",
+    "Binomial",
+    "Checkpointed",
+    "ConvergenceWarning",
+    "FirstOrder",
+    "Implicit",
+    "Neumann",
+    "NormalCG",
+    "Segmented",
+    "Solution",
+    "Solver",
+    "StoreAll",
+    "Truncated",
+]

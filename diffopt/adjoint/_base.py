@@ -27,6 +27,12 @@ from diffopt.schedule import Plan
 class Adjoint(ABC):
     """How ``diffopt.unroll`` computes the derivative. Subclass it to bring a way of your own."""
 
+    def plan(self, steps: int) -> Plan:
+        """What ``steps`` inner steps will take: the order of work, states held, work to do."""
+        raise NotImplementedError(
+            f"{self!r} makes no plan: define plan(steps) in its class, which returns a diffopt.Plan"
+        )
+
     @abstractmethod
     def forward(self, loop: Loop) -> tuple[State, Any]:
         """Take all steps of ``loop`` from ``loop.start``.
@@ -113,4 +119,13 @@ class Checkpointed(Adjoint):
         _, generators, _ = kept
         return differentiable_backward(
             loop, generators, start, captured, cotangent, loss_cotangents
+        )
+
+
+def refuse_cotangent_norm(adjoint: Adjoint, loop: Loop) -> None:
+    """For adjoints that take no vector-Jacobian product of a step."""
+    if loop.max_cotangent_norm is not None:
+        raise ValueError(
+            f"max_cotangent_norm={loop.max_cotangent_norm} bounds what flows back through each "
+            f"step, but {type(adjoint).__name__} goes back through none: leave it out"
         )

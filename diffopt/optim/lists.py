@@ -12,7 +12,9 @@ the operation. What is left of a rule without a graph is memory traffic, which t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import repeat
 from typing import Any, TypeGuard
 
@@ -23,6 +25,21 @@ from torch.autograd import forward_ad
 from diffopt.optim.scalars import Coefficient, Scalar, has_tangent, in_functorch
 
 Tensors = list[Tensor]
+
+_one_by_one = ContextVar("one_by_one", default=False)
+
+
+@contextmanager
+def one_by_one() -> Iterator[None]:
+    """Within it every tensor gets its own operation.
+
+    Autograd saves all operands of a ``_foreach`` operation, whether a derivative needs them or not.
+    """
+    token = _one_by_one.set(True)
+    try:
+        yield
+    finally:
+        _one_by_one.reset(token)
 
 
 def fit(value: Scalar, x: Tensor) -> Scalar:
@@ -44,18 +61,18 @@ def _each(value: Coefficient, xs: Tensors) -> Iterable[Scalar]:
 
 
 def _one_call() -> bool:
-    return not in_functorch()
+    return not in_functorch() and not _one_by_one.get()
 
 
 def _one_call_with(c: Coefficient) -> TypeGuard[Any]:
     """Whether one call serves an operation that takes a number."""
-    return not isinstance(c, (Tensor, Sequence)) and not in_functorch()
+    return not isinstance(c, (Tensor, Sequence)) and _one_call()
 
 
 def _one_call_with_many(c: Coefficient) -> TypeGuard[Any]:
     """Whether one call serves an operation that takes a number, or one for each tensor."""
     values = c if isinstance(c, Sequence) else (c,)
-    return not any(isinstance(v, Tensor) for v in values) and not in_functorch()
+    return not any(isinstance(v, Tensor) for v in values) and _one_call()
 
 
 def _may_overwrite() -> bool:
@@ -155,8 +172,9 @@ def addcdiv(xs: Tensors, ys: Tensors, zs: Tensors, c: Coefficient = 1.0) -> Tens
     # has rows (seen in PyTorch 2.13): it serves where there is none.
     if _one_call_with_many(c) and not _carry_derivative(zs):
         return list(torch._foreach_addcdiv(xs, ys, zs, c))
+    apart = _one_by_one.get()  # torch.addcdiv, too, saves more than is needed
     return [
-        x + k * y / z if isinstance(k, Tensor) else torch.addcdiv(x, y, z, value=k)
+        x + k * y / z if apart or isinstance(k, Tensor) else torch.addcdiv(x, y, z, value=k)
         for x, y, z, k in zip(xs, ys, zs, _each(c, xs), strict=True)
     ]
 

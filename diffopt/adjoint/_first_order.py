@@ -1,0 +1,187 @@
+"""Take the inner gradients as constants."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
+
+from diffopt import schedule
+from diffopt._executor import Kept, run_backward
+from diffopt._loop import Loop
+from diffopt._replay import clip_cotangent, differentiable_backward
+from diffopt._snapshots import Snapshots
+from diffopt._state import Cotangent, State
+from diffopt._step import Linearization
+from diffopt._tree import Path
+from diffopt.adjoint._base import Adjoint
+from diffopt.optim.lists import one_by_one
+from diffopt.schedule import Plan
+
+
+@dataclass(frozen=True)
+class FirstOrder(Adjoint):
+    """First-order MAML: every inner gradient is taken as a constant.
+
+    What is left of a step's derivative is the update rule's own: for gradient descent without
+    weight decay the identity, so that the gradient at the result becomes the gradient of the start
+    (Finn, Abbeel and Levine, "Model-agnostic meta-learning", ICML 2017, section 5.2). Learning
+    rates and other hyperparameters of the optimizer still get the gradient that the rule gives
+    them, and what ``grad_transform`` uses too; the inner losses of the result are differentiated as
+    ever. What only the loss uses gets nothing through the weights. Approximate, by the terms with
+    second derivatives of the loss.
+
+    No second-order graph is built. Where only the weights learn, and the rule is linear in them, as
+    all are without coupled weight decay, one state is kept, and of each step the few nodes of its
+    update's graph, without a tensor. Else states are kept as ``Segmented`` does. Where that turns
+    out on the way back, because the gradient of ``losses`` is wanted, the steps are computed once
+    more.
+
+    Cost: one evaluation a step and its update twice; with states, as ``Segmented``, at a gradient
+    less for each step.
+    """
+
+    def plan(self, steps: int) -> Plan:
+        """``Segmented``'s plan: an upper bound, where only the weights learn."""
+        return schedule.segmented(steps)
+
+    def forward(self, loop: Loop) -> tuple[State, Any]:
+        loop = loop.first_order()
+        plan = self.plan(loop.steps)
+        wanted = {action.start for action in plan.forward_actions if action.kind == "save"}
+        kept = Kept(Snapshots())
+        chain = _Chain(loop)
+        generators, state = loop.generators.get(), loop.start
+        for t in range(loop.steps):
+            if t == 0 or (t in wanted and not chain.suffices):
+                kept.save(t, loop.snapshot(state))
+            linearization, state = loop.first_recorded(state, t)
+            chain.extend(linearization, t)
+            del linearization
+        chain.finish()
+        return state, (loop, plan, generators, kept, chain)
+
+    def backward(
+        self,
+        loop: Loop,
+        kept: tuple[Loop, Plan, tuple[Tensor, ...], Kept, _Chain],
+        cotangent: Cotangent,
+        loss_cotangents: Tensor | None,
+        *,
+        keep: bool,
+    ) -> tuple[Cotangent, list[Tensor | None]]:
+        loop, plan, _, remains, chain = kept
+        if chain.suffices and loss_cotangents is None:
+            return chain.vjp(cotangent, keep), [None] * len(loop.captured.tensors)
+        _complete(loop, plan, remains)
+        return run_backward(loop, plan, remains, cotangent, loss_cotangents, keep=keep)
+
+    def differentiable_backward(
+        self,
+        loop: Loop,
+        kept: tuple[Loop, Plan, tuple[Tensor, ...], Kept, _Chain],
+        start: Mapping[Path, Tensor],
+        captured: Sequence[Tensor],
+        cotangent: Cotangent,
+        loss_cotangents: Tensor | None,
+    ) -> tuple[Cotangent, list[Tensor | None]]:
+        loop, _, generators, _, _ = kept
+        return differentiable_backward(
+            loop, generators, start, captured, cotangent, loss_cotangents
+        )
+
+
+def _complete(loop: Loop, plan: Plan, kept: Kept) -> None:
+    """Save the states that the plan saves in the forward pass and that were not."""
+    saves = [action.start for action in plan.forward_actions if action.kind == "save"]
+    missing = [t for t in saves if t not in kept.snapshots]
+    if not missing:
+        return
+    state = loop.restored(kept.snapshots[0])
+    for t in range(missing[-1]):
+        state = loop.again(state, t)
+        if t + 1 in missing:
+            kept.save(t + 1, loop.snapshot(state))
+
+
+class _Chain:
+    """The graph of the updates alone, from the start on, for as long as it holds no tensors.
+
+    The gradients in it are constants. Where the update is linear in what it hands on, autograd has
+    nothing to save for its derivative but numbers, and the chain takes the place of the states.
+
+    Attributes:
+        suffices: whether it is the whole derivative of the steps so far, losses apart.
+    """
+
+    def __init__(self, loop: Loop) -> None:
+        self.suffices = True
+        self._loop = loop
+        self._leaves = {
+            path: loop.start.tensors()[path].detach().requires_grad_()
+            for path, x in loop.inputs.items()
+            if path[0] == "params" or x.requires_grad
+        }
+        self._state = loop.start.replace(self._leaves)
+        self._ends: dict[Path, GradientEdge] = {}
+
+    def extend(self, linearization: Linearization, t: int) -> None:
+        """Add the update of a step that was just taken."""
+        if not self.suffices:
+            return
+        loop, saved = self._loop, _Saved()
+        gradients = {n: None if g is None else g.detach() for n, g in linearization.grads.items()}
+        with torch.enable_grad(), one_by_one(), saved_tensors_hooks(saved.pack, saved.unpack):
+            params, opt = loop.step.update(
+                linearization.hyper, self._state.params, gradients, self._state.opt
+            )
+            bounded = clip_cotangent(params, loop.max_cotangent_norm, loop.tasks)
+        self._state = State(bounded, opt, self._state.buffers)
+        learned = loop.captured.used_after_loss(t) or loop.step.loss.buffers.tracked
+        self.suffices = not learned and not saved.tensors
+        if not self.suffices:
+            self._drop()
+
+    def finish(self) -> None:
+        """Keep the ends of the graph only, not the values there."""
+        self._ends = {
+            path: get_gradient_edge(x)
+            for path, x in self._state.tensors().items()
+            if x.requires_grad
+        }
+        self._state = self._loop.start
+
+    def _drop(self) -> None:
+        self._leaves, self._state = {}, self._loop.start
+
+    def vjp(self, cotangent: Cotangent, keep: bool) -> Cotangent:
+        """The cotangent of the start."""
+        pairs = [(end, cotangent[path]) for path, end in self._ends.items() if path in cotangent]
+        if not pairs:
+            return {}
+        found = torch.autograd.grad(
+            [end for end, _ in pairs],
+            list(self._leaves.values()),
+            [c for _, c in pairs],
+            retain_graph=keep,
+            allow_unused=True,
+        )
+        return {p: g for p, g in zip(self._leaves, found, strict=True) if g is not None}
+
+
+class _Saved:
+    """Notes whether autograd saves tensors for a derivative; single numbers do not count."""
+
+    def __init__(self) -> None:
+        self.tensors = False
+
+    def pack(self, x: Tensor) -> Tensor:
+        self.tensors |= x.numel() > 1
+        return x
+
+    def unpack(self, x: Tensor) -> Tensor:
+        return x

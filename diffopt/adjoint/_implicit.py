@@ -1,0 +1,161 @@
+"""Differentiate the condition that training has converged."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffopt import schedule
+from diffopt._loop import CapturedSum, Loop
+from diffopt._snapshots import Snapshot
+from diffopt._state import Cotangent, State
+from diffopt.adjoint._base import Adjoint, refuse_cotangent_norm
+from diffopt.adjoint._solvers import CG, Product, Solution, Solver, Vector
+from diffopt.schedule import Plan
+
+
+class ConvergenceWarning(RuntimeWarning):
+    """An implicit derivative was taken where its conditions do not hold."""
+
+
+@dataclass(frozen=True)
+class Implicit(Adjoint):
+    """The derivative at a stationary point, by the implicit function theorem.
+
+    Where training ends at θ* with ∇_θ L(θ*, φ) = 0, L being the last step's loss, that equation
+    alone ties θ* to everything that L uses:
+
+        dθ*/dφ = −H⁻¹ ∂²L/∂θ∂φ,   H = ∂²L/∂θ².
+
+    How training got there has no influence. So nothing is delivered to the start, and nothing to
+    what only the optimizer uses, its learning rate and weight decay among them: regularization
+    belongs into the loss. iMAML is the loss with λ/2 ‖θ − θ₀‖² added, where θ₀ are the module's own
+    parameters, captured; these then get their gradient (Rajeswaran, Finn, Kakade and Levine,
+    "Meta-learning with implicit gradients", NeurIPS 2019). The system is solved by products with H
+    (Pedregosa, "Hyperparameter optimization with approximate gradient", ICML 2016).
+
+    Only ``params`` of the result are differentiated. The last loss is evaluated at the last
+    parameters and buffers, with the random numbers of the last step.
+
+    Args:
+        solver: ``CG``, ``NormalCG`` or ``Neumann``, or a ``Solver`` of your own.
+        gradient_tol: the largest norm of ∇_θ L at the end that passes for zero.
+        report: called after each solve with its ``Solution``: residual, products with H, and what
+            went wrong, if anything.
+
+    Warns:
+        ConvergenceWarning: in the backward pass, where the norm of ∇_θ L is above
+            ``gradient_tol``, or the solver did not converge.
+
+    Raises:
+        NotImplementedError: in the backward pass, where a gradient flows to ``losses``,
+            ``opt_state`` or ``buffers`` of the result, or is to be differentiated again.
+
+    Cost: one state and the graph of one step; two gradients and the solver's products with H, of
+    about two gradients each, for any number of steps.
+    """
+
+    solver: Solver = field(default_factory=CG)
+    gradient_tol: float = 1e-3
+    report: Callable[[Solution], Any] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.solver, Solver):
+            raise TypeError(
+                f"solver is a {type(self.solver).__name__}: pass one such as diffopt.CG()"
+            )
+        if not self.gradient_tol >= 0:
+            raise ValueError(f"gradient_tol is {self.gradient_tol}: pass a number from 0 on")
+
+    def plan(self, steps: int) -> Plan:
+        """One way, with the most products with H that the solver may take, and the last graph."""
+        return schedule.one_way(steps, more_work=4.0 + 2 * self.solver.most_products)
+
+    def forward(self, loop: Loop) -> tuple[State, Any]:
+        refuse_cotangent_norm(self, loop)
+        state = loop.start
+        if loop.steps == 0:
+            return state, None
+        for t in range(loop.steps - 1):
+            state = loop.pass_over(state, t)
+        last = loop.rest(state, loop.steps - 1)
+        generators = loop.generators.get()
+        state = last.first(state, 0)
+        return state, (last, Snapshot(state, generators))
+
+    def backward(
+        self,
+        loop: Loop,
+        kept: tuple[Loop, Snapshot] | None,
+        cotangent: Cotangent,
+        loss_cotangents: Tensor | None,
+        *,
+        keep: bool,
+    ) -> tuple[Cotangent, list[Tensor | None]]:
+        unused: list[Tensor | None] = [None] * len(loop.captured.tensors)
+        if kept is None:
+            return {}, unused
+        _refuse_all_but_params(cotangent, loss_cotangents)
+        last, snapshot = kept
+        linearization = last.linearize(last.restored(snapshot), 0)
+        gradient = {n: g for n, g in linearization.inner_grads.items() if g is not None}
+        self._check_stationary(gradient.values())
+
+        def product(v: Vector) -> Vector:
+            found, _ = linearization.gradient_vjp(dict(zip(gradient, v, strict=True)))
+            return [found.get(n, torch.zeros_like(x)) for n, x in gradient.items()]
+
+        b = [cotangent.get(("params", n), torch.zeros_like(g)) for n, g in gradient.items()]
+        if not any(x.any() for x in b):
+            return {}, unused
+        solution = self._solved(product, b)
+        x = {name: -v for name, v in zip(gradient, solution.x, strict=True)}
+        with last.captured.sealed(0):
+            _, found = linearization.gradient_vjp(x, last.captured.edges(0))
+        captured = CapturedSum(last.captured)
+        captured.add(last.captured.at(0), found)
+        return {}, captured.total
+
+    def _solved(self, product: Product, b: Vector) -> Solution:
+        solution = self.solver.solve(product, b)
+        if self.report is not None:
+            self.report(solution)
+        if solution.trouble:
+            warnings.warn(
+                f"the solver of Implicit, {self.solver!r}, {solution.trouble}. Its relative "
+                f"residual is {solution.residual:.1e} after {solution.products} products with the "
+                "Hessian",
+                ConvergenceWarning,
+                stacklevel=2,
+            )
+        return solution
+
+    def _check_stationary(self, gradient: Iterable[Tensor]) -> None:
+        norm = math.sqrt(sum(float(g.detach().square().sum()) for g in gradient))
+        if not norm <= self.gradient_tol:
+            warnings.warn(
+                f"Implicit differentiates a stationary point, but the inner gradient has norm "
+                f"{norm:.1e} at the end, above gradient_tol={self.gradient_tol}: take more steps, "
+                "put weight decay into the loss, or use diffopt.Segmented(), which needs no "
+                "convergence",
+                ConvergenceWarning,
+                stacklevel=2,
+            )
+
+
+def _refuse_all_but_params(cotangent: Cotangent, loss_cotangents: Tensor | None) -> None:
+    others = ["losses"] if loss_cotangents is not None else []
+    others += [
+        "opt_state" if path[0] == "opt" else "buffers" for path in cotangent if path[0] != "params"
+    ]
+    if others:
+        raise NotImplementedError(
+            f"a gradient flows to {others[0]} of the result, but Implicit() differentiates its "
+            f"params only: compute the outer loss from these, or detach {others[0]}"
+        )

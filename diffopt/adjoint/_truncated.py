@@ -1,0 +1,108 @@
+"""Go back through the last steps only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from diffopt import schedule
+from diffopt._loop import Loop
+from diffopt._state import Cotangent, State
+from diffopt._tree import Path
+from diffopt.adjoint._base import Adjoint
+from diffopt.adjoint._segmented import Segmented
+from diffopt.schedule import Plan, check_int
+
+
+@dataclass(frozen=True)
+class Truncated(Adjoint):
+    """Backpropagation through the last ``window`` steps: the state before them is a constant.
+
+    That state is everything which a step hands to the next: parameters, optimizer state and
+    buffers. So nothing is delivered to the start, and to any other tensor only what it contributes
+    in the window, the losses of the window included. Approximate: the terms left out are small
+    where the inner problem forgets its past, as close to a minimum, and lead astray where it does
+    not (Shaban et al., "Truncated back-propagation for bilevel optimization", AISTATS 2019; Wu et
+    al., "Understanding short-horizon bias in stochastic meta-optimization", ICLR 2018).
+
+    Args:
+        window: how many steps to go back through. With as many as there are, only the start goes
+            without its gradient; with more, nothing is left out.
+        inner: how the derivative of the window is computed.
+
+    Raises:
+        TypeError: ``window`` is not an int, or ``inner`` not an adjoint.
+        ValueError: ``window`` is below 1.
+
+    Cost: that of ``inner`` for the window; the steps before are evaluated once and nothing of them
+    is kept.
+    """
+
+    window: int
+    inner: Adjoint = field(default_factory=Segmented)
+
+    def __post_init__(self) -> None:
+        check_int("window", self.window, 1, "write window=10 for the last ten steps")
+        if not isinstance(self.inner, Adjoint):
+            raise TypeError(
+                f"inner is a {type(self.inner).__name__}: pass an adjoint, such as "
+                "diffopt.Segmented()"
+            )
+
+    def plan(self, steps: int) -> Plan:
+        """``inner``'s plan, after the steps that are only advanced over."""
+        before = max(steps - self.window, 0)
+        return schedule.preceded(self.inner.plan(steps - before), before)
+
+    def forward(self, loop: Loop) -> tuple[State, Any]:
+        before = loop.steps - self.window
+        if before < 0:
+            state, kept = self.inner.forward(loop)
+            return state, (0, loop, kept)
+        state = loop.start
+        for t in range(before):
+            state = loop.pass_over(state, t)
+        window = loop.rest(state, before)
+        state, kept = self.inner.forward(window)
+        return state, (before, window, kept)
+
+    def backward(
+        self,
+        loop: Loop,
+        kept: tuple[int, Loop, Any],
+        cotangent: Cotangent,
+        loss_cotangents: Tensor | None,
+        *,
+        keep: bool,
+    ) -> tuple[Cotangent, list[Tensor | None]]:
+        before, window, remains = kept
+        found, captured = self.inner.backward(
+            window, remains, cotangent, _later(loss_cotangents, before), keep=keep
+        )
+        return {path: g for path, g in found.items() if path in window.inputs}, captured
+
+    def differentiable_backward(
+        self,
+        loop: Loop,
+        kept: tuple[int, Loop, Any],
+        start: Mapping[Path, Tensor],
+        captured: Sequence[Tensor],
+        cotangent: Cotangent,
+        loss_cotangents: Tensor | None,
+    ) -> tuple[Cotangent, list[Tensor | None]]:
+        before, window, remains = kept
+        return self.inner.differentiable_backward(
+            window,
+            remains,
+            {path: x for path, x in start.items() if path in window.inputs},
+            captured,
+            cotangent,
+            _later(loss_cotangents, before),
+        )
+
+
+def _later(loss_cotangents: Tensor | None, before: int) -> Tensor | None:
+    return None if loss_cotangents is None else loss_cotangents[before:]
