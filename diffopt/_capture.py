@@ -15,7 +15,7 @@ The walk stops there; what lies behind belongs to the caller's graph.
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -58,6 +58,12 @@ class Captured:
         for x in tensors:
             if x.requires_grad and not x.is_leaf:
                 self._offered[_edge(x)] = x
+
+    def include(self, tensors: Iterable[Tensor]) -> list[int]:
+        """Count tensors among the captured ones, used or not. Gives their indices."""
+        tensors = list(tensors)
+        self.offer(tensors)
+        return [self._position(end_of(x)) for x in tensors]
 
     def is_known(self, end: End) -> bool:
         """Whether the tensor at this end is known: a leaf always is, a non-leaf once offered."""
@@ -213,6 +219,35 @@ class TensorsSeen(TorchFunctionMode):
             if x.requires_grad and not x.is_leaf and (edge := _edge(x)) in self._wanted:
                 self.found[edge] = x
         return func(*args, **(kwargs or {}))
+
+
+def end_of(x: Tensor) -> End:
+    """Where a walk that comes to ``x`` ends."""
+    return x if x.is_leaf else _edge(x)
+
+
+def is_same(x: Tensor, y: Tensor) -> bool:
+    """Whether a walk ends in the same way at both."""
+    return x is y or (not x.is_leaf and not y.is_leaf and _edge(x) == _edge(y))
+
+
+def first_behind(x: Tensor, tensors: Sequence[Tensor]) -> int | None:
+    """The index of a tensor that ``x`` was computed from, by way of none of the others."""
+    index = {end_of(y): i for i, y in enumerate(tensors)}
+    if x.is_leaf or end_of(x) in index:
+        return None
+    seen: set[Any] = set()
+    edges: list[Any] = list(get_gradient_edge(x).node.next_functions)
+    while edges:
+        edge = edges.pop()
+        if edge[0] is None or edge in seen:
+            continue
+        seen.add(edge)
+        end = getattr(edge[0], "variable", edge)
+        if end in index:
+            return index[end]
+        edges.extend(edge[0].next_functions)
+    return None
 
 
 def _edge(x: Tensor) -> Edge:

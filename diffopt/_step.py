@@ -96,11 +96,11 @@ class InnerStep:
             for name, x in state.params.items()
         }
         own = [*params.values(), *(x for x in state.tensors().values() if x.requires_grad)]
-        loss, aux, buffers, found = self._evaluate(params, state.buffers, t, own, connected, watch)
+        loss, aux, buffers, found = self.evaluate(params, state.buffers, t, own, connected, watch)
         if not connected:
             params = {name: x.detach() for name, x in params.items()}
         with torch.set_grad_enabled(connected or watch is not None):
-            grads, hyper = self._prepared(found, params, t, own, watch)
+            grads, hyper = self.prepared(found, params, t, own, watch)
             new_params, new_opt = self.update(hyper, params, grads, state.opt)
             if watch is not None:
                 own += [*_present(grads).values(), *tensors_in(hyper)]
@@ -110,14 +110,14 @@ class InnerStep:
             return StepResult(new, loss, aux)
         return StepResult(new.detach(), loss.detach(), aux)
 
-    def _evaluate(
+    def evaluate(
         self,
         params: Mapping[str, Tensor],
         buffers: Mapping[str, Tensor],
         t: int,
         own: Iterable[Tensor],
         connected: bool,
-        watch: Watch | None,
+        watch: Watch | None = None,
     ) -> tuple[Tensor, Any, dict[str, Tensor], dict[str, Tensor | None]]:
         """The loss, the user's extras, the buffers afterwards, and the gradients."""
         with self.hooks.acting(), torch.enable_grad():
@@ -148,13 +148,13 @@ class InnerStep:
             )
         return dict(zip(params, found, strict=True))
 
-    def _prepared(
+    def prepared(
         self,
         found: Mapping[str, Tensor | None],
         params: Mapping[str, Tensor],
         t: int,
-        own: Iterable[Tensor],
-        watch: Watch | None,
+        own: Iterable[Tensor] = (),
+        watch: Watch | None = None,
     ) -> tuple[Mapping[str, Tensor | None], list[Hyper]]:
         """What the update is given beside the state: gradients and hyperparameters."""
         grads = self._transformed(found, params)
@@ -208,9 +208,9 @@ class InnerStep:
         }
         state = state.replace(leaves)
         own = leaves.values()
-        loss, aux, buffers, found = self._evaluate(state.params, state.buffers, t, own, True, watch)
+        loss, aux, buffers, found = self.evaluate(state.params, state.buffers, t, own, True, watch)
         with torch.enable_grad():
-            grads, hyper = self._prepared(found, state.params, t, leaves.values(), watch)
+            grads, hyper = self.prepared(found, state.params, t, leaves.values(), watch)
         return Linearization(
             self, self.first_step + t, state, leaves, loss, found, grads, hyper, buffers, aux
         )

@@ -3,6 +3,7 @@
 from diffopt.adjoint._base import Adjoint, Checkpointed
 from diffopt.adjoint._binomial import Binomial
 from diffopt.adjoint._first_order import FirstOrder
+from diffopt.adjoint._forward_mode import ForwardMode
 from diffopt.adjoint._implicit import ConvergenceWarning, Implicit
 from diffopt.adjoint._segmented import Segmented
 from diffopt.adjoint._solvers import CG, Neumann, NormalCG, Solution, Solver
@@ -16,6 +17,7 @@ __all__ = [
     "Checkpointed",
     "ConvergenceWarning",
     "FirstOrder",
+    "ForwardMode",
     "Implicit",
     "Neumann",
     "NormalCG",

@@ -1,0 +1,289 @@
+"""Carry tangents along with the steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffopt import schedule
+from diffopt._capture import first_behind, is_same
+from diffopt._loop import Loop
+from diffopt._replay import differentiable_backward
+from diffopt._state import Cotangent, State
+from diffopt._tangent import Tangent, pushed, pushed_by_transposition
+from diffopt._tree import Path, add, is_differentiable
+from diffopt.adjoint._base import Adjoint, refuse_cotangent_norm
+from diffopt.schedule import Plan
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ForwardMode(Adjoint):
+    """Exact derivatives with respect to a few numbers, in memory that does not depend on T.
+
+    The forward pass carries, beside the state, its derivative along each element of ``wrt``; the
+    backward pass multiplies these with what flows back to the result (Franceschi, Donini, Frasconi
+    and Pontil, "Forward and reverse gradient-based hyperparameter optimization", ICML 2017). A
+    step's tangent comes from forward mode over the reverse mode of the inner gradient, and where an
+    operation has no forward derivative, from differentiating the step in reverse twice.
+
+    Gradients are delivered to ``wrt`` alone: nothing else gets one. A tensor in ``wrt`` that no
+    step uses gets zeros.
+
+    Args:
+        wrt: tensors that require grad: hyperparameters, anything that the loss uses, initial
+            parameters. Each as the steps use it: of ``lr = log_lr.exp()``, computed before the
+            call, ``lr``; of ``lr=lambda t: log_lr.exp()``, ``log_lr``.
+
+    Raises:
+        TypeError: ``wrt`` is not made of tensors.
+        ValueError: one of them does not require grad; or one has an influence through a tensor
+            computed from it before the call; or ``max_cotangent_norm`` is given.
+
+    Cost: for n elements n tangents, each as large as the state; each step is evaluated n + 1 times,
+    the n at about three times the price. Differentiating the result again runs all steps once more
+    and holds T states.
+    """
+
+    wrt: Sequence[Tensor]
+
+    def __init__(self, wrt: Iterable[Tensor]) -> None:
+        if isinstance(wrt, Tensor) or not isinstance(wrt, Iterable):
+            raise TypeError(f"wrt is a {type(wrt).__name__}: pass a list of tensors, wrt=[...]")
+        tensors = list({id(x): x for x in wrt}.values())
+        for i, x in enumerate(tensors):
+            if not isinstance(x, Tensor):
+                raise TypeError(f"wrt[{i}] is a {type(x).__name__}: pass a list of tensors")
+            if not x.requires_grad or not is_differentiable(x):
+                raise ValueError(
+                    f"wrt[{i}], of shape {tuple(x.shape)}, does not require grad, so there is no "
+                    "gradient to deliver: pass tensors with requires_grad=True"
+                )
+        object.__setattr__(self, "wrt", tuple(tensors))
+
+    def __repr__(self) -> str:
+        return f"ForwardMode(wrt=<{len(self.wrt)} tensors, {self._elements} elements>)"
+
+    @property
+    def _elements(self) -> int:
+        return sum(x.numel() for x in self.wrt)
+
+    def plan(self, steps: int) -> Plan:
+        """One way, with a tangent for each element at the price of a step stored and reversed."""
+        return schedule.one_way(steps, more_work=3.0 * steps * self._elements)
+
+    def forward(self, loop: Loop) -> tuple[State, Any]:
+        refuse_cotangent_norm(self, loop)
+        loop.captured.include(self.wrt)
+        generators = loop.generators.get()
+        tangents = _Tangents(loop, self.wrt)
+        state = loop.start
+        for t in range(loop.steps):
+            before = loop.generators.get()
+            following = loop.first(state, t)
+            after = loop.generators.get()
+            tangents.push(state, t, before)
+            loop.generators.set(after)
+            state = following
+        self._check_no_detours(loop)
+        return state, (generators, tangents)
+
+    def _check_no_detours(self, loop: Loop) -> None:
+        for x in (*loop.captured.tensors, *loop.inputs.values()):
+            found = first_behind(x, self.wrt)
+            if found is not None:
+                raise ValueError(
+                    f"wrt[{found}] has an influence through a tensor of shape {tuple(x.shape)} "
+                    "that was computed from it before the call: pass that one in wrt, or let the "
+                    "steps compute it, such as by lr=lambda t: log_lr.exp()"
+                )
+
+    def backward(
+        self,
+        loop: Loop,
+        kept: tuple[tuple[Tensor, ...], _Tangents],
+        cotangent: Cotangent,
+        loss_cotangents: Tensor | None,
+        *,
+        keep: bool,
+    ) -> tuple[Cotangent, list[Tensor | None]]:
+        _, tangents = kept
+        return {}, self._delivered(loop, tangents.product(cotangent, loss_cotangents))
+
+    def differentiable_backward(
+        self,
+        loop: Loop,
+        kept: tuple[tuple[Tensor, ...], _Tangents],
+        start: Mapping[Path, Tensor],
+        captured: Sequence[Tensor],
+        cotangent: Cotangent,
+        loss_cotangents: Tensor | None,
+    ) -> tuple[Cotangent, list[Tensor | None]]:
+        generators, _ = kept
+        before, found = differentiable_backward(
+            loop, generators, start, captured, cotangent, loss_cotangents
+        )
+        totals = []
+        for w, index in zip(self.wrt, loop.captured.include(self.wrt), strict=True):
+            total = found[index]
+            for path, x in loop.inputs.items():
+                if is_same(x, w):
+                    total = add(total, before.get(path))
+            totals.append(torch.zeros_like(w) if total is None else total)
+        return {}, self._delivered(loop, totals)
+
+    def _delivered(self, loop: Loop, gradients: Sequence[Tensor]) -> list[Tensor | None]:
+        delivered: list[Tensor | None] = [None] * len(loop.captured.tensors)
+        for index, g in zip(loop.captured.include(self.wrt), gradients, strict=True):
+            delivered[index] = g
+        return delivered
+
+
+class _Tangents:
+    """The tangents of the state, one for each element of ``wrt``, and those of the losses."""
+
+    def __init__(self, loop: Loop, wrt: Sequence[Tensor]) -> None:
+        self._loop = loop
+        self._wrt = wrt
+        self._directions = [(i, j) for i, w in enumerate(wrt) for j in range(w.numel())]
+        self._index = loop.captured.include(wrt)
+        self._states: list[Tangent] = [
+            {p: self._unit(i, j) for p, x in loop.inputs.items() if is_same(x, wrt[i])}
+            for i, j in self._directions
+        ]
+        self._losses: list[dict[int, Tensor]] = [{} for _ in self._directions]
+        self._dual: bool | None = None  # whether forward mode serves; not tried yet
+
+    def _unit(self, i: int, j: int) -> Tensor:
+        unit = torch.zeros_like(self._wrt[i], requires_grad=False)
+        unit.view(-1)[j] = 1
+        return unit
+
+    def push(self, state: State, t: int, generators: tuple[Tensor, ...]) -> None:
+        """Carry the tangents over step ``t``, which starts with the generators as they are given.
+
+        The loop has taken the step already, so that it is known what it uses.
+        """
+        used = set(self._loop.captured.at(t))
+        moving = [
+            d
+            for d, (i, _) in enumerate(self._directions)
+            if self._states[d] or self._index[i] in used
+        ]
+        if not moving:
+            return
+        if self._dual is None:
+            self._dual = self._duals_serve(state, t, generators)
+        tangents = [self._states[d] for d in moving]
+        captured = [self._captured(d, used) for d in moving]
+        pushed = self._pushed(state, t, generators, tangents, captured)
+        for d, (tangent, loss) in zip(moving, pushed, strict=True):
+            self._states[d] = tangent
+            if loss is not None:
+                self._losses[d][t] = loss
+
+    def _captured(self, d: int, used: set[int]) -> dict[int, Tensor]:
+        i, j = self._directions[d]
+        return {self._index[i]: self._unit(i, j)} if self._index[i] in used else {}
+
+    def _pushed(
+        self,
+        state: State,
+        t: int,
+        generators: tuple[Tensor, ...],
+        tangents: Sequence[Tangent],
+        captured: Sequence[dict[int, Tensor]],
+    ) -> list[tuple[Tangent, Tensor | None]]:
+        if self._dual:
+            try:
+                return self._by_duals(state, t, generators, tangents, captured)
+            except RuntimeError:
+                self._dual = False
+        return self._by_transposition(state, t, generators, tangents, captured)
+
+    def _by_duals(
+        self,
+        state: State,
+        t: int,
+        generators: tuple[Tensor, ...],
+        tangents: Sequence[Tangent],
+        captured: Sequence[dict[int, Tensor]],
+    ) -> list[tuple[Tangent, Tensor | None]]:
+        results = []
+        for tangent, others in zip(tangents, captured, strict=True):
+            self._loop.generators.set(generators)
+            by_tensor = {self._loop.captured.tensors[i]: dx for i, dx in others.items()}
+            results.append(pushed(self._loop.step, state, t, tangent, by_tensor))
+        return results
+
+    def _by_transposition(
+        self,
+        state: State,
+        t: int,
+        generators: tuple[Tensor, ...],
+        tangents: Sequence[Tangent],
+        captured: Sequence[dict[int, Tensor]],
+    ) -> list[tuple[Tangent, Tensor | None]]:
+        loop = self._loop
+        loop.generators.set(generators)
+        others = [[given.get(i) for i in loop.captured.at(t)] for given in captured]
+        with loop.captured.sealed(t):
+            return pushed_by_transposition(
+                loop.step, state, t, tangents, loop.captured.edges(t), others
+            )
+
+    def _duals_serve(self, state: State, t: int, generators: tuple[Tensor, ...]) -> bool:
+        """Whether forward mode is there for all operations of a step, and right.
+
+        A forward derivative is a formula of its own: where it is not that of the reverse
+        derivative (written by hand, or a convention at a kink), the result would not be the
+        gradient that every other adjoint gives. So both ways are compared once, along random
+        directions.
+        """
+        with self._loop.generators.undisturbed():
+            tangent = {
+                path: torch.randn_like(x)
+                for path, x in self._loop.step.differentiable(state).items()
+            }
+            used = set(self._loop.captured.at(t)) & set(self._index)
+            captured = {i: torch.randn_like(self._loop.captured.tensors[i]) for i in used}
+            problem = state, t, generators, [tangent], [captured]
+            try:
+                ((by_duals, loss),) = self._by_duals(*problem)
+            except RuntimeError:
+                return False
+            try:
+                ((expected, expected_loss),) = self._by_transposition(*problem)
+            except RuntimeError:  # an operation without a second derivative in reverse
+                return True
+        return _close(by_duals, expected) and _close({(): loss}, {(): expected_loss})
+
+    def product(self, cotangent: Cotangent, loss_cotangents: Tensor | None) -> list[Tensor]:
+        """What flows to each of ``wrt``."""
+        gradients = [torch.zeros_like(w, requires_grad=False) for w in self._wrt]
+        for (i, j), tangent, losses in zip(
+            self._directions, self._states, self._losses, strict=True
+        ):
+            pairs = [(dx, cotangent[path]) for path, dx in tangent.items() if path in cotangent]
+            if loss_cotangents is not None:
+                pairs.extend((dx, loss_cotangents[t]) for t, dx in losses.items())
+            for dx, c in pairs:
+                gradients[i].view(-1)[j] += (dx * c).sum()
+        return gradients
+
+
+def _close(a: Mapping[Path, Tensor | None], b: Mapping[Path, Tensor | None]) -> bool:
+    """Whether tangents agree as well as their precision lets them."""
+    for path in a.keys() | b.keys():
+        x, y = a.get(path), b.get(path)
+        x = torch.zeros_like(y) if x is None and y is not None else x
+        y = torch.zeros_like(x) if y is None and x is not None else y
+        if x is None or y is None:
+            continue
+        bound = torch.finfo(x.dtype).eps ** 0.5 * max(x.norm(), y.norm(), torch.ones(()))
+        if not (x - y).norm() <= bound:
+            return False
+    return True
