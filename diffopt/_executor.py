@@ -128,9 +128,8 @@ def _backward(
                 state = loop.again(state, t)
         elif kind == "record":
             assert state is not None
-            linearization = loop.linearize(state, start)
+            linearization, state = loop.recorded(state, start)
             kept.record(start, linearization)
-            state = linearization.advance().state
         elif kind == "vjp":
             if start in kept.graphs:
                 linearization = kept.graphs.pop(start)

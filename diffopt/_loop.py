@@ -20,6 +20,7 @@ from diffopt._standing import standing
 from diffopt._state import Cotangent, State
 from diffopt._step import InnerStep, Linearization, StepResult, Watch
 from diffopt._tree import Path, add, map_tensors
+from diffopt._verify import Ledger
 
 _NAMES: dict[Part, str] = {
     "loss": "loss",
@@ -44,6 +45,7 @@ class Loop:
         aux: the user's extras, one per step, cut from the graph.
         max_cotangent_norm: the bound on what flows back through a step, or None.
         tasks: N where every tensor leads with the task dimension, or None.
+        ledger: what every step gave the first time, where recomputations are to be compared.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Loop:
         progress: Progress,
         max_cotangent_norm: float | None = None,
         tasks: int | None = None,
+        ledger: Ledger | None = None,
     ) -> None:
         self.step = step
         self.start = start.detach()
@@ -68,6 +71,7 @@ class Loop:
         self.progress = progress
         self.max_cotangent_norm = max_cotangent_norm
         self.tasks = tasks
+        self.ledger = ledger
         self.losses: list[Tensor] = []
         self.aux: list[Any] = []
         self._watching = captured is not None
@@ -117,6 +121,8 @@ class Loop:
         """Take step ``t`` for the first time, without keeping a graph."""
         with self._noting(state, t) as watch, torch.no_grad():
             result = self.step(state, t, watch)
+        if self.ledger is not None:
+            self.ledger.note(self.step.first_step + t, result.state, result.loss)
         return self._collect(state, t, result)
 
     def pass_over(self, state: State, t: int) -> State:
@@ -183,7 +189,9 @@ class Loop:
 
     def again(self, state: State, t: int) -> State:
         """Take step ``t`` again. The generators have to be where they were the first time."""
-        return self.step(state, t).state
+        result = self.step(state, t)
+        self.compare(t, result)
+        return result.state
 
     def linearize(self, state: State, t: int) -> Linearization:
         """Take step ``t`` again and keep its graph, for ``vjp``.
@@ -192,7 +200,25 @@ class Loop:
             RuntimeError: it used other tensors than the first time, so that a gradient would be
                 lost.
         """
+        if self.ledger is not None:
+            with self.generators.undisturbed():
+                self.again(state, t)
         return self.step.linearize(state, t, self.checked(t))
+
+    def recorded(self, state: State, t: int) -> tuple[Linearization, State]:
+        """``linearize``, and the state after the step."""
+        if self.ledger is None:
+            linearization = self.linearize(state, t)
+            return linearization, linearization.advance().state
+        # A gradient that is to be differentiated may differ from another in the last bit.
+        with self.generators.undisturbed():
+            linearization = self.step.linearize(state, t, self.checked(t))
+        return linearization, self.again(state, t)
+
+    def compare(self, t: int, result: StepResult) -> None:
+        """Raise where step ``t`` gives something else than it gave first, if that is to be seen."""
+        if self.ledger is not None:
+            self.ledger.check(self.step.first_step + t, result.state, result.loss)
 
     def checked(self, t: int) -> Watch:
         """Shown step ``t`` computed again, raises where it uses other tensors than before."""

@@ -94,6 +94,7 @@ def _step(
         result = loop.step(given, t, loop.checked(t))
         if not template:
             template.append(result.state.detach())
+            loop.compare(t, result)
             after.append(loop.generators.get())
         flowing = loop.step.differentiable(result.state)
         return (result.loss, *flowing.values())

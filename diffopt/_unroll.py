@@ -25,6 +25,7 @@ from diffopt._start import Initial, start_state
 from diffopt._step import GradTransform, InnerStep
 from diffopt._tree import generators_in, tensors_in
 from diffopt._unrolled import Unrolled
+from diffopt._verify import Ledger
 from diffopt.adjoint import Adjoint, Segmented
 
 LossFn = Callable[..., Any]
@@ -41,6 +42,7 @@ def unroll(
     initial: Initial = None,
     grad_transform: GradTransform | None = None,
     max_cotangent_norm: float | None = None,
+    verify: bool = False,
     tasks: int | None = None,
     progress: bool = False,
 ) -> Unrolled:
@@ -72,6 +74,10 @@ def unroll(
         grad_transform: ``f(grads)``, a differentiable change to the dict of inner gradients.
         max_cotangent_norm: before each step's vector-Jacobian product, scale the cotangent of
             the updated parameters to at most this joint norm, against exploding meta-gradients.
+        verify: compare every step that is computed again with the first pass, bit for bit, and
+            raise a ``RuntimeError`` that names step and tensor where they differ: ``loss_fn`` keeps
+            state, data changed, a kernel is nondeterministic. Costs one more gradient a step, and
+            a dozen passes over the state for each computation of it; a number is kept per tensor.
         tasks: N, to adapt N tasks at once: every batch tensor leads with the task dimension, and
             so do the results (``losses`` is (N, T)). Each task starts from the same values, unless
             ``initial`` has one for each. Equal to N unrolls; ``loss_fn`` runs under
@@ -103,7 +109,7 @@ def unroll(
         (torch.Size([1, 2]), torch.Size([]))
     """
     adjoint = _chosen_adjoint(segment, adjoint)
-    _check_options(loss_fn, grad_transform, max_cotangent_norm, tasks, progress)
+    _check_options(loss_fn, grad_transform, max_cotangent_norm, verify, tasks, progress)
     problem = inner_problem(model, opt, tasks)
     slots = problem.slots()
     start = start_state(problem, slots.buffers, initial, tasks)
@@ -140,6 +146,7 @@ def unroll(
         progress=_progress.Progress(count, progress),
         max_cotangent_norm=None if max_cotangent_norm == math.inf else max_cotangent_norm,
         tasks=tasks,
+        ledger=Ledger() if verify and connected else None,
     )
     if connected:
         final, losses = run_connected(loop, adjoint, [*inputs, *hyper, *constants])
@@ -170,7 +177,12 @@ def _chosen_adjoint(segment: int | None, adjoint: Adjoint | None) -> Adjoint:
 
 
 def _check_options(
-    loss_fn: Any, grad_transform: Any, max_cotangent_norm: Any, tasks: Any, progress: bool
+    loss_fn: Any,
+    grad_transform: Any,
+    max_cotangent_norm: Any,
+    verify: Any,
+    tasks: Any,
+    progress: bool,
 ) -> None:
     for name, value in (("loss_fn", loss_fn), ("grad_transform", grad_transform)):
         if value is not None and not callable(value):
@@ -185,6 +197,8 @@ def _check_options(
                 f"max_cotangent_norm={max_cotangent_norm} would stop every gradient: pass a "
                 "number above 0, or None for no bound"
             )
+    if not isinstance(verify, bool):
+        raise TypeError(f"verify is a {type(verify).__name__}: pass True or False")
     if tasks is not None:
         if isinstance(tasks, bool) or not isinstance(tasks, int):
             raise TypeError(f"tasks is a {type(tasks).__name__}: pass how many there are, an int")
