@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import compress
 
-import torch
 from torch import Tensor
 
 from diffopt._module import ModuleSlots
+from diffopt._tree import differ
 
 
 class BufferStandIns:
@@ -54,17 +55,20 @@ class BufferStandIns:
 
         Those it did not touch are the same objects as in ``buffers``.
         """
-        found = dict(left)
-        first_time = step >= self._compared
+        found, unclear = dict(left), []
         for name, x in left.items():
             if x is not stand_ins[name] or x.requires_grad or name in self._changing:
                 if x.requires_grad:
                     self.tracked.add(name)
-            elif first_time and not torch.equal(x, buffers[name]):
-                self._changing.add(name)
-                del self._copies[name]
             else:
                 found[name] = buffers[name]
+                unclear.append(name)
+        if step >= self._compared and unclear:
+            changed = differ([left[n] for n in unclear], [buffers[n] for n in unclear])
+            for name in compress(unclear, changed):
+                found[name] = left[name]
+                self._changing.add(name)
+                del self._copies[name]
         self._compared = max(self._compared, step + 1)
         self._slots.changing = self._changing
         return found

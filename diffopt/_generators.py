@@ -6,15 +6,19 @@ generators' states are kept beside each snapshot.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import functools
+import inspect
+import types
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Generators:
-    """The CPU's generator, one per accelerator in use, and those found in the batches."""
+    """The CPU's generator, one per accelerator in use, and those that the user has made."""
 
     def __init__(self, devices: Iterable[torch.device], own: Iterable[torch.Generator]) -> None:
         used = {(d.type, d.index or 0) for d in devices if d.type not in ("cpu", "meta")}
@@ -50,6 +54,30 @@ class Generators:
             self.set(before)
 
 
-def same(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> bool:
-    """Whether nothing was drawn between two readings."""
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+def generators_near(function: Callable[..., Any], model: nn.Module) -> Iterator[torch.Generator]:
+    """The generators that a function names or a module holds: those it may be drawing from.
+
+    Looked for in its closure, its globals by name, its arguments bound by ``partial``, the object
+    that it is a method of, in ``model``, and in the modules found on the way.
+    """
+    yield from _held((model,))
+    while isinstance(function, functools.partial):
+        yield from _held((*function.args, *function.keywords.values()))
+        function = function.func
+    if not isinstance(function, types.FunctionType):  # a method, or an object that can be called
+        owner = getattr(function, "__self__", function)
+        yield from _held((owner, *getattr(owner, "__dict__", {}).values()))
+        function = getattr(function, "__func__", type(owner).__call__)
+    if isinstance(function, types.FunctionType):
+        named = inspect.getclosurevars(function)
+        yield from _held((*named.nonlocals.values(), *named.globals.values()))
+        yield from _held(function.__defaults__ or ())
+
+
+def _held(values: Iterable[Any]) -> Iterator[torch.Generator]:
+    for value in values:
+        if isinstance(value, torch.Generator):
+            yield value
+        elif isinstance(value, nn.Module):
+            for module in value.modules():
+                yield from (x for x in module.__dict__.values() if isinstance(x, torch.Generator))

@@ -123,6 +123,7 @@ class Loop:
             result = self.step(state, t, watch)
         if self.ledger is not None:
             self.ledger.note(self.step.first_step + t, result.state, result.loss)
+        self._refuse_originals(state, t, result)
         return self._collect(state, t, result)
 
     def pass_over(self, state: State, t: int) -> State:
@@ -136,7 +137,22 @@ class Loop:
         with self._noting(state, t) as watch:
             linearization = self.step.linearize(state, t, watch)
             result = linearization.advance(watch)
+        self._refuse_originals(state, t, result)
         return linearization, self._collect(state, t, result)
+
+    def _refuse_originals(self, before: State, t: int, result: StepResult) -> None:
+        """Refuse a loss that uses a parameter's original where it should use the present value."""
+        if not self._watching:
+            return
+        used = {self.captured.tensors[i] for i in self.captured.at(t)}
+        for name, x in self.step.loss.slots.inner.items() if used else ():
+            if x in used and result.state.params[name].data_ptr() == before.params[name].data_ptr():
+                raise NotImplementedError(
+                    f"the loss of step {self.step.first_step + t} uses the model's own parameter "
+                    f"{name!r} and not the value that it has in the unroll, which stands in the "
+                    "module: do not keep parameters in a list, a closure or a global, but take "
+                    "them from the module (an nn.ParameterList holds a list)"
+                )
 
     def _collect(self, before: State, t: int, result: StepResult) -> State:
         self.losses.append(result.loss)

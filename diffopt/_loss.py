@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import copy
+from itertools import compress
 from typing import Any, Self
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 from diffopt._buffers import BufferStandIns
 from diffopt._module import ModuleSlots
 from diffopt._tasks import check_leads, over_tasks
+from diffopt._tree import differ
 
 #: The loss, the user's extras, and the buffers as the evaluation left them.
 Evaluation = tuple[Tensor, Any, dict[str, Tensor]]
@@ -37,6 +40,7 @@ class InnerLoss:
         self.slots = slots
         self.buffers = BufferStandIns(slots)
         self._loss_fn = loss_fn
+        self._untouched = _Untouched()
         self._item_at = item_at
         self._first_step = first_step
 
@@ -53,7 +57,8 @@ class InnerLoss:
         """Evaluate; the module keeps the values until the next evaluation."""
         stand_ins = self.buffers.stand_in(buffers)
         step = self._first_step + t
-        loss, aux, left = self._evaluate(params, stand_ins, self._item_at(t), step)
+        with self._untouched.checked(params, step):
+            loss, aux, left = self._evaluate(params, stand_ins, self._item_at(t), step)
         return loss, aux, self.buffers.after(buffers, stand_ins, left, step)
 
     def total(self, loss: Tensor) -> Tensor:
@@ -118,11 +123,43 @@ class TaskLosses(InnerLoss):
         return loss, aux, {**buffers, **replaced}
 
 
+class _Untouched:
+    """Refuses a loss that changes parameters in place.
+
+    That change would have no derivative, and be made in the memory of a snapshot or of the
+    caller's own parameters. Version counters show it, except where it is made through ``.data``;
+    so the first evaluation is compared by value.
+    """
+
+    def __init__(self) -> None:
+        self._compare = True
+
+    @contextmanager
+    def checked(self, params: Mapping[str, Tensor], step: int) -> Iterator[None]:
+        versions = [x._version for x in params.values()]
+        copies = [x.detach().clone() for x in params.values()] if self._compare else []
+        yield
+        changed = [v != x._version for v, x in zip(versions, params.values(), strict=True)]
+        if self._compare:
+            self._compare = False
+            now = [x.detach() for x in params.values()]
+            changed = [a or b for a, b in zip(changed, differ(copies, now), strict=True)]
+            for x, before in compress(zip(now, copies, strict=True), changed):
+                x.copy_(before)
+        for name in compress(params, changed):
+            raise NotImplementedError(
+                f"the loss of step {step} changes parameter {name!r} in place, which has no "
+                "derivative: compute what it needs from the parameter, as a parametrization does"
+            )
+
+
 def loss_and_aux(out: Any, step: int) -> tuple[Tensor, Any]:
     """What a ``loss_fn`` returned, checked: a scalar loss and anything beside it."""
     aux = None
     if isinstance(out, tuple) and len(out) == 2:
         out, aux = out
+    elif isinstance(out, Mapping) and "loss" in out:
+        out = out["loss"]
     elif not isinstance(out, Tensor) and isinstance(getattr(out, "loss", None), Tensor):
         out = out.loss  # the convention of models that compute their own loss
     if not isinstance(out, Tensor):

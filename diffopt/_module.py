@@ -25,6 +25,7 @@ class ModuleSlots:
         inner: names (as ``named_parameters()`` gives them) of the parameters to be replaced.
 
     Attributes:
+        inner: the tensors that the module holds for those names itself.
         loaded: the parameters and buffers that stand in the module at present, if any do.
         changing: names of the buffers that calls of the module change; None until that is known.
     """
@@ -35,6 +36,7 @@ class ModuleSlots:
     def __init__(self, model: nn.Module, inner: Mapping[str, Tensor]) -> None:
         self._model = model
         self._modules = list(model.modules())
+        self.inner = dict(inner)
         self._params: list[tuple[str, list[Slot]]] = [
             (name, self._places("_parameters", x)) for name, x in inner.items()
         ]

@@ -7,7 +7,7 @@ else in the package is held in flat dicts, whose keys are *paths*: tuples of str
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -50,3 +50,11 @@ def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     if a is None or b is None:
         return b if a is None else a
     return a + b
+
+
+def differ(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[bool]:
+    """Whether the tensors of two lists differ in value, pair by pair; NaN equals NaN."""
+    flags = [((x != y) & ((x == x) | (y == y))).any() for x, y in zip(a, b, strict=True)]
+    if len({flag.device for flag in flags}) == 1:
+        return torch.stack(flags).tolist()  # waits for an accelerator once
+    return [bool(flag) for flag in flags]

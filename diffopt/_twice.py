@@ -75,6 +75,7 @@ _PHRASES = (  # how PyTorch says that there is no second derivative
     "once_differentiable",
     "double backward",
     "Double backward",
+    "create_graph=False",  # of a compiled function
 )
 
 

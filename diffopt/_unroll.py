@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset
 
 from diffopt import _progress
 from diffopt._capture import Captured
-from diffopt._generators import Generators
+from diffopt._generators import Generators, generators_near
 from diffopt._loop import Loop
 from diffopt._loss import InnerLoss, TaskLosses
 from diffopt._modes import Modes
@@ -23,7 +23,7 @@ from diffopt._node import run_connected, run_detached
 from diffopt._problem import inner_problem
 from diffopt._start import Initial, start_state
 from diffopt._step import GradTransform, InnerStep
-from diffopt._tree import generators_in, tensors_in
+from diffopt._tree import generators_in, map_tensors, tensors_in
 from diffopt._unrolled import Unrolled
 from diffopt._verify import Ledger
 from diffopt.adjoint import Adjoint, Segmented
@@ -122,6 +122,9 @@ def unroll(
     constants = [x for name, x in problem.params.items() if name not in problem.inner]
     devices = {x.device for x in (*problem.inner.values(), *slots.buffers.values(), *inputs)}
 
+    own_generators = [g for batch in _distinct(batches) for g in generators_in(batch)]
+    own_generators += generators_near(loss_fn or model, slots.model)
+
     connected = torch.is_grad_enabled() and problem.connected
     captured = None
     if connected:
@@ -139,9 +142,7 @@ def unroll(
         start,
         count,
         captured=captured,
-        generators=Generators(
-            devices, (g for batch in _distinct(batches) for g in generators_in(batch))
-        ),
+        generators=Generators(devices, own_generators),
         modes=Modes(model, devices),
         progress=_progress.Progress(count, progress),
         max_cotangent_norm=None if max_cotangent_norm == math.inf else max_cotangent_norm,
@@ -263,12 +264,16 @@ def _inner_loss(
     tasks: int | None,
 ) -> InnerLoss:
     counted = isinstance(steps, int)
-    function = loss_fn
+    # A compiled function has no second derivative: its original is called.
+    function = getattr(loss_fn, "_torchdynamo_orig_callable", loss_fn)
     if function is None:
         function = _own_loss_without_batch if counted else _own_loss
+    inference = torch.is_inference_mode_enabled()  # whose tensors no gradient can be taken with
 
     def item_at(t: int) -> Any:
-        return first_step + t if counted else batches[t]
+        if counted:
+            return first_step + t
+        return map_tensors(torch.Tensor.clone, batches[t]) if inference else batches[t]
 
     if tasks is not None:
         return TaskLosses(slots, function, item_at, first_step, tasks)

@@ -85,7 +85,6 @@ class Unrolled:
         """
         slots = self._slots
         inner = {name: self.params[name] for name in self._inner}
-        buffers = {name: x.clone() for name, x in self.buffers.items()}
 
         def on_model(params: Values, buffers: Values, given: Any) -> R:
             slots.load(params, buffers)
@@ -94,6 +93,7 @@ class Unrolled:
 
         devices = {x.device for x in self.params.values()}
         with standing(slots, Modes(slots.model, devices)):
+            buffers = {name: x.clone() for name, x in self.buffers.items()}
             if self.tasks is None:
                 return on_model(inner, buffers, (args, kwargs))
             check_leads((args, kwargs), self.tasks, "an argument")
