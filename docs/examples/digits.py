@@ -6,7 +6,7 @@ layer and the weight decay, so that the network the run ends with does well on 6
 the validation split. The gradient of the validation loss goes through all 500 steps. A third
 split, the test digits, is only looked at.
 
-    python docs/examples/digits.py                 # about a minute on two cores
+    python docs/examples/digits.py                 # one to two minutes on two cores
     python docs/examples/digits.py --help
 
 Three things are printed beside the result: the gradient of two hyperparameters against finite
@@ -187,7 +187,7 @@ def resident_bytes(which: str) -> int:
 
 
 def print_peak(adjoint: str, seed: int, inner: int) -> None:
-    """In a process of its own: one meta-gradient's peak memory over the start, and its time."""
+    """In a process of its own: one meta-gradient's peak memory over the start, and CPU time."""
     splits, recipe = load_splits(seed), Recipe(seed)
     batches = draw_batches(splits.train, inner, seed)
 
@@ -196,9 +196,9 @@ def print_peak(adjoint: str, seed: int, inner: int) -> None:
         cross_entropy(run, splits.validation).backward()
 
     gradient(2)  # what is loaded or allocated once, whatever the number of steps
-    before, began = resident_bytes("VmRSS"), time.perf_counter()
+    before, began = resident_bytes("VmRSS"), time.process_time()
     gradient(inner)
-    seconds = time.perf_counter() - began
+    seconds = time.process_time() - began
     print(resident_bytes("VmHWM") - before, seconds)
 
 
@@ -347,7 +347,7 @@ def main() -> None:
     print(f"Gradient through {args.inner} Adam steps against finite differences, float64:")
     check_gradient(args.seed, args.inner)
 
-    print("\nPeak memory over the start, and time, of one such gradient in float32:")
+    print("\nPeak memory over the start, and CPU time, of one such gradient in float32:")
     compare_memory(args.seed, args.inner)
 
     print("\nLearning (Ctrl-C ends it early and reports what was learned so far):", flush=True)
