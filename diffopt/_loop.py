@@ -253,9 +253,9 @@ class Loop:
                     "0 * tensor.sum() to the loss, so that it is found in the forward pass"
                 )
             raise RuntimeError(
-                f"the {_NAMES[part]} of step {n} uses other tensors that require grad than in the "
-                "forward pass: was a variable that it uses bound to a new tensor since? Call "
-                "backward before that, or pass the tensor inside the batch"
+                f"step {n} does not use the tensors that require grad of the forward pass again, "
+                f"in its {_NAMES[part]}: was a variable bound to a new tensor since? Call backward "
+                "before that, or pass the tensor inside the batch"
             )
 
         return watch

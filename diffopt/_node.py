@@ -119,6 +119,6 @@ class _Unrolling(torch.autograd.Function):
 def _keeps_graph() -> bool:
     """Whether the backward pass now running was asked to retain the graph."""
     try:
-        return bool(torch._C._get_current_graph_task_keep_graph())  # type: ignore[attr-defined]
+        return bool(torch._C._autograd._get_current_graph_task_keep_graph())
     except AttributeError:  # pragma: no cover - a PyTorch without it: keep, to be safe
         return True

@@ -52,7 +52,9 @@ class _Recomputed(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
         with seen.context():
-            return function(*(x.detach() for x in tensors[len(seen.edges) :]))
+            results = function(*(x.detach() for x in tensors[len(seen.edges) :]))
+        # Aliases: what the function itself may hold on to must not come to hold this node.
+        return tuple(x if x is None else x.detach() for x in results)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
