@@ -33,7 +33,10 @@ class EarlierAdam(Adam):
     def _vjp(
         self, hyper: Hyper, params: Tensors, grads: Tensors, states: list[Entries], *cotangents: Any
     ) -> tuple[Tensors, Tensors, list[Entries]] | None:
-        return super()._vjp(_corrected(hyper, states), params, grads, states, *cotangents)
+        corrected = _corrected(hyper, states)
+        if isinstance(corrected["eps"], Sequence):
+            return None  # parameters whose step counts differ: stated by hand for one ε only
+        return super()._vjp(corrected, params, grads, states, *cotangents)
 
 
 def _corrected(hyper: Hyper, states: list[Entries]) -> Hyper:
