@@ -7,14 +7,14 @@ at the call, and entered again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from diffopt._replaced import Shared, replaced
 from diffopt._twice import written_out
 
 
@@ -45,15 +45,13 @@ class Modes:
             if torch.is_inference_mode_enabled():  # whose tensors know no gradient, even of a step
                 stack.enter_context(torch.inference_mode(False))
                 stack.enter_context(torch.no_grad())  # leaving that mode alone would switch it on
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            stack.enter_context(_math_attention)
             stack.enter_context(written_out)
             if self._compiled and hasattr(torch.compiler, "set_stance"):
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             if self._recurrent:
-                stack.enter_context(_set(_set_cudnn, torch.backends.cudnn.enabled, False))
-            stack.enter_context(
-                _set(torch.set_default_dtype, torch.get_default_dtype(), self._dtype)
-            )
+                stack.enter_context(_without_cudnn)
+            stack.enter_context(_default_dtype(self._dtype))
             if torch.get_default_device() != self._device:
                 stack.enter_context(self._device)
             for kind, dtype in self._autocast.items():
@@ -69,17 +67,17 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 @contextmanager
-def _set(setter: Callable[[Any], None], before: Any, value: Any) -> Iterator[None]:
-    """A process-wide setting, for the time of the block."""
-    if before == value:
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    if before == dtype:
         yield
         return
-    setter(value)
+    torch.set_default_dtype(dtype)
     try:
         yield
     finally:
-        setter(before)
+        torch.set_default_dtype(before)
 
 
-def _set_cudnn(enabled: bool) -> None:
-    torch.backends.cudnn.enabled = enabled
+_math_attention = Shared(lambda: sdpa_kernel(SDPBackend.MATH))
+_without_cudnn = Shared(lambda: replaced((torch.backends.cudnn, "enabled", False)))

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from diffopt._modes import Modes
 from diffopt._module import ModuleSlots, Values
-from diffopt._replaced import Replaced
+from diffopt._replaced import Shared, replaced
 
 Hook = Callable[..., Any]
 
@@ -73,7 +73,7 @@ def standing(
         hooks: takes note of the hooks that are registered; None leaves them alone.
         as_at_call: see ``ModuleSlots.as_at_call``.
     """
-    with slots.unchanged(), modes.active(), _replaced:
+    with slots.unchanged(), modes.active(), _as_now:
         if as_at_call:
             slots.as_at_call()
         _present.stack.append((slots, modes, hooks))
@@ -182,9 +182,11 @@ def _register_inner_hook(self: Tensor, hook: Hook) -> Any:
     return _register_hook(self, hook if hooks is None else hooks.only_here(hook))
 
 
-_replaced = Replaced(
-    (torch_checkpoint, "_CheckpointFrame", _Frame),
-    (torch_checkpoint, "CheckpointFunction", _Reentrant),
-    (torch.nn.modules.module, "BackwardHook", _BackwardHook),
-    (torch.Tensor, "register_hook", _register_inner_hook),
+_as_now = Shared(
+    lambda: replaced(
+        (torch_checkpoint, "_CheckpointFrame", _Frame),
+        (torch_checkpoint, "CheckpointFunction", _Reentrant),
+        (torch.nn.modules.module, "BackwardHook", _BackwardHook),
+        (torch.Tensor, "register_hook", _register_inner_hook),
+    )
 )

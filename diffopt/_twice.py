@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffopt._replaced import Replaced
+from diffopt._replaced import Shared, replaced
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
@@ -49,17 +49,17 @@ def _distances(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str = _IF_L
 
 
 #: Where these operations are called from.
-written_out = Replaced(
+_CALLED_FROM: list[tuple[Any, str, Any]] = [
     (torch, "_weight_norm", _weight_norm),
     (sys.modules["torch.nn.utils.weight_norm"], "_weight_norm", _weight_norm),
     (F, "hardsigmoid", _hardsigmoid),
     (torch, "cdist", _distances),
-    *(
-        [(F, "linear_cross_entropy", _unchunked_linear_cross_entropy)]
-        if _linear_cross_entropy is not None
-        else []
-    ),
-)
+]
+if _linear_cross_entropy is not None:
+    _CALLED_FROM.append((F, "linear_cross_entropy", _unchunked_linear_cross_entropy))
+
+#: Where they are written out.
+written_out = Shared(lambda: replaced(*_CALLED_FROM))
 
 #: The graph nodes that are silently wrong, and which operation they belong to.
 WRONG = {
