@@ -118,6 +118,22 @@ def test_gradient_with_respect_to_one_input_alone() -> None:
     assert model[0].weight.grad is None
 
 
+@pytest.mark.parametrize("name", ["SGD", "Momentum", "Adam", "AdamW", "RMSprop"])
+def test_given_cotangents_and_inputs_are_not_written_into(name: str) -> None:
+    model, data = tiny(), batches(T)
+    opt: diffopt.Optimizer = getattr(diffopt, name)(model.parameters())
+    fast = diffopt.unroll(model, opt, data, mse, segment=2)
+    held = [x for entries in fast.opt_state.values() for x in entries.values() if x.requires_grad]
+    outputs = [*fast.params.values(), fast.losses, *held]
+    cotangents = [torch.randn_like(x) for x in outputs]
+    before = [x.clone() for x in [*cotangents, *outputs, *model.parameters()]]
+    torch.autograd.grad(outputs, list(model.parameters()), cotangents, create_graph=True)
+    torch.autograd.grad(outputs, list(model.parameters()), cotangents)
+    after = [*cotangents, *outputs, *model.parameters()]
+    assert all(map(torch.equal, before, after))
+    assert all(x._version == 0 for x in cotangents)
+
+
 def test_anomaly_mode() -> None:
     model, data = tiny(), batches(T)
     with torch.autograd.set_detect_anomaly(True):
