@@ -103,10 +103,11 @@ def _check_initial(initial: Any, inner: Mapping[str, Tensor], tasks: int | None)
             raise ValueError(
                 f"initial[{name!r}] has shape {tuple(x.shape)}, the parameter has "
                 + " or, with one value a task, ".join(map(str, shapes))
+                + ": pass a value of that shape"
             )
         wanted = inner[name]
         if (x.dtype, x.device) != (wanted.dtype, wanted.device):
             raise ValueError(
                 f"initial[{name!r}] is {x.dtype} on {x.device}, the parameter {wanted.dtype} on "
-                f"{wanted.device}: pass initial[{name!r}].to(model's parameter)"
+                f"{wanted.device}: convert it with .to('{wanted.device}', {wanted.dtype})"
             )

@@ -383,6 +383,6 @@ def _checked_grads(
         if g is not None and g.shape != params[name].shape:
             raise ValueError(
                 f"grad_transform returned a gradient of shape {tuple(g.shape)} for {name!r}, "
-                f"which has shape {tuple(params[name].shape)}"
+                f"which has shape {tuple(params[name].shape)}: keep the shapes it was given"
             )
     return grads
