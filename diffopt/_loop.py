@@ -197,8 +197,8 @@ class Loop:
         for edge in edges - seen.found.keys():
             raise NotImplementedError(
                 f"step {self.step.first_step + t} uses a tensor made by {edge[0].name()} before "
-                "the call, which could not be found to deliver its gradient to: pass it to "
-                "loss_fn inside the batch"
+                "that step, which could not be found to deliver its gradient to: pass it to "
+                "loss_fn inside the batch, or detach it if it is from an earlier step"
             )
 
     # On the way back.
@@ -254,8 +254,9 @@ class Loop:
                 )
             raise RuntimeError(
                 f"step {n} does not use the tensors that require grad of the forward pass again, "
-                f"in its {_NAMES[part]}: was a variable bound to a new tensor since? Call backward "
-                "before that, or pass the tensor inside the batch"
+                f"in its {_NAMES[part]}: was a variable bound to a new tensor since, or does it "
+                "keep tensors from step to step? Call backward before that, pass the tensor inside "
+                "the batch, or detach what is kept"
             )
 
         return watch
@@ -276,7 +277,7 @@ class Loop:
             the step uses, in the order of ``captured.at(t)``.
         """
         state_cotangent = self.clipped(state_cotangent)
-        with self.captured.sealed(t) as shared:
+        with self.captured.sealed(t) as shared, self._computed_on_this_thread(t):
             before, captured = linearization.vjp(
                 state_cotangent,
                 loss_cotangent,
@@ -285,6 +286,24 @@ class Loop:
             )
         self.progress.backward()
         return before, captured
+
+    @contextmanager
+    def _computed_on_this_thread(self, t: int) -> Iterator[None]:
+        """Say what is the matter where a derivative runs on into the caller's graph.
+
+        Nodes are numbered per thread, so a tensor that another thread computed looks like one that
+        the step made itself.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if "backward through the graph a second time" not in str(error):
+                raise
+            raise RuntimeError(
+                f"step {self.step.first_step + t} uses a tensor that requires grad and that was "
+                "computed on another thread, or whose graph was freed: compute it on the thread "
+                "that calls unroll, or pass it inside the batch"
+            ) from error
 
     def clipped(self, cotangent: Cotangent) -> Cotangent:
         """``cotangent`` with the parameters' part scaled to at most ``max_cotangent_norm``."""

@@ -198,8 +198,9 @@ def _check_options(
                 f"max_cotangent_norm={max_cotangent_norm} would stop every gradient: pass a "
                 "number above 0, or None for no bound"
             )
-    if not isinstance(verify, bool):
-        raise TypeError(f"verify is a {type(verify).__name__}: pass True or False")
+    for name, value in (("verify", verify), ("progress", progress)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} is a {type(value).__name__}: pass True or False")
     if tasks is not None:
         if isinstance(tasks, bool) or not isinstance(tasks, int):
             raise TypeError(f"tasks is a {type(tasks).__name__}: pass how many there are, an int")

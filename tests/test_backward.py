@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -308,6 +309,75 @@ def test_a_tensor_that_only_the_gradient_depends_on_is_an_error() -> None:
     reference = plain(model, {"lr": 0.2}, data, lambda m, p: Scaled.apply(mse(m, p)))
     (want,) = torch.autograd.grad(reference.losses.sum(), strength)
     torch.testing.assert_close(grad, want, rtol=1e-10, atol=1e-13)
+
+
+def test_tensors_that_a_step_keeps_for_the_next_are_an_error() -> None:
+    model, data, held = tiny(), batches(T), [torch.zeros(()).double()]
+
+    def carries(model: Any, pair: Any) -> Tensor:
+        held[0] = mse(model, pair) + 0.1 * held[0]
+        return held[0]
+
+    with pytest.raises(NotImplementedError, match=r"step 1 uses a tensor made by .*detach it"):
+        diffopt.unroll(model, sgd(model), data, carries)
+
+    def keeps(model: Any, pair: Any) -> Tensor:
+        held[0] = pair[0].clone().requires_grad_()
+        return mse(model, (held[0], pair[1]))
+
+    fast = diffopt.unroll(model, sgd(model), data, keeps)
+    with pytest.raises(RuntimeError, match=r"does it keep tensors from step to step\?.*detach"):
+        fast.losses.sum().backward()
+
+
+# Threads.
+
+
+@every_adjoint
+def test_threads(adjoint: diffopt.Adjoint) -> None:
+    """Each thread its own model; and the backward pass on another thread than the call."""
+
+    def one(seed: int) -> None:
+        model, data, a = tiny(), batches(T), number(0.7)
+
+        def run(train: Callable[..., Any]) -> Tensor:
+            b = a.exp()
+            outcome: Tensor = train(lambda m, p: mse(m, p) * b * a).losses.sum()
+            return outcome
+
+        inputs = [a, *model.parameters()]
+        want = torch.autograd.grad(run(lambda fn: plain(model, {"lr": 0.2}, data, fn)), inputs)
+        outcome = run(lambda fn: diffopt.unroll(model, sgd(model), data, fn, adjoint=adjoint))
+        with ThreadPoolExecutor(1) as other:
+            got = other.submit(torch.autograd.grad, outcome, inputs).result()
+        assert_all_close(got, want, rtol=1e-10, atol=1e-13)
+
+    one(0)
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(one, range(3)))
+
+
+def test_a_tensor_computed_on_another_thread() -> None:
+    model, data, a = tiny(), batches(T), number(0.7)
+    for _ in range(2000):
+        a * 1.0  # this thread is ahead of a new one in numbering its nodes
+    b = a.exp()
+
+    def captured() -> Any:
+        return diffopt.unroll(model, sgd(model), data, lambda m, p: mse(m, p) * b)
+
+    def inside_the_batch() -> Any:
+        steps = [(pair, b) for pair in data]
+        return diffopt.unroll(model, sgd(model), steps, lambda m, s: mse(m, s[0]) * s[1])
+
+    with ThreadPoolExecutor(1) as other:
+        fast = other.submit(captured).result()
+        with pytest.raises(RuntimeError, match=r"computed on another thread.*inside the batch"):
+            other.submit(fast.losses.sum().backward).result()
+        b = a.exp()
+        other.submit(inside_the_batch).result().losses.sum().backward()
+    reference = plain(model, {"lr": 0.2}, data, lambda m, p: mse(m, p) * a.exp())
+    torch.testing.assert_close(a.grad, torch.autograd.grad(reference.losses.sum(), a)[0])
 
 
 # Nesting.

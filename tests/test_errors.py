@@ -89,6 +89,7 @@ KINDS: dict[str, tuple[dict[str, Any], str]] = {
     "grad_transform": ({"grad_transform": 1.0}, "grad_transform is a float: pass a function"),
     "bound": ({"max_cotangent_norm": "1"}, "max_cotangent_norm is a str: pass a number"),
     "bound that is a bool": ({"max_cotangent_norm": True}, "max_cotangent_norm is a bool"),
+    "progress": ({"progress": "yes"}, "progress is a str: pass True or False"),
     "initial": ({"initial": [1.0]}, r"initial is a list: pass an Unrolled, or a dict of tensors"),
     "initial value": (
         {"initial": lambda model: {"0.bias": [0.0] * 3}},
