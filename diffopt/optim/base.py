@@ -297,11 +297,13 @@ class Optimizer(torch.optim.Optimizer):
     def from_torch(cls, opt: torch.optim.Optimizer) -> Self:
         """This optimizer with the param groups and the present state of a ``torch.optim`` one.
 
-        Option values, tensors included, and state tensors are taken by reference.
+        Option values, tensors included, and state tensors are taken by reference. The constructor
+        is called with the param groups, which hold all options of ``opt``, and nothing else.
         """
         make: Any = cls
         groups = [dict(group) for group in opt.param_groups]
-        new: Self = make(groups, differentiable=bool(opt.defaults.get("differentiable", False)))
+        over_results = {"differentiable": True} if opt.defaults.get("differentiable") else {}
+        new: Self = make(groups, **over_results)
         for p, entries in opt.state.items():
             new.state[p] = as_tensors(entries)
         return new
