@@ -59,6 +59,12 @@ class Captured:
             if x.requires_grad and not x.is_leaf:
                 self._offered[_edge(x)] = x
 
+    def apart(self) -> Captured:
+        """Another, of which nothing is known but the tensors that were offered."""
+        other = Captured()
+        other._offered.update(self._offered)
+        return other
+
     def include(self, tensors: Iterable[Tensor]) -> list[int]:
         """Count tensors among the captured ones, used or not. Gives their indices."""
         tensors = list(tensors)

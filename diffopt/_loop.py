@@ -104,6 +104,14 @@ class Loop:
         loop.start, loop.inputs, loop.steps = state, {}, self.steps - t
         return loop
 
+    def trial(self) -> Self:
+        """This loop for steps without consequences: what they give and use is noted apart."""
+        loop = copy(self)
+        loop.captured = self.captured.apart()
+        loop.losses, loop.aux = [], []
+        loop.progress, loop.ledger = Progress(0, shown=False), None
+        return loop
+
     # Snapshots.
 
     def snapshot(self, state: State) -> Snapshot:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
 from itertools import compress
@@ -14,7 +15,7 @@ from torch import Tensor
 from diffopt._buffers import BufferStandIns
 from diffopt._module import ModuleSlots
 from diffopt._tasks import check_leads, over_tasks
-from diffopt._tree import differ
+from diffopt._tree import differ, tensors_in
 
 #: The loss, the user's extras, and the buffers as the evaluation left them.
 Evaluation = tuple[Tensor, Any, dict[str, Tensor]]
@@ -50,6 +51,17 @@ class InnerLoss:
         loss._item_at = lambda t: item_at(by + t)
         loss._first_step = self._first_step + by
         return loss
+
+    def signature(self) -> Hashable:
+        """Equal for losses that take as much memory; None where there is no telling.
+
+        That is the same function, of batches of the same shapes. What a function of the step
+        number alone works on is not known.
+        """
+        tensors = list(tensors_in(self._item_at(0)))
+        if not tensors:
+            return None
+        return weakref.ref(self._loss_fn), tuple((x.shape, x.dtype, x.device) for x in tensors)
 
     def __call__(
         self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], t: int

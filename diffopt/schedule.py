@@ -240,25 +240,21 @@ def budget(
     workspace = max(workspace, graph_bytes)
 
     best: tuple[float, int, int, int] = inf, 0, 0, 0  # Advances, peak, free places, block.
-    smallest = inf
     for block in range(steps, 0, -1):
         before = steps - block
         if before > best[0]:
             break  # Each step before the last block is advanced over once at least.
-        blocks = -(-before // block)
-        graphs = (block - 1) * graph_bytes + workspace
         # With one snapshot a block, more places would stay empty.
-        free = max(0, min((budget_bytes - graphs) // state_bytes, blocks) - 2)
-        if blocks > 1:
-            peak = graphs + (free + 2) * state_bytes
-        else:  # The peak is at the turn, or after it, with the graphs of the steps before.
-            later = graphs - (block - before) * graph_bytes + min(before, 2) * state_bytes
-            peak = max(graphs + state_bytes, later)
-        smallest = min(smallest, peak)
+        graphs = (block - 1) * graph_bytes + workspace
+        free = max(0, min((budget_bytes - graphs) // state_bytes, -(-before // block)) - 2)
+        peak = _blocks_peak(steps, free, block, state_bytes, graph_bytes, workspace)
         if peak <= budget_bytes:
             advances = _advances(before, free, block) + min(before, block)
             best = min(best, (advances, peak, free, block))
     if best[0] == inf:
+        smallest = smallest_budget(
+            steps, state_bytes=state_bytes, graph_bytes=graph_bytes, workspace_bytes=workspace
+        )
         raise ValueError(
             f"a budget of {budget_bytes} bytes is too small for {_plural(steps, 'step')}, with "
             f"{state_bytes} bytes for a state and {workspace} to evaluate and differentiate a "
@@ -269,6 +265,18 @@ def budget(
         plan, state_bytes=state_bytes, graph_bytes=graph_bytes, workspace_bytes=workspace
     )
     return replace(plan, predicted_peak_bytes=counts.peak_bytes)
+
+
+def smallest_budget(steps: int, *, state_bytes: int, graph_bytes: int, workspace_bytes: int) -> int:
+    """The least ``budget_bytes`` for which ``budget`` has a plan."""
+    workspace = max(workspace_bytes, graph_bytes)
+    return min(
+        (
+            _blocks_peak(steps, 0, block, state_bytes, graph_bytes, workspace)
+            for block in range(1, steps + 1)
+        ),
+        default=0,
+    )
 
 
 def preceded(plan: Plan, steps: int) -> Plan:
@@ -475,6 +483,19 @@ def _blocks(steps: int, free: int, block: int) -> list[Action]:
     there = Action("save", start, start), Action("advance", start, before)
     back = Action("load", start, start), Action("free", start, start)
     return [*actions[:turn], *there, *last, *back, *actions[turn:]]
+
+
+def _blocks_peak(
+    steps: int, free: int, block: int, state_bytes: int, graph_bytes: int, workspace: int
+) -> int:
+    """The bytes that ``simulate`` finds for ``_blocks``, or a bound on them."""
+    before = steps - block
+    graphs = (block - 1) * graph_bytes + workspace
+    if before > block:
+        return graphs + (free + 2) * state_bytes
+    # The peak is at the turn, or after it, with the graphs of the steps before.
+    later = graphs - (block - before) * graph_bytes + min(before, 2) * state_bytes
+    return max(graphs + state_bytes, later)
 
 
 def _vjp_from_snapshot(t: int) -> tuple[Action, Action, Action]:

@@ -2,6 +2,7 @@
 
 from diffopt.adjoint._base import Adjoint, Checkpointed
 from diffopt.adjoint._binomial import Binomial
+from diffopt.adjoint._budget import MemoryBudget
 from diffopt.adjoint._first_order import FirstOrder
 from diffopt.adjoint._forward_mode import ForwardMode
 from diffopt.adjoint._implicit import ConvergenceWarning, Implicit
@@ -19,6 +20,7 @@ __all__ = [
     "FirstOrder",
     "ForwardMode",
     "Implicit",
+    "MemoryBudget",
     "Neumann",
     "NormalCG",
     "Segmented",

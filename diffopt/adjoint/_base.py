@@ -89,8 +89,12 @@ class Checkpointed(Adjoint):
         """Where the states are kept: on their device, unless a subclass stores them elsewhere."""
         return Snapshots()
 
+    def plan_for(self, loop: Loop) -> Plan:
+        """The plan for ``loop``."""
+        return self.plan(loop.steps)
+
     def forward(self, loop: Loop) -> tuple[State, Any]:
-        plan = self.plan(loop.steps)
+        plan = self.plan_for(loop)
         generators = loop.generators.get()
         state, kept = run_forward(loop, plan, self.new_snapshots())
         return state, (plan, generators, kept)
