@@ -14,6 +14,7 @@ from torch import Tensor
 
 from diffopt._buffers import BufferStandIns
 from diffopt._module import ModuleSlots
+from diffopt._precision import Precision
 from diffopt._tasks import check_leads, over_tasks
 from diffopt._tree import differ, tensors_in
 
@@ -41,6 +42,7 @@ class InnerLoss:
         self.slots = slots
         self.buffers = BufferStandIns(slots)
         self._loss_fn = loss_fn
+        self.precision = Precision(slots.inner)
         self._untouched = _Untouched()
         self._item_at = item_at
         self._first_step = first_step
@@ -68,6 +70,7 @@ class InnerLoss:
     ) -> Evaluation:
         """Evaluate; the module keeps the values until the next evaluation."""
         stand_ins = self.buffers.stand_in(buffers)
+        params = self.precision.narrowed(params)
         step = self._first_step + t
         with self._untouched.checked(params, step):
             loss, aux, left = self._evaluate(params, stand_ins, self._item_at(t), step)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from diffopt._precision import Precision
 from diffopt._problem import InnerProblem
 from diffopt._state import State
 from diffopt._unrolled import Unrolled
@@ -44,6 +45,7 @@ def start_state(
         fresh = True
     if tasks is not None and fresh:
         state = _spread(state, inner, tasks)
+    state = Precision(inner).widened(state)
     first = problem.opt.init(state.params, groups=problem.inner_groups)
     entries = {name: {**first[name], **state.opt.get(name, {})} for name in inner}
     return State(state.params, entries, state.buffers)

@@ -182,7 +182,8 @@ class InnerStep:
         opt_state: Mapping[str, Mapping[str, Tensor]],
     ) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
         """Apply the rule."""
-        return self.opt.update(params, grads, opt_state, hyper=hyper, groups=self.groups)
+        new, opt = self.opt.update(params, grads, opt_state, hyper=hyper, groups=self.groups)
+        return self.loss.precision.rounded(new, grads), opt
 
     def differentiable(self, state: State) -> dict[Path, Tensor]:
         """The tensors of ``state`` that derivatives flow through.

@@ -22,6 +22,7 @@ from diffopt._module import ModuleSlots
 from diffopt._node import run_connected, run_detached
 from diffopt._problem import inner_problem
 from diffopt._start import Initial, start_state
+from diffopt._state import State
 from diffopt._step import GradTransform, InnerStep
 from diffopt._tree import generators_in, map_tensors, tensors_in
 from diffopt._unrolled import Unrolled
@@ -153,6 +154,7 @@ def unroll(
         final, losses = run_connected(loop, adjoint, [*inputs, *hyper, *constants])
     else:
         final, losses = run_detached(loop)
+    final = State(step.loss.precision.narrowed(final.params), final.opt, final.buffers)
     chosen = set(chain.from_iterable(problem.groups))
     given = {name: x for name, x in problem.params.items() if name in chosen}
     if tasks is not None:

@@ -134,9 +134,11 @@ def load_state_into(
                 if opt.state.get(p, {}).get("step"):
                     del opt.state[p]
                 continue
-            for key in ("step", "mu_product"):
-                if on_device and key in entries:
-                    entries[key] = entries[key].to(p.device)
+            for key, x in entries.items():
+                if key in ("step", "mu_product"):
+                    entries[key] = x.to(p.device) if on_device else x
+                elif x.is_floating_point():
+                    entries[key] = x.to(p.dtype)
             opt.state[p] = entries
     if steps is not None and isinstance(opt, Optimizer):
         opt._steps = steps
