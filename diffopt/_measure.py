@@ -46,7 +46,9 @@ def measure(loop: Loop) -> Sizes:
             path: torch.ones_like(x) for path, x in trial.step.differentiable(state).items()
         }
         flowing = meter.held - graph
-        before, captured = trial.vjp(linearization, 0, cotangent, torch.ones_like(trial.losses[0]))
+        with torch.no_grad():  # as in a backward pass
+            losses = torch.ones_like(trial.losses[0])
+            before, captured = trial.vjp(linearization, 0, cotangent, losses)
         sums = sum(x.numel() * x.element_size() for x in captured if x is not None)
         del linearization, state, cotangent, before, captured
     random = sum(x.numel() for x in trial.generators.get())

@@ -1,0 +1,261 @@
+"""MemoryBudget: exact, within its budget by an independent count, and as fast as that allows."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+import diffopt
+from diffopt import MemoryBudget, StoreAll
+from diffopt.adjoint import _budget
+
+MIB = 2**20
+
+
+@pytest.fixture(autouse=True)
+def _nothing_known() -> None:
+    _budget._measured.clear()
+
+
+def mlp() -> tuple[nn.Module, Tensor]:
+    model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU())
+    return nn.Sequential(*model, nn.Linear(64, 8)), torch.randn(256, 64)
+
+
+def convolutional() -> tuple[nn.Module, Tensor]:
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 4, 3)
+    ), torch.randn(16, 1, 20, 20)
+
+
+def attention() -> tuple[nn.Module, Tensor]:
+    layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.1, batch_first=True)
+    return layer, torch.randn(8, 16, 32)
+
+
+MODELS = {"mlp": mlp, "convolutional": convolutional, "attention": attention}
+
+
+def loss_fn(model: nn.Module, batch: Tensor) -> Tensor:
+    return model(batch).square().mean()
+
+
+def gradients(
+    model: nn.Module, x: Tensor, steps: int, adjoint: diffopt.Adjoint, opt: str = "Adam"
+) -> list[Tensor]:
+    torch.manual_seed(1)
+    inner = getattr(diffopt, opt)(model.parameters(), lr=0.01)
+    fast = diffopt.unroll(model, inner, [x] * steps, loss_fn, adjoint=adjoint)
+    total = torch.stack([p.square().sum() for p in fast.params.values()]).sum()
+    return list(torch.autograd.grad(total, list(model.parameters())))
+
+
+@contextmanager
+def counted() -> Iterator[list[int]]:
+    """The most bytes allocated at once by PyTorch on the CPU: by its profiler's log."""
+    result: list[int] = []
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as log:
+        yield result
+    held = peak = 0
+    for event in log.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    result.append(peak)
+
+
+def smallest(model: nn.Module, x: Tensor, steps: int, opt: str = "Adam") -> int:
+    with pytest.raises(ValueError, match="is too small for") as error:
+        gradients(model, x, steps, MemoryBudget(1), opt)
+    return int(str(error.value).split("MemoryBudget(")[2].split(")")[0])
+
+
+@pytest.mark.filterwarnings("ignore:.*profiler")
+@pytest.mark.parametrize(
+    ("name", "opt"), [("mlp", "Adam"), ("convolutional", "SGD"), ("attention", "AdamW")]
+)
+def test_a_run_stays_within_its_prediction_and_its_budget(name: str, opt: str) -> None:
+    model, x = MODELS[name]()
+    least = smallest(model, x, 12, opt)
+    gradients(model, x, 1, StoreAll(), opt)
+    kinds = set()
+    for budget in (least, int(1.3 * least), 2 * least, 4 * least, 20 * least):
+        adjoint = MemoryBudget(budget)
+        with counted() as peak:
+            gradients(model, x, 12, adjoint, opt)
+        plan = adjoint.plan(12)
+        assert plan.predicted_peak_bytes is not None
+        assert peak[0] <= plan.predicted_peak_bytes <= budget
+        assert peak[0] >= plan.predicted_peak_bytes / 4
+        kinds.add((plan.peak_graphs, plan.peak_states))
+    assert len(kinds) >= 3
+    assert (12, 1) in kinds
+
+
+def test_exact_whatever_the_budget() -> None:
+    torch.set_default_dtype(torch.float64)
+    model, x = attention()
+    exact = gradients(model, x, 9, StoreAll())
+    least = smallest(model, x, 9)
+    for factor in (1, 1.5, 3, 30):
+        found = gradients(model, x, 9, MemoryBudget(int(factor * least)))
+        for a, b in zip(found, exact, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14)
+
+
+def test_more_memory_is_never_slower_and_enough_is_as_storing_all() -> None:
+    model, x = mlp()
+    least = smallest(model, x, 15)
+    costs = []
+    for factor in (1, 1.2, 1.5, 2, 3, 5, 10, 40):
+        adjoint = MemoryBudget(int(factor * least))
+        gradients(model, x, 1, adjoint)
+        costs.append(adjoint.plan(15).relative_cost)
+    assert costs == sorted(costs, reverse=True)
+    assert costs[0] > 1.2
+    assert costs[-1] == 1
+
+
+@pytest.mark.parametrize("steps", [1, 12])
+def test_the_smallest_that_the_message_names_is_the_smallest(steps: int) -> None:
+    model, x = mlp()
+    least = smallest(model, x, steps)
+    gradients(model, x, steps, MemoryBudget(least))
+    with pytest.raises(ValueError, match=rf"write MemoryBudget\({least}\), which is"):
+        gradients(model, x, steps, MemoryBudget(least - 1))
+
+
+def test_the_trial_step_has_no_consequences() -> None:
+    model, x = convolutional()
+    calls = []
+
+    def loss_and_count(model: nn.Module, batch: Tensor) -> tuple[Tensor, int]:
+        calls.append(torch.rand(1))
+        return model(nn.functional.dropout(batch)).square().mean(), len(calls)
+
+    def run(adjoint: diffopt.Adjoint) -> tuple[diffopt.Unrolled, Tensor]:
+        torch.manual_seed(5)
+        opt = diffopt.SGD(model.parameters(), lr=0.1)
+        fast = diffopt.unroll(model, opt, [x] * 3, loss_and_count, adjoint=adjoint)
+        return fast, torch.rand(2)
+
+    (fast, random), (expected, expected_random) = run(MemoryBudget("1GiB")), run(StoreAll())
+    assert torch.equal(fast.losses, expected.losses)
+    assert torch.equal(random, expected_random)
+    assert fast.aux == [2, 3, 4]
+    for name, x in fast.buffers.items():
+        assert torch.equal(x, expected.buffers[name])
+    assert len(calls) == 4 + 3
+
+
+def test_measures_once_for_steps_that_are_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = []
+
+    def measure(loop: Any, original: Callable[..., Any] = _budget.measure) -> Any:
+        measured.append(loop.steps)
+        return original(loop)
+
+    monkeypatch.setattr(_budget, "measure", measure)
+    model, x = mlp()
+    gradients(model, x, 3, MemoryBudget("1GiB"))
+    gradients(model, x, 5, MemoryBudget("2GiB"))
+    assert measured == [3]
+    gradients(model, x[:50], 4, MemoryBudget("1GiB"))
+    gradients(model, x, 6, MemoryBudget("1GiB"), "SGD")
+    gradients(mlp()[0], x, 7, MemoryBudget("1GiB"))
+    assert measured == [3, 4, 6, 7]
+    inner = diffopt.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):  # What a function of the step number works on is not known.
+        diffopt.unroll(model, inner, 8, lambda m, t: loss_fn(m, x), adjoint=MemoryBudget("1GiB"))
+    assert measured == [3, 4, 6, 7, 8, 8]
+
+
+def test_what_was_measured_goes_with_the_model() -> None:
+    model, x = mlp()
+    gradients(model, x, 2, MemoryBudget("1GiB"))
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+    assert not _budget._measured
+
+
+def test_nothing_is_left_of_the_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = []
+
+    def measure(loop: Any, original: Callable[..., Any] = _budget.measure) -> Any:
+        class Watched(type(loop)):  # type: ignore[misc]
+            def first_recorded(self, state: Any, t: int) -> Any:
+                found = super().first_recorded(state, t)
+                graphs.append(weakref.ref(found[0].grads["0.weight"]))
+                return found
+
+        loop.__class__ = Watched
+        try:
+            return original(loop)
+        finally:
+            loop.__class__ = Watched.__base__
+
+    monkeypatch.setattr(_budget, "measure", measure)
+    model, x = mlp()
+    gc.disable()
+    try:
+        gradients(model, x, 2, MemoryBudget(smallest(model, x, 2)))
+        assert [graph() for graph in graphs] == [None]
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize(
+    ("budget", "expected"),
+    [
+        (1000, 1000),
+        ("512MiB", 512 * MIB),
+        ("2GiB", 2**31),
+        (" 1.5 KiB ", 1536),
+        ("3kB", 3000),
+        ("2MB", 2 * 10**6),
+        ("7B", 7),
+        ("1TiB", 2**40),
+    ],
+)
+def test_ways_to_write_a_budget(budget: int | str, expected: int) -> None:
+    assert MemoryBudget(budget).bytes == expected
+
+
+@pytest.mark.parametrize("budget", ["2", "GiB", "2 gib", "-1MiB", "1e3MiB", ""])
+def test_other_ways_are_refused(budget: str) -> None:
+    with pytest.raises(ValueError, match='is not a number of bytes: write it like "512MiB"'):
+        MemoryBudget(budget)
+
+
+def test_wrong_budgets_are_refused() -> None:
+    with pytest.raises(TypeError, match="budget is a float: pass a number of bytes, an int"):
+        MemoryBudget(1e9)  # type: ignore[arg-type]
+    for budget in (0, -5, "0MiB"):
+        with pytest.raises(ValueError, match="holds nothing: pass more than 0 bytes"):
+            MemoryBudget(budget)
+
+
+def test_a_plan_needs_a_step_to_be_measured() -> None:
+    adjoint = MemoryBudget("1GiB")
+    with pytest.raises(ValueError, match="does not know yet how many bytes a step takes"):
+        adjoint.plan(10)
+    model, x = mlp()
+    gradients(model, x, 1, adjoint)
+    assert "MiB predicted" in str(adjoint.plan(10_000))
+
+
+def test_no_steps() -> None:
+    model, _ = mlp()
+    inner = diffopt.SGD(model.parameters(), lr=0.1)
+    fast = diffopt.unroll(model, inner, 0, loss_fn, adjoint=MemoryBudget(1))
+    assert torch.equal(fast.params["0.weight"], model[0].weight)
