@@ -135,10 +135,10 @@ def load_state_into(
                     del opt.state[p]
                 continue
             for key, x in entries.items():
-                if key in ("step", "mu_product"):
-                    entries[key] = x.to(p.device) if on_device else x
-                elif x.is_floating_point():
-                    entries[key] = x.to(p.dtype)
+                if key in ("step", "mu_product") and on_device:
+                    entries[key] = x.to(p.device)
+                elif x.shape == p.shape and p.dtype in (torch.bfloat16, torch.float16):
+                    entries[key] = x.to(p.dtype)  # an unroll holds these in float32
             opt.state[p] = entries
     if steps is not None and isinstance(opt, Optimizer):
         opt._steps = steps
