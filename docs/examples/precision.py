@@ -1,6 +1,6 @@
 """How far a meta-gradient in low precision is from the one in float64.
 
-A network with 5,700 weights takes T steps on a batch of 64; the gradient of its loss on another
+A network with 5,508 weights takes T steps on a batch of 64; the gradient of its loss on another
 batch, in its initial weights and in the learning rate, is compared with the same run in float64.
 
     python docs/examples/precision.py
