@@ -1,5 +1,7 @@
 """Differentiate through training: ``diffopt.unroll``, its adjoints and its optimizers."""
 
+from diffopt._compiled import CompileWarning
+from diffopt._trace import compile_seconds
 from diffopt._unroll import unroll
 from diffopt._unrolled import Unrolled
 from diffopt.adjoint import (
@@ -31,6 +33,7 @@ __all__ = [
     "AdamW",
     "Adjoint",
     "Binomial",
+    "CompileWarning",
     "ConvergenceWarning",
     "FirstOrder",
     "ForwardMode",
@@ -48,6 +51,7 @@ __all__ = [
     "StoreAll",
     "Truncated",
     "Unrolled",
+    "compile_seconds",
     "register",
     "unroll",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import compress
 
 from torch import Tensor
@@ -72,3 +72,35 @@ class BufferStandIns:
         self._compared = max(self._compared, step + 1)
         self._slots.changing = self._changing
         return found
+
+    def note(self, tracked: Iterable[str], changing: Iterable[str]) -> None:
+        """Take note of what is known without having been looked at here."""
+        self.tracked.update(tracked)
+        self._changing.update(changing)
+        for name in changing:
+            self._copies.pop(name, None)
+        self._slots.changing = self._changing
+
+
+class CopiedBuffers(BufferStandIns):
+    """A copy of every buffer at every step: for a step that is traced and has no values to compare.
+
+    Args:
+        tracked: names of buffers that derivatives are known to flow through.
+    """
+
+    def __init__(self, tracked: Iterable[str]) -> None:
+        self.tracked = set(tracked)
+
+    def stand_in(self, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: x.clone() for name, x in buffers.items()}
+
+    def after(
+        self,
+        buffers: Mapping[str, Tensor],
+        stand_ins: Mapping[str, Tensor],
+        left: Mapping[str, Tensor],
+        step: int,
+    ) -> dict[str, Tensor]:
+        self.tracked |= {name for name, x in left.items() if x.requires_grad}
+        return dict(left)

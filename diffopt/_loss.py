@@ -12,7 +12,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from diffopt._buffers import BufferStandIns
+from diffopt._buffers import BufferStandIns, CopiedBuffers
 from diffopt._module import ModuleSlots
 from diffopt._precision import Precision
 from diffopt._tasks import check_leads, over_tasks
@@ -32,6 +32,8 @@ class InnerLoss:
         first_step: the step number of position 0, for messages.
     """
 
+    tasks: int | None = None
+
     def __init__(
         self,
         slots: ModuleSlots,
@@ -40,17 +42,17 @@ class InnerLoss:
         first_step: int,
     ) -> None:
         self.slots = slots
-        self.buffers = BufferStandIns(slots)
-        self._loss_fn = loss_fn
+        self.buffers: BufferStandIns = BufferStandIns(slots)
+        self.loss_fn = loss_fn
         self.precision = Precision(slots.inner)
         self._untouched = _Untouched()
-        self._item_at = item_at
+        self.item_at = item_at
         self._first_step = first_step
 
     def later(self, by: int) -> Self:
         """This loss with the positions counted from ``by`` on."""
-        item_at, loss = self._item_at, copy(self)
-        loss._item_at = lambda t: item_at(by + t)
+        item_at, loss = self.item_at, copy(self)
+        loss.item_at = lambda t: item_at(by + t)
         loss._first_step = self._first_step + by
         return loss
 
@@ -60,10 +62,23 @@ class InnerLoss:
         That is the same function, of batches of the same shapes. What a function of the step
         number alone works on is not known.
         """
-        tensors = list(tensors_in(self._item_at(0)))
+        tensors = list(tensors_in(self.item_at(0)))
         if not tensors:
             return None
-        return weakref.ref(self._loss_fn), tuple((x.shape, x.dtype, x.device) for x in tensors)
+        return weakref.ref(self.loss_fn), tuple((x.shape, x.dtype, x.device) for x in tensors)
+
+    def of_item(self, item: Any) -> Self:
+        """This loss with one batch, or step number, for all positions."""
+        loss = copy(self)
+        loss.item_at = lambda t: item
+        return loss
+
+    def traced(self, item: Any) -> Self:
+        """``of_item``, with nothing decided by the values of tensors, which a tracer has not."""
+        loss = self.of_item(item)
+        loss.buffers = CopiedBuffers(self.buffers.tracked)
+        loss._untouched = _Untouched(compare=False)
+        return loss
 
     def __call__(
         self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], t: int
@@ -73,7 +88,7 @@ class InnerLoss:
         params = self.precision.narrowed(params)
         step = self._first_step + t
         with self._untouched.checked(params, step):
-            loss, aux, left = self._evaluate(params, stand_ins, self._item_at(t), step)
+            loss, aux, left = self._evaluate(params, stand_ins, self.item_at(t), step)
         return loss, aux, self.buffers.after(buffers, stand_ins, left, step)
 
     def total(self, loss: Tensor) -> Tensor:
@@ -90,7 +105,7 @@ class InnerLoss:
         self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], item: Any, step: int
     ) -> Evaluation:
         self.slots.load(params, buffers)
-        loss, aux = loss_and_aux(self._loss_fn(self.slots.model, item), step)
+        loss, aux = loss_and_aux(self.loss_fn(self.slots.model, item), step)
         return loss, aux, self.slots.read_buffers()
 
 
@@ -102,6 +117,8 @@ class TaskLosses(InnerLoss):
     not know.
     """
 
+    tasks: int
+
     def __init__(
         self,
         slots: ModuleSlots,
@@ -111,7 +128,7 @@ class TaskLosses(InnerLoss):
         tasks: int,
     ) -> None:
         super().__init__(slots, loss_fn, item_at, first_step)
-        self._tasks = tasks
+        self.tasks = tasks
 
     def total(self, loss: Tensor) -> Tensor:
         return loss.sum()
@@ -124,7 +141,7 @@ class TaskLosses(InnerLoss):
     def _evaluate(
         self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], item: Any, step: int
     ) -> Evaluation:
-        check_leads(item, self._tasks, f"the batch of step {step}")
+        check_leads(item, self.tasks, f"the batch of step {step}")
 
         def one(
             params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], item: Any
@@ -146,8 +163,8 @@ class _Untouched:
     so the first evaluation is compared by value.
     """
 
-    def __init__(self) -> None:
-        self._compare = True
+    def __init__(self, *, compare: bool = True) -> None:
+        self._compare = compare
 
     @contextmanager
     def checked(self, params: Mapping[str, Tensor], step: int) -> Iterator[None]:

@@ -14,6 +14,7 @@ from torch.utils.data import IterableDataset
 
 from diffopt import _progress
 from diffopt._capture import Captured
+from diffopt._compiled import CompiledStep
 from diffopt._generators import Generators, generators_near
 from diffopt._loop import Loop
 from diffopt._loss import InnerLoss, TaskLosses
@@ -45,6 +46,7 @@ def unroll(
     max_cotangent_norm: float | None = None,
     verify: bool = False,
     tasks: int | None = None,
+    compile: bool = False,
     progress: bool = False,
 ) -> Unrolled:
     """Train ``model`` for some steps, as a differentiable function of everything it is made of.
@@ -83,6 +85,10 @@ def unroll(
             so do the results (``losses`` is (N, T)). Each task starts from the same values, unless
             ``initial`` has one for each. Equal to N unrolls; ``loss_fn`` runs under
             ``torch.vmap``.
+        compile: trace the step and its derivative once, and run them as code compiled for this
+            and all later calls with the model. ``loss_fn`` is not run again, so it has to have no
+            effect but its result. What cannot be compiled runs as ever, after a
+            ``CompileWarning`` that says why. See "Compiled steps" in the documentation.
         progress: show a tqdm bar, forward and backward.
 
     Returns:
@@ -110,7 +116,7 @@ def unroll(
         (torch.Size([1, 2]), torch.Size([]))
     """
     adjoint = _chosen_adjoint(segment, adjoint)
-    _check_options(loss_fn, grad_transform, max_cotangent_norm, verify, tasks, progress)
+    _check_options(loss_fn, grad_transform, max_cotangent_norm, verify, tasks, compile, progress)
     problem = inner_problem(model, opt, tasks)
     slots = problem.slots()
     start = start_state(problem, slots.buffers, initial, tasks)
@@ -131,19 +137,28 @@ def unroll(
     if connected:
         captured = Captured()
         captured.offer([*inputs, *hyper, *constants, *problem.inner.values()])
+    generators = Generators(devices, own_generators)
+    loss = _inner_loss(slots, loss_fn, steps, batches, first_step, tasks)
+    transform = grad_transform or problem.grad_transform
     step = InnerStep(
-        _inner_loss(slots, loss_fn, steps, batches, first_step, tasks),
-        problem.opt,
-        problem.inner_groups,
-        first_step=first_step,
-        grad_transform=grad_transform or problem.grad_transform,
+        loss, problem.opt, problem.inner_groups, first_step=first_step, grad_transform=transform
     )
+    if compile:
+        compiled = CompiledStep(
+            step,
+            generators=generators,
+            counted=isinstance(steps, int),
+            given=[*problem.inner.values(), *slots.buffers.values()],
+        )
+        if captured is not None:
+            captured.offer(compiled.environment)
+        step = compiled
     loop = Loop(
         step,
         start,
         count,
         captured=captured,
-        generators=Generators(devices, own_generators),
+        generators=generators,
         modes=Modes(model, devices),
         progress=_progress.Progress(count, progress),
         max_cotangent_norm=None if max_cotangent_norm == math.inf else max_cotangent_norm,
@@ -185,6 +200,7 @@ def _check_options(
     max_cotangent_norm: Any,
     verify: Any,
     tasks: Any,
+    compile: Any,
     progress: bool,
 ) -> None:
     for name, value in (("loss_fn", loss_fn), ("grad_transform", grad_transform)):
@@ -208,6 +224,8 @@ def _check_options(
             raise TypeError(f"tasks is a {type(tasks).__name__}: pass how many there are, an int")
         if tasks < 1:
             raise ValueError(f"tasks={tasks}: pass 1 or more, or None for no task dimension")
+    if not isinstance(compile, bool):
+        raise TypeError(f"compile is a {type(compile).__name__}: pass True or False")
     if progress:
         _progress.check_available()
 

@@ -158,7 +158,7 @@ def bounded(most: float, tensors: list[Tensor]) -> Sequence[Tensor]:
     return found
 
 
-def unrolled(adjoint: diffopt.Adjoint) -> Train:
+def unrolled(adjoint: diffopt.Adjoint, *, compile: bool = False) -> Train:
     """``diffopt.unroll`` behind the arguments of ``plain``."""
 
     def train(
@@ -182,7 +182,7 @@ def unrolled(adjoint: diffopt.Adjoint) -> Train:
             opt = diffopt.SGD(groups)
         for name, b in (state or {}).items():
             opt.state[named[name]] = {"momentum_buffer": b}
-        return diffopt.unroll(model, opt, steps, loss_fn, adjoint=adjoint, **more)
+        return diffopt.unroll(model, opt, steps, loss_fn, adjoint=adjoint, compile=compile, **more)
 
     return train
 
