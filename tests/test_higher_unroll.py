@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from plugged import Net, batches, groups, loss_fn
 from torch import Tensor, nn
 
@@ -222,6 +223,20 @@ class TestInsideTheLoss:
                 return self.out(self.read(x[:, None])[0][:, 0])
 
         self.compare(Reader(), loss_fn)
+
+    def test_a_layer_that_recomputes_itself(self) -> None:
+        class Checkpointed(Net):
+            def forward(self, x: Tensor) -> Tensor:
+                x = torch.utils.checkpoint.checkpoint(self.part, x, use_reentrant=False)
+                return self.again(self.back(x.tanh()) * self.frozen)
+
+        torch.manual_seed(2)
+        plain = Net()
+        torch.manual_seed(2)
+        model = Checkpointed()
+        found = outcome(model, torch.optim.SGD(model.parameters(), lr=0.1), by_unrolling, [])
+        expected = outcome(plain, torch.optim.SGD(plain.parameters(), lr=0.1), by_steps, [])
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
     def test_dropout(self) -> None:
         model = nn.Sequential(nn.Linear(3, 50), nn.Dropout(0.5), nn.Linear(50, 4))

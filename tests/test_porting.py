@@ -53,6 +53,15 @@ def test_the_notebook_before_and_after(torch_maml: Any) -> None:
     assert after["model"][1].num_batches_tracked.item() == 0
 
 
+def test_the_benchmark_compares_two_ways_to_one_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("diffopt.higher", exc_type=ImportError)
+    monkeypatch.syspath_prepend(TOP / "benchmarks")
+    from higher_port import meta_gradient
+
+    loop, unrolled = (meta_gradient(way, "Adam", 2, "cpu") for way in ("loop", "segment=1"))
+    torch.testing.assert_close(unrolled, loop, rtol=1e-8, atol=1e-10)
+
+
 # Line by line.
 
 X, Y = torch.linspace(-2, 2, 24).double().sin().reshape(8, 3), torch.arange(8) % 4
