@@ -12,6 +12,7 @@ EXACT: list[tuple[str, diffopt.Adjoint]] = [
     ("segmented-3", diffopt.Segmented(3)),
     ("segmented", diffopt.Segmented()),
     ("binomial-2", diffopt.Binomial(2)),
+    ("memory-budget", diffopt.MemoryBudget("64MiB")),
 ]
 
 every_adjoint = pytest.mark.parametrize(
