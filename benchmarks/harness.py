@@ -28,7 +28,7 @@ EXACT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65
 #: The steps over which gradients are compared in float64: enough for every term of every rule.
 CHECKED_STEPS = 3
 
-#: The longest loop whose float64 reference, which keeps every graph, is taken at full length.
+#: The longest loop whose float64 reference is taken at full length.
 REFERENCE_STEPS = 100
 
 
@@ -148,17 +148,16 @@ class Bench:
     def _save_references(self, case: Case) -> tuple[Path | None, Path]:
         """The meta-gradient in float64, at full length where that fits, and over a few steps."""
         exact = replace(case, dtype="float64")
-        paths = []
+        paths: list[Path | None] = []
         for steps in (case.steps, min(case.steps, CHECKED_STEPS)):
+            path = self._references / f"{replace(case, steps=steps).name}.npz"
             if steps > REFERENCE_STEPS:
                 paths.append(None)
                 continue
-            path = self._references / f"{replace(case, steps=steps).name}.npz"
             if not path.exists():
-                self._process("plain").ask("save", replace(exact, steps=steps), path=str(path))
+                reference = self._process("reference")
+                reference.ask("save", replace(exact, steps=steps), path=str(path))
             paths.append(path)
-        if "plain" in self._processes:
-            self._processes["plain"].ask("forget")
         whole, short = paths
         assert short is not None
         return whole, short

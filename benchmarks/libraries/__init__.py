@@ -55,5 +55,6 @@ LIBRARIES = {
         "torch_maml", "torch_maml, checkpoints of 5", {"checkpoint": 5}
     ),
     "plain": Library("plain", "a loop by hand"),
+    "reference": Library("plain", "a loop by hand, checkpointed", {"checkpointed": True}),
     "jax": Library("jax", "JAX, `jit` and `checkpoint`"),
 }
