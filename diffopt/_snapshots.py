@@ -40,6 +40,9 @@ class Snapshots(MutableMapping[int, Snapshot]):
     def __len__(self) -> int:
         return len(self._held)
 
+    def __contains__(self, t: object) -> bool:
+        return t in self._held  # a Mapping's own would fetch the snapshot
+
     def prefetch(self, t: int) -> None:
         """Snapshot ``t`` will be wanted next: where it is far away, begin to fetch it."""
 
@@ -70,14 +73,18 @@ class Layer(Snapshots):
         return self._own[t] if t in self._own else self._below[t]
 
     def __delitem__(self, t: int) -> None:
-        self._own.pop(t, None)
         self._visible.remove(t)
+        if t in self._own:
+            del self._own[t]
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._visible)
 
     def __len__(self) -> int:
         return len(self._visible)
+
+    def __contains__(self, t: object) -> bool:
+        return t in self._visible
 
     def prefetch(self, t: int) -> None:
         (self._own if t in self._own else self._below).prefetch(t)

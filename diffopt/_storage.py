@@ -149,6 +149,9 @@ class InFolder(Snapshots):
     def __len__(self) -> int:
         return len(self._files)
 
+    def __contains__(self, t: object) -> bool:
+        return t in self._files
+
     def prefetch(self, t: int) -> None:
         if t not in self._reading:  # its file is written by then: the thread works in order
             self._reading[t] = self._thread.submit(self._files[t].read)

@@ -289,6 +289,13 @@ def test_refuses_a_second_derivative_and_a_bound_on_cotangents() -> None:
         train(ridge.model, ridge.loss, 2, adjoint=Implicit(), max_cotangent_norm=1.0)
 
 
+def test_verify_does_not_take_the_last_loss_for_a_recomputed_step() -> None:
+    ridge = Ridge()
+    fast = train(ridge.model, ridge.loss, 5, verify=True, adjoint=Implicit(gradient_tol=10))
+    fast.params["weight"].sum().backward()
+    assert ridge.log_penalty.grad is not None
+
+
 def test_no_steps_give_the_start() -> None:
     ridge = Ridge()
     fast = train(ridge.model, ridge.loss, 0, adjoint=Implicit())

@@ -103,7 +103,8 @@ class Implicit(Adjoint):
             return {}, unused
         _refuse_all_but_params(cotangent, loss_cotangents)
         last, snapshot = kept
-        linearization = last.linearize(last.restored(snapshot), 0)
+        # Not the last step again, which a check for that would refuse, but its loss at the end.
+        linearization = last.step.linearize(last.restored(snapshot), 0, last.checked(0))
         gradient = {n: g for n, g in linearization.inner_grads.items() if g is not None}
         self._check_stationary(gradient.values())
 
