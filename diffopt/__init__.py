@@ -21,16 +21,35 @@ from diffopt.adjoint import (
     StoreAll,
     Truncated,
 )
-from diffopt.optim import SGD, Adam, AdamW, Momentum, Optimizer, RMSprop, register
+from diffopt.optim import (
+    ASGD,
+    SGD,
+    Adadelta,
+    Adagrad,
+    Adam,
+    Adamax,
+    AdamW,
+    Momentum,
+    NAdam,
+    Optimizer,
+    RAdam,
+    RMSprop,
+    Rprop,
+    register,
+)
 from diffopt.schedule import Plan
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ASGD",
     "CG",
     "SGD",
+    "Adadelta",
+    "Adagrad",
     "Adam",
     "AdamW",
+    "Adamax",
     "Adjoint",
     "Binomial",
     "CompileWarning",
@@ -40,11 +59,14 @@ __all__ = [
     "Implicit",
     "MemoryBudget",
     "Momentum",
+    "NAdam",
     "Neumann",
     "NormalCG",
     "Optimizer",
     "Plan",
+    "RAdam",
     "RMSprop",
+    "Rprop",
     "Segmented",
     "Solution",
     "Solver",
