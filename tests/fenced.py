@@ -27,5 +27,5 @@ def run(page: Path) -> dict[str, Any]:
     """
     namespace: dict[str, Any] = {"__name__": "__page__"}
     for line, source in blocks(page):
-        exec(compile("\n" * (line - 1) + source, str(page), "exec"), namespace)
+        exec(compile("\n" * (line - 1) + source, str(page), "exec", dont_inherit=True), namespace)
     return namespace

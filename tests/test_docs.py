@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import os
 import re
@@ -57,3 +58,9 @@ def test_what_is_documented_as_an_argument_is_one(public: Any) -> None:
         documented = re.findall(r"^    (\w[\w, ]*):", args[1], re.MULTILINE)
         names = [name for names in documented for name in names.split(", ")]
         assert set(names) <= set(inspect.signature(public).parameters)
+
+
+def test_the_table_of_adjoints_is_that_of_the_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(TOP / "docs"))
+    adjoints = importlib.import_module("adjoints_table")
+    assert adjoints.BEGIN + adjoints.table() + adjoints.END in adjoints.PAGE.read_text("utf-8")

@@ -1,5 +1,7 @@
 """How the derivative is computed: one file an adjoint."""
 
+from diffopt._loop import CapturedSum, Loop
+from diffopt._state import Cotangent, State
 from diffopt.adjoint._base import Adjoint, Checkpointed
 from diffopt.adjoint._binomial import Binomial
 from diffopt.adjoint._budget import MemoryBudget
@@ -15,17 +17,21 @@ __all__ = [
     "CG",
     "Adjoint",
     "Binomial",
+    "CapturedSum",
     "Checkpointed",
     "ConvergenceWarning",
+    "Cotangent",
     "FirstOrder",
     "ForwardMode",
     "Implicit",
+    "Loop",
     "MemoryBudget",
     "Neumann",
     "NormalCG",
     "Segmented",
     "Solution",
     "Solver",
+    "State",
     "StoreAll",
     "Truncated",
 ]

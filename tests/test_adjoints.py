@@ -1,0 +1,193 @@
+"""Every exact adjoint over the table of optimizers, and runs that keep to their plans."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from adjoints import EXACT
+from optimizers import CASES, Case
+from torch import Tensor, nn
+
+import diffopt
+from diffopt import schedule
+from diffopt.adjoint import Checkpointed
+
+STEPS = 7
+OTHERS = [(name, adjoint) for name, adjoint in EXACT if name != "store-all"]
+every_other_adjoint = pytest.mark.parametrize(
+    "adjoint", [adjoint for _, adjoint in OTHERS], ids=[name for name, _ in OTHERS]
+)
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+
+
+def problem(case: Case, adjoint: diffopt.Adjoint) -> tuple[Tensor, list[Tensor]]:
+    """A function of all results of a small unroll, and what it is made of."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Dropout(0.2), nn.Linear(3, 1))
+    x, y = torch.randn(5, 2), torch.randn(5, 1)
+    weight = torch.rand(5, 1).add(0.5).requires_grad_()
+    lr = torch.tensor(case.options.get("lr", 0.1), requires_grad=True)
+    fast = diffopt.unroll(
+        model,
+        case.ours(model.parameters(), lr=lr),
+        STEPS,
+        lambda m, t: (weight * (m(x) - y).square()).mean(),
+        adjoint=adjoint,
+    )
+    params = torch.cat([p.flatten() for p in fast.params.values()])
+    total = params.cos().sum() + (fast.losses * torch.arange(STEPS)).sum()
+    return total, [lr, weight, *model.parameters()]
+
+
+def first(case: Case, adjoint: diffopt.Adjoint) -> list[Tensor]:
+    total, inputs = problem(case, adjoint)
+    return list(torch.autograd.grad(total, inputs))
+
+
+def second(case: Case, adjoint: diffopt.Adjoint) -> list[Tensor]:
+    total, inputs = problem(case, adjoint)
+    gradients = torch.autograd.grad(total, inputs, create_graph=True)
+    return list(torch.autograd.grad(sum(g.sin().sum() for g in gradients), inputs))
+
+
+expected_first = cache(lambda index: first(CASES[index], diffopt.StoreAll()))
+expected_second = cache(lambda index: second(CASES[index], diffopt.StoreAll()))
+
+
+def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).norm() <= 1e-10 * b.norm() + 1e-14
+
+
+@every_other_adjoint
+@every_case
+def test_equals_store_all(case: Case, adjoint: diffopt.Adjoint) -> None:
+    assert_same(first(case, adjoint), expected_first(CASES.index(case)))
+
+
+# One case of each optimizer: that all options are differentiated twice is tested with the rules.
+LAST = {case.name: case for case in CASES}
+
+
+@every_other_adjoint
+@pytest.mark.parametrize("name", ["SGD", "Adam", "RMSprop"])
+def test_second_derivative_equals_store_alls(name: str, adjoint: diffopt.Adjoint) -> None:
+    case = LAST[name]
+    assert_same(second(case, adjoint), expected_second(CASES.index(case)))
+
+
+# --- A run keeps to its plan ------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Following(Checkpointed):
+    """Follows the plan of another adjoint, and notes what it kept."""
+
+    other: diffopt.Adjoint
+    seen: list[Any]
+
+    def plan(self, steps: int) -> schedule.Plan:
+        return self.other.plan(steps)
+
+    def forward(self, loop: Any) -> Any:
+        state, kept = super().forward(loop)
+        self.seen.append(kept[2])
+        return state, kept
+
+
+def counted(steps: int, other: diffopt.Adjoint) -> tuple[int, int, int]:
+    """Peak states, peak graphs, and evaluations of the loss."""
+    model, following, calls = nn.Linear(1, 1), Following(other, []), []
+
+    def loss_fn(model: nn.Module, t: int) -> Tensor:
+        calls.append(t)
+        return model.weight.square().sum() + model.bias.sum()
+
+    opt = diffopt.SGD(model.parameters(), lr=0.1)
+    fast = diffopt.unroll(model, opt, steps, loss_fn, adjoint=following)
+    fast.params["weight"].sum().backward()
+    (kept,) = following.seen
+    assert len(kept.snapshots) == len(kept.graphs) == 0
+    return kept.peak_states, kept.peak_graphs, len(calls)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 5, 8, 13, 30])
+@pytest.mark.parametrize(
+    "other",
+    [
+        diffopt.StoreAll(),
+        diffopt.Segmented(),
+        *(diffopt.Segmented(k) for k in (1, 2, 3, 7, 40)),
+        *(diffopt.Binomial(c) for c in (1, 2, 3, 5, 40)),
+    ],
+    ids=repr,
+)
+def test_states_and_evaluations_counted_in_a_run_are_the_plans(
+    steps: int, other: diffopt.Adjoint
+) -> None:
+    plan = other.plan(steps)
+    states, graphs, calls = counted(steps, other)
+    assert states == plan.peak_states
+    assert graphs <= plan.peak_graphs
+    assert graphs == plan.peak_graphs or plan.peak_graphs == 1
+    # Every step is evaluated once with a graph; in the plan that is a vjp or a record.
+    assert calls == plan.counts.advanced + steps
+
+
+# --- With the other arguments of unroll -------------------------------------------------------
+
+ANY = [
+    diffopt.Binomial(2),
+    diffopt.MemoryBudget("1GiB"),
+    diffopt.Truncated(3),
+    diffopt.FirstOrder(),
+    diffopt.Implicit(gradient_tol=1e9),
+]
+
+
+@pytest.mark.parametrize("adjoint", ANY, ids=lambda a: type(a).__name__)
+@pytest.mark.parametrize("options", [{"verify": True}, {"tasks": 2}], ids=["verify", "tasks"])
+def test_goes_with_other_arguments(adjoint: diffopt.Adjoint, options: dict[str, Any]) -> None:
+    """``tasks`` equals a loop over the tasks; ``verify`` changes nothing."""
+    torch.set_default_dtype(torch.float64)
+    model, x = nn.Linear(3, 1), torch.randn(2, 4, 5, 3)  # task, step, row, column
+    scale = torch.tensor(1.3, requires_grad=True)
+
+    def loss_fn(model: nn.Module, batch: Tensor) -> Tensor:
+        fit = (scale * model(batch) - 1).square().mean()
+        return fit + model.weight.square().sum() + model.bias.square().sum()
+
+    def gradient(x: list[Tensor], **more: Any) -> Tensor:
+        opt = diffopt.SGD(model.parameters(), lr=0.1)
+        fast = diffopt.unroll(model, opt, x, loss_fn, adjoint=adjoint, **more)
+        total = torch.cat([p.flatten() for p in fast.params.values()]).square().sum()
+        found = torch.autograd.grad(total, scale, allow_unused=True)[0]
+        return torch.zeros(()) if found is None else found
+
+    separate = [gradient(list(x[i])) for i in range(2)]
+    if "tasks" in options:
+        found, expected = gradient(list(x.transpose(0, 1)), **options), sum(separate)
+    else:
+        found, expected = gradient(list(x[0]), **options), separate[0]
+    # Solving for all tasks at once takes other steps of CG than for each.
+    rtol = 1e-4 if isinstance(adjoint, diffopt.Implicit) else 1e-10
+    torch.testing.assert_close(found, expected, rtol=rtol, atol=1e-12)
+
+
+def test_forward_mode_goes_with_tasks() -> None:
+    torch.set_default_dtype(torch.float64)
+    model, x = nn.Linear(3, 1), torch.randn(4, 2, 5, 3)
+    lr = torch.tensor(0.1, requires_grad=True)
+    found = []
+    for adjoint in (diffopt.StoreAll(), diffopt.ForwardMode([lr])):
+        opt = diffopt.Adam(model.parameters(), lr=lr)
+        fast = diffopt.unroll(
+            model, opt, list(x), lambda m, b: m(b).square().mean(), adjoint=adjoint, tasks=2
+        )
+        found.append(torch.autograd.grad((fast.losses * torch.arange(4)).sum(), lr)[0])
+    torch.testing.assert_close(*found, rtol=1e-10, atol=0)
