@@ -25,7 +25,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from diffopt._tree import tensors_in
-from diffopt._twice import WRONG
+from diffopt.second import WRONG
 
 Edge = tuple[Node, int]
 End = Edge | Tensor

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffopt._replaced import Shared, replaced
-from diffopt._twice import written_out
+from diffopt.second import with_second_derivatives
 
 
 class Modes:
@@ -46,7 +46,7 @@ class Modes:
                 stack.enter_context(torch.inference_mode(False))
                 stack.enter_context(torch.no_grad())  # leaving that mode alone would switch it on
             stack.enter_context(_math_attention)
-            stack.enter_context(written_out)
+            stack.enter_context(with_second_derivatives)
             if self._compiled and hasattr(torch.compiler, "set_stance"):
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             if self._recurrent:

@@ -24,10 +24,10 @@ from diffopt._loss import InnerLoss
 from diffopt._standing import InnerHooks, load_again
 from diffopt._state import Cotangent, State
 from diffopt._tree import Path, add, tensors_in
-from diffopt._twice import second_derivative
 from diffopt.optim import Optimizer
 from diffopt.optim.terms import Hyper
 from diffopt.optim.vjp import update_vjp
+from diffopt.second import second_derivative
 
 GradTransform = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
 

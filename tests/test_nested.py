@@ -78,3 +78,46 @@ def test_an_unroll_from_fast_weights_that_stand_no_more(
         expected.apply(lambda m: called(m, adapted_plainly(m, data[0], lr), mse, query)), inputs
     )
     assert_all_close(got, want, rtol=1e-10, atol=1e-13)
+
+
+class Written(nn.Module):
+    """A normalisation in operations that PyTorch differentiates rightly to any order."""
+
+    def __init__(self, dims: list[int]) -> None:
+        super().__init__()
+        self.dims = dims
+
+    def forward(self, x: Tensor) -> Tensor:
+        centred = x - x.mean(self.dims, keepdim=True)
+        return centred / (centred.square().mean(self.dims, keepdim=True) + 1e-5).sqrt()
+
+
+NORMS = {
+    "layer": (nn.LayerNorm(4, elementwise_affine=False), [-1]),
+    "batch": (nn.BatchNorm1d(3, affine=False), [0, -1]),
+    "instance": (nn.InstanceNorm1d(3), [-1]),
+}
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_hypergradient_through_a_normalisation_is_differentiated(norm: str) -> None:
+    """PyTorch's own third derivatives of these are wrong."""
+    torch.manual_seed(0)
+    x = torch.randn(5, 3, 4, dtype=torch.double)
+    linear = nn.Linear(4, 4, dtype=torch.double)
+    inputs = list(linear.parameters())
+    direction = [torch.randn_like(p) for p in inputs]
+
+    def loss_fn(m: Any, batch: Tensor) -> Tensor:
+        result: Tensor = m(batch) * torch.linspace(0, 1, batch.numel()).view(batch.shape)
+        return result.sin().sum()
+
+    def product(norm: nn.Module) -> tuple[Tensor, ...]:
+        model = nn.Sequential(linear, norm.double())
+        inner = diffopt.SGD(model.parameters(), lr=0.05)
+        fast = diffopt.unroll(model, inner, [x, x.flip(0)], loss_fn)
+        grads = torch.autograd.grad(loss_fn(fast, x.sin()), inputs, create_graph=True)
+        return torch.autograd.grad(grads, inputs, direction)
+
+    own, dims = NORMS[norm]
+    assert_all_close(product(own), product(Written(dims)), rtol=1e-8, atol=1e-8)

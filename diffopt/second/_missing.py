@@ -1,9 +1,9 @@
 """Operations that PyTorch cannot differentiate twice, or does wrongly: written out, or refused.
 
-An unroll differentiates every inner gradient once more. Checked over all layers of ``torch.nn`` and
-PyTorch's own table of operations (2.13, CPU, float64), a few of the second derivatives do not exist
-and two are silently wrong: that of the fused ``torch._weight_norm`` in the direction, and that of
-the chunked ``linear_cross_entropy``, which is taken for zero.
+Over all layers of ``torch.nn`` and PyTorch's own table of operations (2.13, CPU, float64), a few of
+the second derivatives do not exist and two are silently wrong: that of the fused
+``torch._weight_norm`` in the direction, and that of the chunked ``linear_cross_entropy``, which is
+taken for zero.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from diffopt._replaced import Shared, replaced
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
@@ -48,18 +46,15 @@ def _distances(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str = _IF_L
     return torch.linalg.vector_norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), p, dim=-1)
 
 
-#: Where these operations are called from.
-_CALLED_FROM: list[tuple[Any, str, Any]] = [
+#: Where these operations are called from, and what is to be called instead.
+CALLED_FROM: list[tuple[Any, str, Any]] = [
     (torch, "_weight_norm", _weight_norm),
     (sys.modules["torch.nn.utils.weight_norm"], "_weight_norm", _weight_norm),
     (F, "hardsigmoid", _hardsigmoid),
     (torch, "cdist", _distances),
 ]
 if _linear_cross_entropy is not None:
-    _CALLED_FROM.append((F, "linear_cross_entropy", _unchunked_linear_cross_entropy))
-
-#: Where they are written out.
-written_out = Shared(lambda: replaced(*_CALLED_FROM))
+    CALLED_FROM.append((F, "linear_cross_entropy", _unchunked_linear_cross_entropy))
 
 #: The graph nodes that are silently wrong, and which operation they belong to.
 WRONG = {
