@@ -89,27 +89,29 @@ class Captured:
         Raises:
             NotImplementedError: an operation in the graph has a wrong second derivative.
         """
+        edges: list[Any] = [_edge(x) for x in roots if x.requires_grad]
         ends: set[End] = set()
+        if not edges:
+            return ends
         own = set(own)
-        stops = {_edge(x) for x in own if not x.is_leaf}
-        edges: list[Any] = [_edge(x) for x in roots if x.requires_grad and x not in own]
+        stops = {_edge(x) for x in own if x.requires_grad}
         while edges:
             edge = edges.pop()
             node = edge[0]
             if node is None or node in passed or edge in stops:
                 continue
-            if hasattr(node, "variable"):
+            kind = type(node)
+            if kind is _ACCUMULATE_GRAD:
                 passed.add(node)
-                if _references(node) > _REFERENCES_OF_A_GRAPH and node.variable not in own:
+                if _references(node) > _REFERENCES_OF_A_GRAPH:
                     ends.add(node.variable)
             elif self._is_captured(edge, own, since):
                 ends.add(edge)
             else:
-                kind = type(node).__name__
-                if kind in WRONG:
+                if kind.__name__ in WRONG:
                     raise NotImplementedError(
-                        f"PyTorch's second derivative of {WRONG[kind]} is wrong: write that out in "
-                        "other operations"
+                        f"PyTorch's second derivative of {WRONG[kind.__name__]} is wrong: write "
+                        "that out in other operations"
                     )
                 passed.add(node)
                 edges.extend(node.next_functions)
@@ -266,12 +268,15 @@ def _references(node: Any) -> int:
     return sys.getrefcount(node.variable)
 
 
-def _references_of_a_graph() -> int:
+def _leafs_node() -> Any:
     with torch.enable_grad():
         made: Any = torch.zeros((), requires_grad=True) * 2
-    return _references(made.grad_fn.next_functions[0][0])
+    return made.grad_fn.next_functions[0][0]
 
+
+#: The type of the nodes at leaves, and of no others.
+_ACCUMULATE_GRAD = type(_leafs_node())
 
 #: What that is where only graphs do. Such a leaf is one that the step made and dropped, as in
 #: ``x.requires_grad_()`` for a gradient penalty: nobody can ask for its gradient.
-_REFERENCES_OF_A_GRAPH = _references_of_a_graph()
+_REFERENCES_OF_A_GRAPH = _references(_leafs_node())

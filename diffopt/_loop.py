@@ -13,6 +13,7 @@ from torch.autograd.graph import Node
 
 from diffopt._capture import Captured, End, Part, TensorsSeen, present_sequence
 from diffopt._generators import Generators
+from diffopt._losses import Losses
 from diffopt._modes import Modes
 from diffopt._progress import Progress
 from diffopt._snapshots import Snapshot
@@ -41,7 +42,7 @@ class Loop:
         step: the pure inner step.
         captured: the tensors that the steps use without being given them; filled by ``first``.
         generators: the random generators, which the forward pass advances.
-        losses: one scalar per step taken so far, cut from the graph.
+        losses: those of the steps taken so far, cut from the graph.
         aux: the user's extras, one per step, cut from the graph.
         max_cotangent_norm: the bound on what flows back through a step, or None.
         tasks: N where every tensor leads with the task dimension, or None.
@@ -72,7 +73,7 @@ class Loop:
         self.max_cotangent_norm = max_cotangent_norm
         self.tasks = tasks
         self.ledger = ledger
-        self.losses: list[Tensor] = []
+        self.losses = Losses(steps)
         self.aux: list[Any] = []
         self._watching = captured is not None
         self._session = _Session(step, modes, progress)
@@ -108,7 +109,7 @@ class Loop:
         """This loop for steps without consequences: what they give and use is noted apart."""
         loop = copy(self)
         loop.captured = self.captured.apart()
-        loop.losses, loop.aux = [], []
+        loop.losses, loop.aux = Losses(self.steps), []
         loop.progress, loop.ledger = Progress(0, shown=False), None
         return loop
 
@@ -285,28 +286,27 @@ class Loop:
             the step uses, in the order of ``captured.at(t)``.
         """
         state_cotangent = self.clipped(state_cotangent)
-        with self.captured.sealed(t) as shared, self._computed_on_this_thread(t):
-            before, captured = linearization.vjp(
-                state_cotangent,
-                loss_cotangent,
-                self.captured.edges(t),
-                retain_graph=retain_graph or shared,
-            )
+        with self.captured.sealed(t) as shared:
+            try:
+                before, captured = linearization.vjp(
+                    state_cotangent,
+                    loss_cotangent,
+                    self.captured.edges(t),
+                    retain_graph=retain_graph or shared,
+                )
+            except RuntimeError as error:
+                self._refuse_other_threads(error, t)
+                raise
         self.progress.backward()
         return before, captured
 
-    @contextmanager
-    def _computed_on_this_thread(self, t: int) -> Iterator[None]:
-        """Say what is the matter where a derivative runs on into the caller's graph.
+    def _refuse_other_threads(self, error: RuntimeError, t: int) -> None:
+        """Say what is the matter where a derivative ran on into the caller's graph.
 
         Nodes are numbered per thread, so a tensor that another thread computed looks like one that
         the step made itself.
         """
-        try:
-            yield
-        except RuntimeError as error:
-            if "backward through the graph a second time" not in str(error):
-                raise
+        if "backward through the graph a second time" in str(error):
             raise RuntimeError(
                 f"step {self.step.first_step + t} uses a tensor that requires grad and that was "
                 "computed on another thread, or whose graph was freed: compute it on the thread "

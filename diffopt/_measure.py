@@ -47,7 +47,9 @@ def measure(loop: Loop) -> Sizes:
         }
         flowing = meter.held - graph
         with torch.no_grad():  # as in a backward pass
-            losses = torch.ones_like(trial.losses[0])
+            losses = trial.losses.all()
+            assert losses is not None
+            losses = torch.ones_like(losses[0])
             before, captured = trial.vjp(linearization, 0, cotangent, losses)
         sums = sum(x.numel() * x.element_size() for x in captured if x is not None)
         del linearization, state, cotangent, before, captured

@@ -27,7 +27,7 @@ def run_connected(loop: Loop, adjoint: Adjoint, guarded: Sequence[Tensor]) -> tu
     with loop.session():
         final, kept = adjoint.forward(loop)
     final = _owned(final, loop)
-    losses = _stacked(loop)
+    losses = _losses(loop)
     values = final.tensors()
     results = _Unrolling.apply(  # type: ignore[no-untyped-call]
         loop,
@@ -49,13 +49,12 @@ def run_detached(loop: Loop) -> tuple[State, Tensor]:
     with loop.session():
         for t in range(loop.steps):
             state = loop.first(state, t)
-    return _owned(state, loop), _stacked(loop)
+    return _owned(state, loop), _losses(loop)
 
 
-def _stacked(loop: Loop) -> Tensor:
-    if loop.losses:
-        return torch.stack(loop.losses)
-    return next(iter(loop.start.params.values())).new_zeros(0)
+def _losses(loop: Loop) -> Tensor:
+    losses = loop.losses.all()
+    return next(iter(loop.start.params.values())).new_zeros(0) if losses is None else losses
 
 
 def _owned(final: State, loop: Loop) -> State:

@@ -29,20 +29,18 @@ class InnerHooks:
     """The hooks that the loss of a step registers: on tensors, or a module's backward hooks.
 
     They are part of how the inner gradient is computed, and act only then. Its derivative is taken
-    by another backward pass over the same graph, where PyTorch would call them again.
+    by another backward pass over the same graph, where PyTorch would call them again. A step is
+    evaluated inside ``with``.
     """
 
     def __init__(self) -> None:
         self._acting = False
 
-    @contextmanager
-    def acting(self) -> Iterator[None]:
-        """Where a step is evaluated."""
+    def __enter__(self) -> None:
         self._acting = True
-        try:
-            yield
-        finally:
-            self._acting = False
+
+    def __exit__(self, *exception: object) -> None:
+        self._acting = False
 
     def only_here(self, hook: Hook) -> Hook:
         """``hook``, doing nothing in other backward passes."""

@@ -23,11 +23,11 @@ from diffopt._capture import Part
 from diffopt._loss import InnerLoss
 from diffopt._standing import InnerHooks, load_again
 from diffopt._state import Cotangent, State
-from diffopt._tree import Path, add, tensors_in
+from diffopt._tree import Path, add
 from diffopt.optim import Optimizer
-from diffopt.optim.terms import Hyper
+from diffopt.optim.terms import Hyper, tensors_of
 from diffopt.optim.vjp import update_vjp
-from diffopt.second import second_derivative
+from diffopt.second import refuse_missing
 
 GradTransform = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
 
@@ -103,7 +103,7 @@ class InnerStep:
             grads, hyper = self.prepared(found, params, t, own, watch)
             new_params, new_opt = self.update(hyper, params, grads, state.opt)
             if watch is not None:
-                own += [*_present(grads).values(), *tensors_in(hyper)]
+                own += [*_present(grads).values(), *tensors_of(hyper)]
                 watch("update", _values(new_params, new_opt), own)
         new = State(new_params, new_opt, buffers)
         if connected:
@@ -120,12 +120,11 @@ class InnerStep:
         watch: Watch | None = None,
     ) -> tuple[Tensor, Any, dict[str, Tensor], dict[str, Tensor | None]]:
         """The loss, the user's extras, the buffers afterwards, and the gradients."""
-        with self.hooks.acting(), torch.enable_grad():
+        with self.hooks, torch.enable_grad():
             loss, aux, left = self.loss(params, buffers, t)
             if watch is not None:
                 watch("loss", [loss, *left.values()], own)
-            with second_derivative(self.first_step + t):
-                found = self._gradients(loss, params, t, connected)
+            found = self._gradients(loss, params, t, connected)
         return loss, aux, left, found
 
     def _gradients(
@@ -133,13 +132,17 @@ class InnerStep:
     ) -> dict[str, Tensor | None]:
         found: Sequence[Tensor | None] = ()
         if loss.requires_grad:
-            found = torch.autograd.grad(
-                self.loss.total(loss),
-                list(params.values()),
-                create_graph=connected and not self.first_order,
-                retain_graph=connected,
-                allow_unused=True,
-            )
+            try:
+                found = torch.autograd.grad(
+                    self.loss.total(loss),
+                    list(params.values()),
+                    create_graph=connected and not self.first_order,
+                    retain_graph=connected,
+                    allow_unused=True,
+                )
+            except RuntimeError as error:
+                refuse_missing(error, self.first_step + t)
+                raise
         if all(g is None for g in found):
             raise ValueError(
                 f"the loss of step {self.first_step + t} does not depend on any inner variable: "
@@ -162,8 +165,9 @@ class InnerStep:
         if watch is not None:
             own, raw = list(own), _present(found).values()
             watch("gradient", raw, own)
-            watch("transform", _present(grads).values(), [*own, *raw])
-            watch("hyper", tensors_in(hyper), own)
+            changed = () if self.grad_transform is None else _present(grads).values()
+            watch("transform", changed, [*own, *raw])
+            watch("hyper", tensors_of(hyper), own)
         return grads, hyper
 
     def _transformed(
@@ -262,7 +266,7 @@ class Linearization:
         with torch.set_grad_enabled(watch is not None):
             new_params, new_opt = self._step.update(self.hyper, params, grads, self._state.opt)
             if watch is not None:
-                watch("update", _values(new_params, new_opt), tensors_in(self.hyper))
+                watch("update", _values(new_params, new_opt), tensors_of(self.hyper))
         new = State(new_params, new_opt, self._buffers)
         return StepResult(new.detach(), self._loss.detach(), self._aux)
 
@@ -342,7 +346,7 @@ class Linearization:
         if not pairs:
             return {}, [None] * len(captured)
         load_again(self._step.loss.slots, self._loaded)  # for what reads the module on the way back
-        with second_derivative(self._number):
+        try:
             found = torch.autograd.grad(
                 [x for x, _ in pairs],
                 [*self._leaves.values(), *captured],
@@ -350,6 +354,9 @@ class Linearization:
                 retain_graph=retain_graph,
                 allow_unused=True,
             )
+        except RuntimeError as error:
+            refuse_missing(error, self._number)
+            raise
         cotangents = zip(self._leaves, found, strict=False)
         return {p: c for p, c in cotangents if c is not None}, list(found[len(self._leaves) :])
 

@@ -18,6 +18,17 @@ Hyper = Mapping[str, Any]
 Entries = dict[str, Tensor]
 
 
+def tensors_of(options: Sequence[Hyper]) -> list[Tensor]:
+    """The tensors among the options of all param groups."""
+    return [
+        item
+        for hyper in options
+        for value in hyper.values()
+        for item in (value if isinstance(value, (tuple, list)) else (value,))
+        if isinstance(item, Tensor)
+    ]
+
+
 def scalar_dtype() -> torch.dtype:
     """The dtype of step counts and other 0-d state, as in ``torch.optim``."""
     return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32

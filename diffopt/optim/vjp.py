@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffopt.optim.terms import Entries, Hyper, zeros
+from diffopt.optim.terms import Entries, Hyper, tensors_of, zeros
 
 if TYPE_CHECKING:
     from diffopt.optim.base import Optimizer
@@ -81,7 +81,7 @@ def _by_hand(
         flowing = [n for n in given if n in cot_params or cot_state.get(n)]
         if not flowing:
             continue
-        if not _plain(hyper):
+        if tensors_of([hyper]):
             return None
         own = [params[n] for n in flowing]
         result = opt._vjp(
@@ -107,15 +107,6 @@ def _states_own_vjp(rule: type) -> bool:
         if "_update" in cls.__dict__ or "update" in cls.__dict__:
             return False
     return False
-
-
-def _plain(hyper: Hyper) -> bool:
-    """Whether no option is a tensor."""
-    return not any(
-        isinstance(item, Tensor)
-        for value in hyper.values()
-        for item in (value if isinstance(value, (tuple, list)) else (value,))
-    )
 
 
 def _by_autograd(

@@ -9,8 +9,6 @@ taken for zero.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -74,15 +72,14 @@ _PHRASES = (  # how PyTorch says that there is no second derivative
 )
 
 
-@contextmanager
-def second_derivative(step: int) -> Iterator[None]:
-    """Say which step it was, and what to do, where PyTorch has no second derivative."""
-    try:
-        yield
-    except RuntimeError as error:
-        message = str(error)
-        if not any(phrase in message for phrase in _PHRASES):
-            raise
+def refuse_missing(error: RuntimeError, step: int) -> None:
+    """Where an error says that there is no second derivative, say of which step and what to do.
+
+    Raises:
+        NotImplementedError: so it is.
+    """
+    message = str(error)
+    if any(phrase in message for phrase in _PHRASES):
         raise NotImplementedError(
             f"the gradient of step {step} cannot be differentiated again ({message.strip()}): "
             "replace that operation in the model, or use diffopt.FirstOrder(), which takes no "
