@@ -143,14 +143,14 @@ class Adam(Optimizer):
         # θ' = θ + r m / s with s = √v + c ε, c = √(1 − β₂ᵗ), r = −γ c / (1 − β₁ᵗ)
         s = L.shift(root, at(t, lambda t: eps * (1 - beta2**t) ** 0.5))
         quotient = L.div(cot_params, s)
-        rate = at(t, lambda t: -lr * (1 - beta2**t) ** 0.5 / (1 - beta1**t))
-        half = at(t, lambda t: 0.5 * lr * (1 - beta2**t) ** 0.5 / (1 - beta1**t))
-        cot_m = plus(cotangents(cot_states, "exp_avg", params), quotient, rate)
-        through_v = L.div(L.mul(quotient, m, give_up=True), s, give_up=True)
+        through_v = L.div(L.mul(m, quotient, give_up=True), s, give_up=True)
         through_v = L.divide_by_roots(through_v, root)
+        half = at(t, lambda t: 0.5 * lr * (1 - beta2**t) ** 0.5 / (1 - beta1**t))
         cot_v = plus(cotangents(cot_states, "exp_avg_sq", params), through_v, half)
+        rate = at(t, lambda t: -lr * (1 - beta2**t) ** 0.5 / (1 - beta1**t))
+        cot_m = plus(cotangents(cot_states, "exp_avg", params), quotient, rate)
         # m = β₁ m₋ + (1 − β₁) g,  v = β₂ v₋ + (1 − β₂) g²
-        cot_grads = L.scale(cot_m, 1 - beta1)
+        cot_grads = L.scale(cot_m, 1 - beta1, into=s)
         cot_grads = L.addcmul(cot_grads, grads, cot_v, 2 * (1 - beta2), give_up=True)
         before = {
             "exp_avg": L.scale(cot_m, beta1, give_up=True),

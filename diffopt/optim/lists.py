@@ -75,9 +75,11 @@ def _one_call_with_many(c: Coefficient) -> TypeGuard[Any]:
     return not any(isinstance(v, Tensor) for v in values) and _one_call()
 
 
-def _may_overwrite() -> bool:
+def _may_overwrite(*operands: Tensors) -> bool:
     """Whether memory that is given up may be written into: nothing is being recorded."""
-    return not (torch.is_grad_enabled() or in_functorch() or forward_ad._current_level >= 0)
+    if in_functorch() or forward_ad._current_level >= 0:
+        return False
+    return not (torch.is_grad_enabled() and any(x.requires_grad for xs in operands for x in xs))
 
 
 def neg(xs: Tensors) -> Tensors:
@@ -90,9 +92,13 @@ def magnitude(xs: Tensors) -> Tensors:
     return list(torch._foreach_abs(xs)) if _one_call() else [x.abs() for x in xs]
 
 
-def add(xs: Tensors, ys: Tensors, c: Coefficient = 1.0) -> Tensors:
+def add(xs: Tensors, ys: Tensors, c: Coefficient = 1.0, *, give_up_ys: bool = False) -> Tensors:
     """x + c·y."""
     if _one_call_with(c):
+        if give_up_ys and _may_overwrite(xs, ys):
+            torch._foreach_mul_(ys, c)
+            torch._foreach_add_(ys, xs)
+            return ys
         return list(torch._foreach_add(xs, ys, alpha=c))
     return [x + k * y for x, y, k in zip(xs, ys, _each(c, xs), strict=True)]
 
@@ -100,17 +106,22 @@ def add(xs: Tensors, ys: Tensors, c: Coefficient = 1.0) -> Tensors:
 def shift(xs: Tensors, c: Coefficient, *, give_up: bool = False) -> Tensors:
     """x + c."""
     if _one_call_with_many(c):
-        if give_up and _may_overwrite():
+        if give_up and _may_overwrite(xs):
             torch._foreach_add_(xs, c)
             return xs
         return list(torch._foreach_add(xs, c))
     return [x + k for x, k in zip(xs, _each(c, xs), strict=True)]
 
 
-def scale(xs: Tensors, c: Coefficient, *, give_up: bool = False) -> Tensors:
-    """c·x."""
+def scale(
+    xs: Tensors, c: Coefficient, *, give_up: bool = False, into: Tensors | None = None
+) -> Tensors:
+    """c·x. ``into`` are tensors that are not needed any more, of the same shapes as x."""
     if _one_call_with_many(c):
-        if give_up and _may_overwrite():
+        if into is not None and _may_overwrite(xs, into):
+            torch._foreach_copy_(into, xs)
+            xs, give_up = into, True
+        if give_up and _may_overwrite(xs):
             torch._foreach_mul_(xs, c)
             return xs
         return list(torch._foreach_mul(xs, c))
@@ -120,7 +131,7 @@ def scale(xs: Tensors, c: Coefficient, *, give_up: bool = False) -> Tensors:
 def divide(xs: Tensors, c: Coefficient, *, give_up: bool = False) -> Tensors:
     """x / c."""
     if _one_call_with_many(c):
-        if give_up and _may_overwrite():
+        if give_up and _may_overwrite(xs):
             torch._foreach_div_(xs, c)
             return xs
         return list(torch._foreach_div(xs, c))
@@ -130,7 +141,7 @@ def divide(xs: Tensors, c: Coefficient, *, give_up: bool = False) -> Tensors:
 def mul(xs: Tensors, ys: Tensors, *, give_up: bool = False) -> Tensors:
     """x·y."""
     if _one_call():
-        if give_up and _may_overwrite():
+        if give_up and _may_overwrite(xs, ys):
             torch._foreach_mul_(xs, ys)
             return xs
         return list(torch._foreach_mul(xs, ys))
@@ -140,7 +151,7 @@ def mul(xs: Tensors, ys: Tensors, *, give_up: bool = False) -> Tensors:
 def div(xs: Tensors, ys: Tensors, *, give_up: bool = False) -> Tensors:
     """x / y."""
     if _one_call():
-        if give_up and _may_overwrite():
+        if give_up and _may_overwrite(xs, ys):
             torch._foreach_div_(xs, ys)
             return xs
         return list(torch._foreach_div(xs, ys))
@@ -159,7 +170,7 @@ def addcmul(
 ) -> Tensors:
     """x + c·y·z."""
     if _one_call_with_many(c):
-        if give_up and _may_overwrite():
+        if give_up and _may_overwrite(xs, ys, zs):
             torch._foreach_addcmul_(xs, ys, zs, c)
             return xs
         return list(torch._foreach_addcmul(xs, ys, zs, c))
@@ -195,7 +206,7 @@ def sqrt(xs: Tensors, *, give_up: bool = False) -> Tensors:
     square root. The value is unchanged, and NaN (of a negative x, too) stays NaN.
     """
     if _one_call() and not _carry_derivative(xs):
-        if give_up and _may_overwrite():
+        if give_up and _may_overwrite(xs):
             torch._foreach_sqrt_(xs)
             return xs
         return list(torch._foreach_sqrt(xs))
@@ -205,7 +216,7 @@ def sqrt(xs: Tensors, *, give_up: bool = False) -> Tensors:
 def divide_by_roots(xs: Tensors, roots: Tensors) -> Tensors:
     """x / √y of the roots √y, 0 where they are 0: in derivatives of ``sqrt``. x is given up."""
     quotients = div(xs, roots, give_up=True)
-    if _may_overwrite():
+    if _may_overwrite(xs, roots):
         return [q.masked_fill_(root == 0, 0.0) for q, root in zip(quotients, roots, strict=True)]
     return [q.masked_fill(root == 0, 0.0) for q, root in zip(quotients, roots, strict=True)]
 

@@ -135,7 +135,7 @@ class SGD(Optimizer):
             return None
         cot_buffers = cotangents(cot_states, "momentum_buffer", params)
         if hyper["nesterov"]:
-            cot_buffers = plus(cot_buffers, cot_directions, momentum)
+            cot_buffers = plus(cot_buffers, L.scale(cot_directions, momentum))
         else:
             cot_buffers = plus(cot_buffers, cot_directions)
         cot_grads = L.scale(cot_buffers, keep) if all(started) and keep != 1 else cot_buffers

@@ -108,8 +108,10 @@ def cotangents(cot_states: Sequence[Entries], key: str, params: Tensors) -> Tens
 
 
 def plus(ys: Tensors | None, xs: Tensors, c: Coefficient = 1.0) -> Tensors:
-    """y + c·x, where y may stand for zero."""
-    return L.scale(xs, c) if ys is None else L.add(ys, xs, c)
+    """y + c·x, where y may stand for zero. x is given up."""
+    if ys is None:
+        return xs if isinstance(c, float) and c == 1.0 else L.scale(xs, c, give_up=True)
+    return L.add(ys, xs, c, give_up_ys=True)
 
 
 def average_of_squares(averages: Tensors, grads: Tensors, beta: Scalar) -> Tensors:
