@@ -174,7 +174,7 @@ class Bench:
             with _noted(entry):
                 entry.update(self._process(name).ask("prepare", case))
                 taking_part.append(name)
-        # The first full round only fills the allocators' pools.
+        # A first full round does not count.
         rounds: list[dict[str, float]] = []
         order = random.Random(0)
         for i in range(repeats + 1):

@@ -76,7 +76,8 @@ def full() -> list[Cell]:
         "torchopt",
     )
     for steps in (20, 100, 1000):
-        cells.append(Cell(Case("small", "sgd", steps), (*long, "torch_maml", "jax"), 3))
+        libraries = (*long, "diffopt-store", "torch_maml", "jax")
+        cells.append(Cell(Case("small", "sgd", steps), libraries, 3))
     for steps, repeats in ((100, 3), (1000, 1)):
         cells.append(Cell(Case("mlp", "sgd", steps), (*long, "jax"), repeats))
     for optimizer in ("momentum", "rmsprop"):

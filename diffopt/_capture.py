@@ -94,7 +94,7 @@ class Captured:
         if not edges:
             return ends
         own = set(own)
-        stops = {_edge(x) for x in own if x.requires_grad}
+        stops = {_edge(x) for x in own if not x.is_leaf}
         while edges:
             edge = edges.pop()
             node = edge[0]
@@ -103,7 +103,7 @@ class Captured:
             kind = type(node)
             if kind is _ACCUMULATE_GRAD:
                 passed.add(node)
-                if _references(node) > _REFERENCES_OF_A_GRAPH:
+                if _references(node) > _REFERENCES_OF_A_GRAPH and node.variable not in own:
                     ends.add(node.variable)
             elif self._is_captured(edge, own, since):
                 ends.add(edge)
@@ -259,6 +259,8 @@ def first_behind(x: Tensor, tensors: Sequence[Tensor]) -> int | None:
 
 
 def _edge(x: Tensor) -> Edge:
+    if x.grad_fn is not None:
+        return x.grad_fn, x.output_nr
     edge = get_gradient_edge(x)
     return edge.node, edge.output_nr
 
