@@ -27,7 +27,7 @@ from diffopt._tree import Path, add
 from diffopt.optim import Optimizer
 from diffopt.optim.terms import Hyper, tensors_of
 from diffopt.optim.vjp import update_vjp
-from diffopt.second import refuse_missing
+from diffopt.second import beyond_second_derivatives, refuse_missing
 
 GradTransform = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
 
@@ -96,7 +96,10 @@ class InnerStep:
             for name, x in state.params.items()
         }
         own = [*params.values(), *(x for x in state.tensors().values() if x.requires_grad)]
-        loss, aux, buffers, found = self.evaluate(params, state.buffers, t, own, connected, watch)
+        with beyond_second_derivatives(connected):
+            loss, aux, buffers, found = self.evaluate(
+                params, state.buffers, t, own, connected, watch
+            )
         if not connected:
             params = {name: x.detach() for name, x in params.items()}
         with torch.set_grad_enabled(connected or watch is not None):

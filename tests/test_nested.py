@@ -121,3 +121,28 @@ def test_a_hypergradient_through_a_normalisation_is_differentiated(norm: str) ->
 
     own, dims = NORMS[norm]
     assert_all_close(product(own), product(Written(dims)), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_so_is_one_of_many_tasks(norm: str) -> None:
+    """There the normalisations are mapped over, and PyTorch's own are in the first derivatives."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 3, 4, dtype=torch.double)
+    linear = nn.Linear(4, 4, dtype=torch.double)
+    inputs = list(linear.parameters())
+    direction = [torch.randn_like(p) for p in inputs]
+
+    def loss_fn(m: Any, batch: Tensor) -> Tensor:
+        result: Tensor = m(batch) * torch.linspace(0, 1, batch.numel()).view(batch.shape)
+        return result.sin().sum()
+
+    def product(norm: nn.Module) -> tuple[Tensor, ...]:
+        model = nn.Sequential(linear, norm.double())
+        inner = diffopt.SGD(model.parameters(), lr=0.05)
+        fast = diffopt.unroll(model, inner, [x, x.flip(1)], loss_fn, tasks=2)
+        loss = fast.apply(loss_fn, x.sin()).sum()
+        grads = torch.autograd.grad(loss, inputs, create_graph=True)
+        return torch.autograd.grad(grads, inputs, direction)
+
+    own, dims = NORMS[norm]
+    assert_all_close(product(own), product(Written(dims)), rtol=1e-8, atol=1e-8)

@@ -15,6 +15,7 @@ from diffopt.second._batch_norm import batch_norm, instance_norm
 from diffopt.second._gelu import gelu
 from diffopt.second._layer_norm import layer_norm
 from diffopt.second._missing import CALLED_FROM, WRONG, refuse_missing
+from diffopt.second._own import beyond_second_derivatives
 
 #: Where these operations have their derivatives from here.
 with_second_derivatives = Shared(
@@ -27,4 +28,4 @@ with_second_derivatives = Shared(
     )
 )
 
-__all__ = ["WRONG", "refuse_missing", "with_second_derivatives"]
+__all__ = ["WRONG", "beyond_second_derivatives", "refuse_missing", "with_second_derivatives"]

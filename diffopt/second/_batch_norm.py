@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffopt.second._own import differentiated, seen_by_modes
+from diffopt.second._own import differentiated, normalised, seen_by_modes, to_be_written_out
 
 _batch_norm: Any = F.batch_norm
 _instance_norm: Any = F.instance_norm
@@ -45,16 +45,16 @@ def batch_norm(
 ) -> Tensor:
     """``torch.nn.functional.batch_norm``."""
     statistics = (running_mean, running_var)
-    if not (
-        training
-        and input.dim() > 1
-        and input.numel() > input.shape[1]
-        and differentiated(input, weight, bias)
-        and not any(x is not None and x.requires_grad for x in statistics)
-    ):
-        return _batch_norm(  # type: ignore[no-any-return]
-            input, running_mean, running_var, weight, bias, training, momentum, eps
-        )
+    of_batch = training and input.dim() > 1 and input.numel() > input.shape[1]
+    constant = not any(x is not None and x.requires_grad for x in statistics)
+    if not (of_batch and constant and differentiated(input, weight, bias)):
+        if not (of_batch and to_be_written_out()):
+            return _batch_norm(  # type: ignore[no-any-return]
+                input, *statistics, weight, bias, training, momentum, eps
+            )
+        if running_mean is not None:  # which this advances
+            _batch_norm(input.detach(), *statistics, None, None, True, momentum, eps)
+        return _by_channel(input, [0, *range(2, input.dim())], eps, weight, bias)
     result: Tensor = _BatchNorm.apply(  # type: ignore[no-untyped-call]
         input, weight, bias, *statistics, momentum, eps
     )
@@ -74,16 +74,17 @@ def instance_norm(
 ) -> Tensor:
     """``torch.nn.functional.instance_norm``: every example's channels are channels of one batch."""
     statistics = (running_mean, running_var)
-    if not (
-        use_input_stats
-        and input.dim() > 2
-        and input.numel() > input.shape[0] * input.shape[1]
-        and differentiated(input, weight, bias)
-        and not any(x is not None and x.requires_grad for x in statistics)
-    ):
-        return _instance_norm(  # type: ignore[no-any-return]
-            input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
-        )
+    many = input.dim() > 2 and input.numel() > input.shape[0] * input.shape[1]
+    of_input = use_input_stats and many
+    constant = not any(x is not None and x.requires_grad for x in statistics)
+    if not (of_input and constant and differentiated(input, weight, bias)):
+        if not (of_input and to_be_written_out()):
+            return _instance_norm(  # type: ignore[no-any-return]
+                input, *statistics, weight, bias, use_input_stats, momentum, eps
+            )
+        if running_mean is not None:  # which this advances
+            _instance_norm(input.detach(), *statistics, None, None, True, momentum, eps)
+        return _by_channel(input, list(range(2, input.dim())), eps, weight, bias)
     n, channels = input.shape[:2]
     own = [x if x is None else x.repeat(n) for x in (*statistics, weight, bias)]
     joined = input.contiguous().view(1, n * channels, *input.shape[2:])
@@ -93,6 +94,13 @@ def instance_norm(
             if kept is not None and new is not None:
                 kept.copy_(new.view(n, channels).mean(0))
     return y.view(input.shape)
+
+
+def _by_channel(
+    x: Tensor, dims: list[int], eps: float, weight: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    weight, bias = (a if a is None else a.view(-1, *(1,) * (x.dim() - 2)) for a in (weight, bias))
+    return normalised(x, dims, eps, weight, bias)
 
 
 class _BatchNorm(torch.autograd.Function):

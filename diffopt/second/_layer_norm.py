@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffopt.second._own import differentiated, seen_by_modes
+from diffopt.second._own import differentiated, normalised, seen_by_modes, to_be_written_out
 
 _layer_norm: Any = F.layer_norm
 _forward: Any = torch.ops.aten.native_layer_norm.default
@@ -39,7 +39,11 @@ def layer_norm(
 ) -> Tensor:
     """``torch.nn.functional.layer_norm``."""
     shape = tuple(normalized_shape)
-    if not differentiated(input, weight, bias) or input.shape[input.dim() - len(shape) :] != shape:
+    fits = input.shape[input.dim() - len(shape) :] == shape
+    if not differentiated(input, weight, bias) or not fits:
+        if fits and to_be_written_out():
+            inner = range(input.dim() - len(shape), input.dim())
+            return normalised(input, list(inner), eps, weight, bias)
         return _layer_norm(input, normalized_shape, weight, bias, eps)  # type: ignore[no-any-return]
     result: Tensor = _LayerNorm.apply(  # type: ignore[no-untyped-call]
         input, shape, weight, bias, eps

@@ -1,8 +1,10 @@
-"""When an operation may have its derivatives from here."""
+"""When an operation has its derivatives from here, and when it is written out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +16,32 @@ from diffopt.optim.scalars import in_functorch
 
 _PLAIN = (Tensor, nn.Parameter)
 _DTYPES = (torch.float32, torch.float64)
+
+
+class _Orders(threading.local):
+    beyond_second = False
+
+
+_orders = _Orders()
+
+
+@contextmanager
+def beyond_second_derivatives(wanted: bool) -> Iterator[None]:
+    """Where what is evaluated may be differentiated three times and more, if ``wanted``."""
+    before = _orders.beyond_second
+    _orders.beyond_second = wanted
+    try:
+        yield
+    finally:
+        _orders.beyond_second = before
+
+
+def to_be_written_out() -> bool:
+    """Whether an operation for which ``differentiated`` is false is to be made of others.
+
+    For PyTorch's own normalisations (2.13) have wrong third derivatives.
+    """
+    return _orders.beyond_second and torch.is_grad_enabled()
 
 
 def differentiated(*operands: Tensor | None) -> bool:
@@ -45,3 +73,16 @@ def seen_by_modes(function: Callable[..., Any]) -> Callable[..., Any]:
         return function(*args, **kwargs)
 
     return shown
+
+
+def normalised(
+    x: Tensor, dims: list[int], eps: float, weight: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """(x − μ) / √(σ² + ε) · weight + bias, in single precision at least, as PyTorch computes it."""
+    wide = x if x.dtype in _DTYPES else x.float()
+    centred = wide - wide.mean(dims, keepdim=True)
+    y: Tensor = centred * torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps)
+    y = y if weight is None else y * weight
+    y = y if bias is None else y + bias
+    autocast = torch.is_autocast_enabled(x.device.type)
+    return y if autocast else y.to(x.dtype)
