@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -70,6 +71,37 @@ def run(library: str, steps: int, adjoint: str) -> None:
         by_diffopt(steps, adjoint)
 
 
+def by_budget(workload: str, budget: str, steps: int = 20) -> None:
+    """Print the peak that ``MemoryBudget`` predicts for a benchmark's network, and the peak."""
+    from cases import Case, build
+    from worker import PeakResident, release
+
+    import diffopt
+
+    torch.set_num_threads(1)
+
+    def run(steps: int) -> diffopt.MemoryBudget:
+        problem = build(Case(workload, "adam", steps))
+        adjoint = diffopt.MemoryBudget(budget)
+        fast = diffopt.unroll(
+            problem.model,
+            problem.torch_optimizer(),
+            problem.batches[0],
+            problem.loss_fn,
+            adjoint=adjoint,
+        )
+        loss = fast.apply(problem.loss_fn, problem.queries[0])
+        loss.backward()
+        return adjoint
+
+    run(2)
+    release()
+    with PeakResident() as resident:
+        adjoint = run(steps)
+    predicted = adjoint.plan(steps).predicted_peak_bytes
+    print(json.dumps({"peak": resident.peak - resident.start, "predicted": predicted}))
+
+
 def in_this_process(library: str, steps: int, adjoint: str) -> None:
     """Print what one run takes, as JSON."""
     from worker import PeakResident, release
@@ -84,10 +116,20 @@ def in_this_process(library: str, steps: int, adjoint: str) -> None:
     print(json.dumps({"peak": resident.peak - resident.start, "seconds": seconds}))
 
 
-def measured(library: str, steps: int, adjoint: str = "") -> dict[str, float]:
-    command = [sys.executable, str(Path(__file__)), "--run", library, str(steps), adjoint]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+def in_a_process(*arguments: str, **environment: str) -> dict[str, float]:
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__)), *arguments],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | environment,
+    )
     result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def measured(library: str, steps: int, adjoint: str = "") -> dict[str, float]:
+    result = in_a_process("--run", library, str(steps), adjoint)
     name = adjoint.removeprefix("diffopt.") or library
     print(
         f"{name:24} T = {steps:6,}  peak {result['peak'] / MIB:8,.1f} MiB"
@@ -110,6 +152,21 @@ def square_root() -> None:
     print(f"16 times the steps in {many / few:.2f} times the memory (at most 4.5)\n")
 
 
+def budgets() -> None:
+    """The peak under ``MemoryBudget`` against what it predicts, and against the budget."""
+    from harness import EXACT_MEMORY
+
+    for workload in ("mlp", "conv4", "resnet18", "gpt"):
+        for budget in ("200MiB", "500MiB"):
+            found = in_a_process("--budget", workload, budget, **EXACT_MEMORY)
+            print(
+                f"{workload:9} MemoryBudget({budget!r}): predicted {found['predicted'] / MIB:6.1f}"
+                f" MiB, measured {found['peak'] / MIB:6.1f} MiB",
+                flush=True,
+            )
+    print()
+
+
 def time_per_step(repeats: int) -> None:
     """Milliseconds a step of ``Segmented()`` at T = 1,600 against T = 100."""
     best = {100: float("inf"), 1600: float("inf")}
@@ -125,11 +182,16 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true", help="leave the times out")
     parser.add_argument("--repeats", type=int, default=3, help="of each timed run")
     parser.add_argument("--run", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--budget", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.run:
         library, steps, adjoint = given.run
         in_this_process(library, int(steps), adjoint)
         return
+    if given.budget:
+        by_budget(*given.budget)
+        return
+    budgets()
     square_root()
     thousandfold()
     if not given.memory:
