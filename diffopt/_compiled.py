@@ -14,7 +14,7 @@ structure that no code can be made for run uncompiled.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -28,13 +28,12 @@ from torch.autograd import forward_ad
 from diffopt._capture import Part
 from diffopt._environment import PLAIN, Environment, Same
 from diffopt._generators import Generators
+from diffopt._hyper_inputs import entries, is_input, with_hyper
 from diffopt._specialise import Call, Layout, Pulled, Specialisation, end_of, flat
 from diffopt._state import Cotangent, State
 from diffopt._step import InnerStep, Linearization, StepResult, Watch
 from diffopt._trace import Untraceable
 from diffopt._tree import add
-from diffopt.optim import Optimizer
-from diffopt.optim.base import SWITCHES
 from diffopt.optim.scalars import values_unknown
 
 #: So many structures of one model are compiled; further ones run uncompiled.
@@ -167,7 +166,7 @@ class CompiledStep(InnerStep):
                 loss = self.loss.of_item(self.first_step + t if self._counted else item)
             step = InnerStep(
                 loss,
-                _with_hyper(self.opt, options, hyper),
+                with_hyper(self.opt, options, hyper),
                 self.groups,
                 first_step=self.first_step,
                 grad_transform=self.grad_transform,
@@ -225,8 +224,8 @@ class CompiledStep(InnerStep):
         """What code depends on among the options, and the rest of them as tensors."""
         key: list[Hashable] = []
         tensors = []
-        for name, value in _entries(options):
-            if _is_input(name, value):
+        for name, value in entries(options):
+            if is_input(name, value):
                 x = value if isinstance(value, Tensor) else self._number(value)
                 tensors.append(x)
                 key.append(_form(x))
@@ -270,6 +269,9 @@ class CompiledLinearization(Linearization):
         if watch is not None:
             _show(watch, self._call, self._specialisation, "update")
         return self._specialisation.run(self._call, self._drawn)
+
+    def drop_gradients(self) -> None:
+        """There are none."""
 
     def vjp(
         self,
@@ -362,46 +364,6 @@ def _form(x: Tensor) -> Hashable:
 def _transformed() -> bool:
     """Whether more is wanted of a step than its values: it is traced, batched or has tangents."""
     return values_unknown() or forward_ad._current_level >= 0
-
-
-def _entries(options: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Any]]:
-    for group in options:
-        for name, value in group.items():
-            if isinstance(value, tuple):
-                yield from ((name, v) for v in value)
-            else:
-                yield name, value
-
-
-def _is_input(name: str, value: Any) -> bool:
-    """Whether an option is passed to compiled code, as a tensor.
-
-    Not so a zero, for which rules leave terms out, except that a learning rate may warm up from it.
-    """
-    if isinstance(value, Tensor):
-        return True
-    number = isinstance(value, (int, float)) and name not in SWITCHES
-    return number and (value != 0 or name == "lr")
-
-
-def _with_hyper(
-    opt: Optimizer, options: Sequence[Mapping[str, Any]], hyper: Sequence[Tensor]
-) -> Optimizer:
-    """``opt`` with these tensors for options."""
-    given = iter(hyper)
-
-    def put(name: str, value: Any) -> Any:
-        if isinstance(value, tuple):
-            return tuple(put(name, v) for v in value)
-        return next(given) if _is_input(name, value) else value
-
-    rule = object.__new__(type(opt))
-    rule.__dict__.update(opt.__dict__)
-    rule.param_groups = [
-        {**group, **{name: put(name, value) for name, value in values.items()}}
-        for group, values in zip(opt.param_groups, options, strict=True)
-    ]
-    return rule
 
 
 def _arithmetic() -> Hashable:

@@ -146,6 +146,7 @@ class Loop:
         with self._noting(state, t) as watch:
             linearization = self.step.linearize(state, t, watch)
             result = linearization.advance(watch)
+        linearization.drop_gradients()
         self._refuse_originals(state, t, result)
         return linearization, self._collect(state, t, result)
 
@@ -234,11 +235,14 @@ class Loop:
         """``linearize``, and the state after the step."""
         if self.ledger is None:
             linearization = self.linearize(state, t)
-            return linearization, linearization.advance().state
-        # A gradient that is to be differentiated may differ from another in the last bit.
-        with self.generators.undisturbed():
-            linearization = self.step.linearize(state, t, self.checked(t))
-        return linearization, self.again(state, t)
+            after = linearization.advance().state
+        else:
+            # A gradient that is to be differentiated may differ from another in the last bit.
+            with self.generators.undisturbed():
+                linearization = self.step.linearize(state, t, self.checked(t))
+            after = self.again(state, t)
+        linearization.drop_gradients()
+        return linearization, after
 
     def compare(self, t: int, result: StepResult) -> None:
         """Raise where step ``t`` gives something else than it gave first, if that is to be seen."""

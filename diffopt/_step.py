@@ -18,6 +18,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from diffopt._capture import Part
 from diffopt._loss import InnerLoss
@@ -26,7 +27,7 @@ from diffopt._state import Cotangent, State
 from diffopt._tree import Path, add
 from diffopt.optim import Optimizer
 from diffopt.optim.terms import Hyper, tensors_of
-from diffopt.optim.vjp import update_vjp
+from diffopt.optim.vjp import reads_gradients, update_vjp
 from diffopt.second import beyond_second_derivatives, refuse_missing
 
 GradTransform = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
@@ -258,6 +259,7 @@ class Linearization:
         self.hyper = hyper
         self.inner_grads = inner_grads
         self.grads = grads
+        self._ends: Mapping[str, Tensor | GradientEdge | None] = grads
         self._buffers = buffers
         self._aux = aux
         self._loaded = step.loss.slots.loaded
@@ -272,6 +274,19 @@ class Linearization:
                 watch("update", _values(new_params, new_opt), tensors_of(self.hyper))
         new = State(new_params, new_opt, self._buffers)
         return StepResult(new.detach(), self._loss.detach(), self._aux)
+
+    def drop_gradients(self) -> None:
+        """Keep the graph of the gradients without their values, where ``vjp`` reads none.
+
+        Those are as large as the parameters. ``grads`` and ``inner_grads`` are gone then.
+        """
+        step, present = self._step, _present(self.grads)
+        states = self._state.opt
+        if reads_gradients(step.opt, present, states, hyper=self.hyper, groups=step.groups):
+            return
+        self._ends = {n: get_gradient_edge(g) for n, g in present.items() if g.requires_grad}
+        self.grads = {name: self._state.params[name] for name in present}  # their shapes alone
+        self.inner_grads = {}
 
     def vjp(
         self,
@@ -311,8 +326,8 @@ class Linearization:
         before: Cotangent = {("params", name): c for name, c in update.params.items()}
         for name, entries in update.state.items():
             before.update({("opt", name, key): c for key, c in entries.items()})
-        candidates: list[tuple[Tensor | None, Tensor | None]] = [
-            (self.grads[name], c) for name, c in update.grads.items()
+        candidates: list[tuple[Tensor | GradientEdge | None, Tensor | None]] = [
+            (self._ends.get(name), c) for name, c in update.grads.items()
         ]
         candidates += [(x, by_kind["buffers"].get(name)) for name, x in self._buffers.items()]
         candidates += [(self._loss, loss_cotangent)]
@@ -338,13 +353,13 @@ class Linearization:
 
     def _pulled(
         self,
-        candidates: Iterable[tuple[Tensor | None, Tensor | None]],
+        candidates: Iterable[tuple[Tensor | GradientEdge | None, Tensor | None]],
         captured: Sequence[Any],
         retain_graph: bool,
     ) -> tuple[Cotangent, list[Tensor | None]]:
         """The cotangents of the leaves and of ``captured``, from results and their cotangents."""
-        pairs = [
-            (x, c) for x, c in candidates if x is not None and c is not None and x.requires_grad
+        pairs: list[tuple[Any, Tensor]] = [
+            (x, c) for x, c in candidates if c is not None and _is_connected(x)
         ]
         if not pairs:
             return {}, [None] * len(captured)
@@ -366,6 +381,10 @@ class Linearization:
 
 def _present(grads: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
     return {name: g for name, g in grads.items() if g is not None}
+
+
+def _is_connected(x: Tensor | GradientEdge | None) -> bool:
+    return isinstance(x, GradientEdge) or (x is not None and x.requires_grad)
 
 
 def _values(params: Mapping[str, Tensor], opt: Mapping[str, Mapping[str, Tensor]]) -> list[Tensor]:

@@ -93,3 +93,31 @@ def test_a_changed_rule_does_not_inherit_the_derivative_of_the_old_one() -> None
     arguments = ({"w": weight}, {"w": weight}, {"w": {}}, {"w": weight}, {})
     found = vjp.update_vjp(opt, *arguments, hyper=opt.hyperparameters(0), groups=[["w"]])
     assert found.grads["w"].item() == pytest.approx(-0.2)
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
+def test_gradients_that_are_not_read_may_hold_anything(case: Case, steps: int) -> None:
+    opt, params, grads, state, groups = _arguments(case, steps)
+    hyper = opt.hyperparameters(steps)
+    read = vjp.reads_gradients(opt, grads, state, hyper=hyper, groups=groups)
+    assert read == (case.name not in ("SGD", "Momentum"))
+    if read:
+        return
+    _, after = opt.update(params, grads, state, step=steps, groups=groups)
+    cotangents = _cotangents(params, after)
+    want = vjp.update_vjp(opt, params, grads, state, *cotangents, hyper=hyper, groups=groups)
+    garbage = {name: torch.full_like(g, torch.nan) for name, g in grads.items()}
+    got = vjp.update_vjp(opt, params, garbage, state, *cotangents, hyper=hyper, groups=groups)
+    for name in params:
+        assert torch.equal(got.params[name], want.params[name])
+        assert torch.equal(got.grads[name], want.grads[name])
+        assert got.state[name].keys() == want.state[name].keys()
+
+
+def test_a_derivative_of_the_learning_rate_reads_the_gradients() -> None:
+    w = torch.ones(2)
+    opt = SGD([w], lr=torch.tensor(0.1, requires_grad=True))
+    given = {"w": w}
+    hyper = opt.hyperparameters(0)
+    assert vjp.reads_gradients(opt, given, {"w": {}}, hyper=hyper, groups=[["w"]])

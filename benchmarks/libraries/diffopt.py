@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -11,18 +10,6 @@ from cases import Problem
 from torch import Tensor
 
 import diffopt
-
-ARGUMENTS = inspect.signature(diffopt.unroll).parameters
-
-
-def available(**options: Any) -> str | None:
-    """Why this version of diffopt cannot be run like that, or None."""
-    for argument in options:
-        if argument == "budget" and not hasattr(diffopt, "MemoryBudget"):
-            return "diffopt.MemoryBudget is not there"
-        if argument in ("compile", "tasks") and argument not in ARGUMENTS:
-            return f"diffopt.unroll has no argument {argument!r}"
-    return None
 
 
 def prepare(

@@ -92,6 +92,10 @@ class Optimizer(torch.optim.Optimizer):
         """
         return None
 
+    def _vjp_reads_gradients(self, states: Sequence[Mapping[str, Tensor]]) -> bool:
+        """Whether ``_vjp`` needs more of the gradients than their shapes, or returns None."""
+        return True
+
     # The rule as a pure function of dicts by name.
 
     def hyperparameters(self, step: int) -> list[dict[str, Any]]:

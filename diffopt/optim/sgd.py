@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
@@ -146,6 +148,9 @@ class SGD(Optimizer):
             scaled = L.scale(cot_buffers, momentum)
             before = [{"momentum_buffer": c} for c in scaled]
         return *decayed_vjp(hyper, cot_params, cot_grads), before
+
+    def _vjp_reads_gradients(self, states: Sequence[Mapping[str, Tensor]]) -> bool:
+        return len({"momentum_buffer" in s for s in states}) > 1
 
     def _accumulated(self, hyper: Hyper, grads: Tensors, states: list[Entries]) -> Tensors:
         """b ← μ b + (1 − τ) g, and g itself where there is no b yet."""

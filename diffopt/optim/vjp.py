@@ -63,6 +63,21 @@ def update_vjp(
     )
 
 
+def reads_gradients(
+    opt: Optimizer,
+    grads: Mapping[str, Tensor],
+    state: Mapping[str, Mapping[str, Tensor]],
+    *,
+    hyper: Sequence[Hyper],
+    groups: Sequence[Sequence[str]],
+) -> bool:
+    """Whether ``update_vjp`` looks at the values of the gradients."""
+    return not _states_own_vjp(type(opt)) or any(
+        tensors_of([options]) or opt._vjp_reads_gradients([state[n] for n in names if n in grads])
+        for names, options in zip(groups, hyper, strict=True)
+    )
+
+
 def _by_hand(
     opt: Optimizer,
     params: Mapping[str, Tensor],

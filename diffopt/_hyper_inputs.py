@@ -1,0 +1,52 @@
+"""An optimizer's hyperparameters as inputs of compiled code."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from diffopt.optim import Optimizer
+from diffopt.optim.base import SWITCHES
+
+
+def entries(options: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """Every number, tensor or switch among the options, those in tuples one by one."""
+    for group in options:
+        for name, value in group.items():
+            if isinstance(value, tuple):
+                yield from ((name, v) for v in value)
+            else:
+                yield name, value
+
+
+def is_input(name: str, value: Any) -> bool:
+    """Whether an option is passed to compiled code, as a tensor.
+
+    Not so a zero, for which rules leave terms out, except that a learning rate may warm up from it.
+    """
+    if isinstance(value, Tensor):
+        return True
+    number = isinstance(value, (int, float)) and name not in SWITCHES
+    return number and (value != 0 or name == "lr")
+
+
+def with_hyper(
+    opt: Optimizer, options: Sequence[Mapping[str, Any]], hyper: Sequence[Tensor]
+) -> Optimizer:
+    """``opt`` with these tensors for options."""
+    given = iter(hyper)
+
+    def put(name: str, value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(put(name, v) for v in value)
+        return next(given) if is_input(name, value) else value
+
+    rule = object.__new__(type(opt))
+    rule.__dict__.update(opt.__dict__)
+    rule.param_groups = [
+        {**group, **{name: put(name, value) for name, value in values.items()}}
+        for group, values in zip(opt.param_groups, options, strict=True)
+    ]
+    return rule
