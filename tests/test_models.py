@@ -91,8 +91,9 @@ def layer_that(*body: nn.Module, checkpointed: bool) -> nn.Module:
 
 
 def checkpointed_layer(checkpointed: bool = True) -> nn.Module:
+    norms = nn.BatchNorm1d(5), nn.LayerNorm(5)
     return layer_that(
-        nn.Linear(3, 5), nn.Tanh(), nn.BatchNorm1d(5), nn.Dropout(0.3), checkpointed=checkpointed
+        nn.Linear(3, 5), nn.GELU(), *norms, nn.Dropout(0.3), checkpointed=checkpointed
     )
 
 

@@ -60,7 +60,7 @@ def differentiated(*operands: Tensor | None) -> bool:
         and first.numel() > 0
         and not in_functorch()
         and forward_ad._current_level < 0
-        and not torch.is_autocast_enabled(first.device.type)
+        and not _autocast(first)
     )
 
 
@@ -84,5 +84,9 @@ def normalised(
     y: Tensor = centred * torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps)
     y = y if weight is None else y * weight
     y = y if bias is None else y + bias
-    autocast = torch.is_autocast_enabled(x.device.type)
-    return y if autocast else y.to(x.dtype)
+    return y if _autocast(x) else y.to(x.dtype)
+
+
+def _autocast(x: Tensor) -> bool:
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
