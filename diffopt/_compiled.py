@@ -115,13 +115,15 @@ class CompiledStep(InnerStep):
             _show(watch, call, specialisation, "loss", "transform", "hyper", "update")
         return specialisation.run(call, specialisation.draw())
 
-    def linearize(self, state: State, t: int, watch: Watch | None = None) -> Linearization:
+    def linearize(
+        self, state: State, t: int, watch: Watch | None = None, *, values: bool = True
+    ) -> Linearization:
         """As for ``InnerStep``, except that nothing is evaluated before it is needed."""
         if _transformed():
-            return super().linearize(state, t, watch)
+            return super().linearize(state, t, watch, values=values)
         call, specialisation = self._matched(state, t)
         if specialisation is None:
-            return super().linearize(state, t, watch)
+            return super().linearize(state, t, watch, values=values)
         if watch is not None:
             _show(watch, call, specialisation, "loss", "transform", "hyper")
         return CompiledLinearization(self, state, call, specialisation)

@@ -135,7 +135,7 @@ def _backward(
                 linearization = kept.graphs.pop(start)
             else:
                 assert state is not None
-                linearization = loop.linearize(state, start)
+                linearization = loop.linearize(state, start, values=False)
                 state = None
             loss_cotangent = None if loss_cotangents is None else loss_cotangents[start]
             cotangent, found = loop.vjp(

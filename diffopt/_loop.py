@@ -219,8 +219,8 @@ class Loop:
         self.compare(t, result)
         return result.state
 
-    def linearize(self, state: State, t: int) -> Linearization:
-        """Take step ``t`` again and keep its graph, for ``vjp``.
+    def linearize(self, state: State, t: int, *, values: bool = True) -> Linearization:
+        """Take step ``t`` again and keep its graph, for ``vjp`` and nothing else unless ``values``.
 
         Raises:
             RuntimeError: it used other tensors than the first time, so that a gradient would be
@@ -229,7 +229,7 @@ class Loop:
         if self.ledger is not None:
             with self.generators.undisturbed():
                 self.again(state, t)
-        return self.step.linearize(state, t, self.checked(t))
+        return self.step.linearize(state, t, self.checked(t), values=values)
 
     def recorded(self, state: State, t: int) -> tuple[Linearization, State]:
         """``linearize``, and the state after the step."""

@@ -12,6 +12,7 @@ values of ``s``.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass
 from typing import Any, Self
@@ -28,7 +29,7 @@ from diffopt._tree import Path, add
 from diffopt.optim import Optimizer
 from diffopt.optim.terms import Hyper, tensors_of
 from diffopt.optim.vjp import reads_gradients, update_vjp
-from diffopt.second import beyond_second_derivatives, refuse_missing
+from diffopt.second import Unread, beyond_second_derivatives, refuse_missing
 
 GradTransform = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
 
@@ -44,6 +45,25 @@ class StepResult:
     state: State
     loss: Tensor
     aux: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """A loss at a state, and what the update is made of besides.
+
+    Attributes:
+        loss: before the update.
+        aux: the user's extras.
+        buffers: as the evaluation left them.
+        hyper: the hyperparameters of the step, by param group.
+        grads: the gradients, by parameter name; None where the loss does not depend on it.
+    """
+
+    loss: Tensor
+    aux: Any
+    buffers: dict[str, Tensor]
+    hyper: list[Hyper]
+    grads: dict[str, Tensor | None]
 
 
 class InnerStep:
@@ -98,21 +118,19 @@ class InnerStep:
         }
         own = [*params.values(), *(x for x in state.tensors().values() if x.requires_grad)]
         with beyond_second_derivatives(connected):
-            loss, aux, buffers, found = self.evaluate(
-                params, state.buffers, t, own, connected, watch
-            )
+            found = self.evaluate(params, state.buffers, t, own, connected, watch)
         if not connected:
             params = {name: x.detach() for name, x in params.items()}
         with torch.set_grad_enabled(connected or watch is not None):
-            grads, hyper = self.prepared(found, params, t, own, watch)
-            new_params, new_opt = self.update(hyper, params, grads, state.opt)
+            grads = self.prepared(found, params, own, watch)
+            new_params, new_opt = self.update(found.hyper, params, grads, state.opt)
             if watch is not None:
-                own += [*_present(grads).values(), *tensors_of(hyper)]
+                own += [*_present(grads).values(), *tensors_of(found.hyper)]
                 watch("update", _values(new_params, new_opt), own)
-        new = State(new_params, new_opt, buffers)
+        new = State(new_params, new_opt, found.buffers)
         if connected:
-            return StepResult(new, loss, aux)
-        return StepResult(new.detach(), loss.detach(), aux)
+            return StepResult(new, found.loss, found.aux)
+        return StepResult(new.detach(), found.loss.detach(), found.aux)
 
     def evaluate(
         self,
@@ -122,28 +140,45 @@ class InnerStep:
         own: Iterable[Tensor],
         connected: bool,
         watch: Watch | None = None,
-    ) -> tuple[Tensor, Any, dict[str, Tensor], dict[str, Tensor | None]]:
-        """The loss, the user's extras, the buffers afterwards, and the gradients."""
+        unread_from: Mapping[str, Mapping[str, Tensor]] | None = None,
+    ) -> Evaluated:
+        """The loss and its gradients.
+
+        ``unread_from`` is the optimizer's state, where the gradients are wanted for their graph. If
+        the derivative of the update from there does not read them, their values may be missing.
+        """
+        unread = None if unread_from is None or self.grad_transform is not None else Unread()
         with self.hooks, torch.enable_grad():
-            loss, aux, left = self.loss(params, buffers, t)
+            with nullcontext() if unread is None else unread.evaluated():
+                loss, aux, left = self.loss(params, buffers, t)
             if watch is not None:
                 watch("loss", [loss, *left.values()], own)
-            found = self._gradients(loss, params, t, connected)
-        return loss, aux, left, found
+            hyper: list[Hyper] = [*self.opt.hyperparameters(self.first_step + t)]
+            if unread_from is not None and self._reads_gradients(params, unread_from, hyper):
+                unread = None
+            grads = self._gradients(loss, params, t, connected, unread)
+        return Evaluated(loss, aux, left, hyper, grads)
 
     def _gradients(
-        self, loss: Tensor, params: Mapping[str, Tensor], t: int, connected: bool
+        self,
+        loss: Tensor,
+        params: Mapping[str, Tensor],
+        t: int,
+        connected: bool,
+        unread: Unread | None,
     ) -> dict[str, Tensor | None]:
         found: Sequence[Tensor | None] = ()
         if loss.requires_grad:
+            total = self.loss.total(loss)
             try:
-                found = torch.autograd.grad(
-                    self.loss.total(loss),
-                    list(params.values()),
-                    create_graph=connected and not self.first_order,
-                    retain_graph=connected,
-                    allow_unused=True,
-                )
+                with nullcontext() if unread is None else unread.differentiated(total):
+                    found = torch.autograd.grad(
+                        total,
+                        list(params.values()),
+                        create_graph=connected and not self.first_order,
+                        retain_graph=connected,
+                        allow_unused=True,
+                    )
             except RuntimeError as error:
                 refuse_missing(error, self.first_step + t)
                 raise
@@ -155,24 +190,31 @@ class InnerStep:
             )
         return dict(zip(params, found, strict=True))
 
+    def _reads_gradients(
+        self,
+        given: Mapping[str, Tensor],
+        opt_state: Mapping[str, Mapping[str, Tensor]],
+        hyper: Sequence[Hyper],
+    ) -> bool:
+        """Whether the derivative of the update reads the gradients of the parameters given."""
+        return reads_gradients(self.opt, given, opt_state, hyper=hyper, groups=self.groups)
+
     def prepared(
         self,
-        found: Mapping[str, Tensor | None],
+        found: Evaluated,
         params: Mapping[str, Tensor],
-        t: int,
         own: Iterable[Tensor] = (),
         watch: Watch | None = None,
-    ) -> tuple[Mapping[str, Tensor | None], list[Hyper]]:
-        """What the update is given beside the state: gradients and hyperparameters."""
-        grads = self._transformed(found, params)
-        hyper: list[Hyper] = [*self.opt.hyperparameters(self.first_step + t)]
+    ) -> Mapping[str, Tensor | None]:
+        """The gradients as the update is given them."""
+        grads = self._transformed(found.grads, params)
         if watch is not None:
-            own, raw = list(own), _present(found).values()
+            own, raw = list(own), _present(found.grads).values()
             watch("gradient", raw, own)
             changed = () if self.grad_transform is None else _present(grads).values()
             watch("transform", changed, [*own, *raw])
-            watch("hyper", tensors_of(hyper), own)
-        return grads, hyper
+            watch("hyper", tensors_of(found.hyper), own)
+        return grads
 
     def _transformed(
         self, grads: Mapping[str, Tensor | None], params: Mapping[str, Tensor]
@@ -205,10 +247,15 @@ class InnerStep:
             if path[0] != "buffers" or path[1] in self.loss.buffers.tracked
         }
 
-    def linearize(self, state: State, t: int, watch: Watch | None = None) -> Linearization:
+    def linearize(
+        self, state: State, t: int, watch: Watch | None = None, *, values: bool = True
+    ) -> Linearization:
         """Evaluate the gradients of step ``t`` and keep their graph, for vector-Jacobian products.
 
-        ``watch`` is shown all but the update: see ``Linearization.advance`` for that.
+        Args:
+            watch: shown all but the update: see ``Linearization.advance`` for that.
+            values: False where ``vjp`` alone is going to be called. What it does not read is left
+                out then.
         """
         leaves = {
             path: x.detach().requires_grad_()
@@ -217,12 +264,14 @@ class InnerStep:
         }
         state = state.replace(leaves)
         own = leaves.values()
-        loss, aux, buffers, found = self.evaluate(state.params, state.buffers, t, own, True, watch)
+        unread_from = None if values else state.opt
+        found = self.evaluate(state.params, state.buffers, t, own, True, watch, unread_from)
         with torch.enable_grad():
-            grads, hyper = self.prepared(found, state.params, t, leaves.values(), watch)
-        return Linearization(
-            self, self.first_step + t, state, leaves, loss, found, grads, hyper, buffers, aux
-        )
+            grads = self.prepared(found, state.params, own, watch)
+        linearization = Linearization(self, self.first_step + t, state, leaves, found, grads)
+        if not values:
+            linearization.drop_gradients()
+        return linearization
 
 
 class Linearization:
@@ -244,24 +293,20 @@ class Linearization:
         number: int,
         state: State,
         leaves: dict[Path, Tensor],
-        loss: Tensor,
-        inner_grads: Mapping[str, Tensor | None],
+        found: Evaluated,
         grads: Mapping[str, Tensor | None],
-        hyper: Sequence[Hyper],
-        buffers: dict[str, Tensor],
-        aux: Any,
     ) -> None:
         self._step = step
         self._number = number
         self._state = state
         self._leaves = leaves
-        self._loss = loss
-        self.hyper = hyper
-        self.inner_grads = inner_grads
+        self._loss = found.loss
+        self.hyper: Sequence[Hyper] = found.hyper
+        self.inner_grads: Mapping[str, Tensor | None] = found.grads
         self.grads = grads
         self._ends: Mapping[str, Tensor | GradientEdge | None] = grads
-        self._buffers = buffers
-        self._aux = aux
+        self._buffers = found.buffers
+        self._aux = found.aux
         self._loaded = step.loss.slots.loaded
 
     def advance(self, watch: Watch | None = None) -> StepResult:
@@ -280,9 +325,8 @@ class Linearization:
 
         Those are as large as the parameters. ``grads`` and ``inner_grads`` are gone then.
         """
-        step, present = self._step, _present(self.grads)
-        states = self._state.opt
-        if reads_gradients(step.opt, present, states, hyper=self.hyper, groups=step.groups):
+        present = _present(self.grads)
+        if self._step._reads_gradients(present, self._state.opt, self.hyper):
             return
         self._ends = {n: get_gradient_edge(g) for n, g in present.items() if g.requires_grad}
         self.grads = {name: self._state.params[name] for name in present}  # their shapes alone

@@ -54,9 +54,10 @@ def pushed(
         start = state.replace(given)
         with _Substitution(substitutes) as substitution:
             own = [*start.params.values(), *given.values(), *substitutes.values()]
-            loss, _, buffers, inner = step.evaluate(start.params, start.buffers, t, own, False)
-            grads, hyper = step.prepared(inner, start.params, t)
-            hyper = [map_tensors(substitution.replaced, options) for options in hyper]
+            found = step.evaluate(start.params, start.buffers, t, own, False)
+            loss, buffers = found.loss, found.buffers
+            grads = step.prepared(found, start.params)
+            hyper = [map_tensors(substitution.replaced, options) for options in found.hyper]
             _check_all_replaced(captured, _walkable([loss, buffers, grads, hyper]), own, since)
             with torch.no_grad():
                 params, opt = step.update(hyper, start.params, grads, start.opt)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffopt.second import _batch_norm, _gelu, _layer_norm
+from diffopt.second import _batch_norm, _gelu, _layer_norm, _linear, _unread
 
 Function = Callable[..., Tensor]
 
@@ -59,6 +59,16 @@ def written_gelu(x: Tensor, approximate: str = "none") -> Tensor:
     return x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))) / 2
 
 
+def written_linear(x: Tensor, w: Any, b: Any = None) -> Tensor:
+    y = torch.einsum("...i,oi->...o", x, w)
+    return y if b is None else y + b
+
+
+@pytest.fixture(autouse=True)
+def layers_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_unread, "WORTHWHILE", 0)
+
+
 def params(*shapes: tuple[int, ...]) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
     return [torch.randn(s, generator=generator).double().requires_grad_() for s in shapes]
@@ -92,6 +102,7 @@ BN = F.batch_norm, _batch_norm.batch_norm, written_batch_norm
 IN = F.instance_norm, _batch_norm.instance_norm, written_instance_norm
 LN = F.layer_norm, _layer_norm.layer_norm, written_layer_norm
 GELU = F.gelu, _gelu.gelu, written_gelu
+LINEAR = F.linear, _linear.linear, written_linear
 
 CASES: dict[str, tuple[Any, Any, list[tuple[int, ...]]]] = {
     "gelu": (GELU, lambda f, x: f(x), [(3, 5)]),
@@ -109,6 +120,12 @@ CASES: dict[str, tuple[Any, Any, list[tuple[int, ...]]]] = {
     "layer_norm, all dimensions": (LN, partial(layer_norm, n=2), [(3, 5), (3, 5), (3, 5)]),
     "layer_norm, plain": (LN, layer_norm, [(4, 3, 5)]),
     "layer_norm, no bias": (LN, layer_norm, [(6, 3), (3,)]),
+    "linear": (LINEAR, lambda f, *xs: f(*xs), [(6, 3), (5, 3), (5,)]),
+    "linear, no bias": (LINEAR, lambda f, *xs: f(*xs), [(6, 3), (5, 3)]),
+    "linear, sequences": (LINEAR, lambda f, *xs: f(*xs), [(2, 4, 3), (5, 3), (5,)]),
+    "linear, sequences, no bias": (LINEAR, lambda f, *xs: f(*xs), [(2, 4, 3), (5, 3)]),
+    "linear, strided": (LINEAR, lambda f, x, *xs: f(x.mT, *xs), [(2, 3, 4), (5, 3), (5,)]),
+    "linear, in columns": (LINEAR, lambda f, x, *xs: f(x.mT, *xs), [(3, 4), (5, 3), (5,)]),
     "layer_norm, no weight": (LN, lambda f, x, b: layer_norm(f, x, None, b), [(6, 3), (3,)]),
 }
 

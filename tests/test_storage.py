@@ -216,6 +216,7 @@ def run(folder: Path, body: str) -> subprocess.CompletedProcess[str]:
 
 def test_ctrl_c_removes_the_files(folder: Path) -> None:
     body = """
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
         def loss_fn(m, t):
             if t == 3:
                 os.kill(os.getpid(), signal.SIGINT)

@@ -3,7 +3,8 @@
 Those that PyTorch does not have or has wrong (``_missing``), and those that it has but puts
 together from many operations, derived by hand here instead (``_gelu``, ``_batch_norm``,
 ``_layer_norm``): much of a step's time goes there. Values and first derivatives come from PyTorch's
-own kernels, and are the same to the last bit.
+own kernels, and are the same to the last bit. ``_linear`` can leave out what nobody reads
+(``_unread``).
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from diffopt._replaced import Shared, replaced
 from diffopt.second._batch_norm import batch_norm, instance_norm
 from diffopt.second._gelu import gelu
 from diffopt.second._layer_norm import layer_norm
+from diffopt.second._linear import linear
 from diffopt.second._missing import CALLED_FROM, WRONG, refuse_missing
 from diffopt.second._own import beyond_second_derivatives
+from diffopt.second._unread import Unread
 
 #: Where these operations have their derivatives from here.
 with_second_derivatives = Shared(
@@ -25,7 +28,14 @@ with_second_derivatives = Shared(
         (F, "batch_norm", batch_norm),
         (F, "instance_norm", instance_norm),
         (F, "layer_norm", layer_norm),
+        (F, "linear", linear),
     )
 )
 
-__all__ = ["WRONG", "beyond_second_derivatives", "refuse_missing", "with_second_derivatives"]
+__all__ = [
+    "WRONG",
+    "Unread",
+    "beyond_second_derivatives",
+    "refuse_missing",
+    "with_second_derivatives",
+]
