@@ -29,7 +29,7 @@ from diffopt._tree import Path, add
 from diffopt.optim import Optimizer
 from diffopt.optim.terms import Hyper, tensors_of
 from diffopt.optim.vjp import reads_gradients, update_vjp
-from diffopt.second import Unread, beyond_second_derivatives, refuse_missing
+from diffopt.second import Evaluation, beyond_second_derivatives, refuse_missing
 
 GradTransform = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
 
@@ -118,7 +118,7 @@ class InnerStep:
         }
         own = [*params.values(), *(x for x in state.tensors().values() if x.requires_grad)]
         with beyond_second_derivatives(connected):
-            found = self.evaluate(params, state.buffers, t, own, connected, watch)
+            found = self.evaluate(State(params, state.opt, state.buffers), t, own, connected, watch)
         if not connected:
             params = {name: x.detach() for name, x in params.items()}
         with torch.set_grad_enabled(connected or watch is not None):
@@ -134,29 +134,27 @@ class InnerStep:
 
     def evaluate(
         self,
-        params: Mapping[str, Tensor],
-        buffers: Mapping[str, Tensor],
+        state: State,
         t: int,
         own: Iterable[Tensor],
         connected: bool,
         watch: Watch | None = None,
-        unread_from: Mapping[str, Mapping[str, Tensor]] | None = None,
+        evaluation: Evaluation | None = None,
     ) -> Evaluated:
-        """The loss and its gradients.
+        """The loss and its gradients, with their graph if ``connected``.
 
-        ``unread_from`` is the optimizer's state, where the gradients are wanted for their graph. If
-        the derivative of the update from there does not read them, their values may be missing.
+        With ``evaluation`` the gradients are wanted for their graph. If the derivative of the
+        update reads no values, they need not have any.
         """
-        unread = None if unread_from is None or self.grad_transform is not None else Unread()
         with self.hooks, torch.enable_grad():
-            with nullcontext() if unread is None else unread.evaluated():
-                loss, aux, left = self.loss(params, buffers, t)
+            with nullcontext() if evaluation is None else evaluation.of_loss():
+                loss, aux, left = self.loss(state.params, state.buffers, t)
             if watch is not None:
                 watch("loss", [loss, *left.values()], own)
             hyper: list[Hyper] = [*self.opt.hyperparameters(self.first_step + t)]
-            if unread_from is not None and self._reads_gradients(params, unread_from, hyper):
-                unread = None
-            grads = self._gradients(loss, params, t, connected, unread)
+            if evaluation is not None:
+                evaluation.unread = not self.reads_gradients(state.params, state.opt, hyper)
+            grads = self._gradients(loss, state.params, t, connected, evaluation)
         return Evaluated(loss, aux, left, hyper, grads)
 
     def _gradients(
@@ -165,13 +163,13 @@ class InnerStep:
         params: Mapping[str, Tensor],
         t: int,
         connected: bool,
-        unread: Unread | None,
+        evaluation: Evaluation | None,
     ) -> dict[str, Tensor | None]:
         found: Sequence[Tensor | None] = ()
         if loss.requires_grad:
             total = self.loss.total(loss)
             try:
-                with nullcontext() if unread is None else unread.differentiated(total):
+                with nullcontext() if evaluation is None else evaluation.of_gradient(total):
                     found = torch.autograd.grad(
                         total,
                         list(params.values()),
@@ -190,7 +188,7 @@ class InnerStep:
             )
         return dict(zip(params, found, strict=True))
 
-    def _reads_gradients(
+    def reads_gradients(
         self,
         given: Mapping[str, Tensor],
         opt_state: Mapping[str, Mapping[str, Tensor]],
@@ -264,8 +262,8 @@ class InnerStep:
         }
         state = state.replace(leaves)
         own = leaves.values()
-        unread_from = None if values else state.opt
-        found = self.evaluate(state.params, state.buffers, t, own, True, watch, unread_from)
+        evaluation = None if values or self.grad_transform is not None else Evaluation()
+        found = self.evaluate(state, t, own, True, watch, evaluation)
         with torch.enable_grad():
             grads = self.prepared(found, state.params, own, watch)
         linearization = Linearization(self, self.first_step + t, state, leaves, found, grads)
@@ -326,7 +324,7 @@ class Linearization:
         Those are as large as the parameters. ``grads`` and ``inner_grads`` are gone then.
         """
         present = _present(self.grads)
-        if self._step._reads_gradients(present, self._state.opt, self.hyper):
+        if self._step.reads_gradients(present, self._state.opt, self.hyper):
             return
         self._ends = {n: get_gradient_edge(g) for n, g in present.items() if g.requires_grad}
         self.grads = {name: self._state.params[name] for name in present}  # their shapes alone

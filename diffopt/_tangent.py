@@ -54,7 +54,7 @@ def pushed(
         start = state.replace(given)
         with _Substitution(substitutes) as substitution:
             own = [*start.params.values(), *given.values(), *substitutes.values()]
-            found = step.evaluate(start.params, start.buffers, t, own, False)
+            found = step.evaluate(start, t, own, False)
             loss, buffers = found.loss, found.buffers
             grads = step.prepared(found, start.params)
             hyper = [map_tensors(substitution.replaced, options) for options in found.hyper]

@@ -4,7 +4,7 @@ Those that PyTorch does not have or has wrong (``_missing``), and those that it 
 together from many operations, derived by hand here instead (``_gelu``, ``_batch_norm``,
 ``_layer_norm``): much of a step's time goes there. Values and first derivatives come from PyTorch's
 own kernels, and are the same to the last bit. ``_linear`` can leave out what nobody reads
-(``_unread``).
+(``_evaluation``).
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import torch.nn.functional as F
 
 from diffopt._replaced import Shared, replaced
 from diffopt.second._batch_norm import batch_norm, instance_norm
+from diffopt.second._evaluation import Evaluation
 from diffopt.second._gelu import gelu
 from diffopt.second._layer_norm import layer_norm
 from diffopt.second._linear import linear
 from diffopt.second._missing import CALLED_FROM, WRONG, refuse_missing
 from diffopt.second._own import beyond_second_derivatives
-from diffopt.second._unread import Unread
 
 #: Where these operations have their derivatives from here.
 with_second_derivatives = Shared(
@@ -34,7 +34,7 @@ with_second_derivatives = Shared(
 
 __all__ = [
     "WRONG",
-    "Unread",
+    "Evaluation",
     "beyond_second_derivatives",
     "refuse_missing",
     "with_second_derivatives",

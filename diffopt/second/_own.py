@@ -64,26 +64,6 @@ def differentiated(*operands: Tensor | None) -> bool:
     )
 
 
-def wanted(ctx: Any, count: int) -> list[bool]:
-    """For the first inputs of a ``Function``, whether the backward pass needs their cotangents.
-
-    As PyTorch's own nodes know: ``needs_input_grad`` only tells whether any pass could. Those that
-    may be None have to be the last of them.
-    """
-    found = [
-        needed and _goes_on(node)
-        for needed, (node, _) in zip(ctx.needs_input_grad, ctx.next_functions, strict=False)
-    ]
-    return [*found, *[False] * (count - len(found))]
-
-
-def _goes_on(node: Any) -> bool:
-    try:
-        return bool(torch._C._will_engine_execute_node(node))
-    except RuntimeError:  # a leaf whose cotangent is a result
-        return True
-
-
 def seen_by_modes(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function``, shown to the ``TorchFunctionMode`` that is active, as PyTorch's own are."""
 
