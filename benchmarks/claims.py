@@ -110,6 +110,12 @@ CLAIMS = [
         1 / 8,
     ),
     Claim(
+        "Peak memory of `Segmented()` against that peer",
+        _each("sgd", "gpt", "conv4") + _each("adam", "gpt", "conv4"),
+        memory("diffopt-sqrt"),
+        1 / 8,
+    ),
+    Claim(
         "Peak memory of `Segmented(5)` against torch_maml's checkpoints of 5",
         _each("sgd", *ALL),
         memory("diffopt-segment5", "torch_maml-checkpoint5"),

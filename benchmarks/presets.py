@@ -21,7 +21,7 @@ class Cell:
     most_repeats: int = 1000
 
 
-EAGER = ("diffopt", "diffopt-budget", "diffopt-store")
+EAGER = ("diffopt", "diffopt-sqrt", "diffopt-budget", "diffopt-store")
 STORING = ("higher", "torchopt", "torch_maml")
 
 
