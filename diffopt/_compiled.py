@@ -76,14 +76,10 @@ class CompiledStep(InnerStep):
     ) -> None:
         loss, opt, groups = step.loss, step.opt, step.groups
         super().__init__(
-            loss,
-            opt,
-            groups,
-            first_step=step.first_step,
-            grad_transform=step.grad_transform,
-            first_order=step.first_order,
+            loss, opt, groups, first_step=step.first_step, grad_transform=step.grad_transform
         )
         self.hooks = step.hooks
+        self._eager = step
         self._generators = generators
         self._counted = counted
         model = loss.slots.model
@@ -103,6 +99,10 @@ class CompiledStep(InnerStep):
         self._known = self._compilations.by_context.setdefault(context, {})
         self._numbers: dict[float, Tensor] = {}
         self._last_item: tuple[Any, Hashable, list[Tensor]] | None = None
+
+    def of_first_order(self) -> InnerStep:
+        """The uncompiled step: the values of its gradients are wanted, and no derivative of them."""
+        return self._eager.of_first_order()
 
     def __call__(self, state: State, t: int, watch: Watch | None = None) -> StepResult:
         """Take step ``t``: by compiled code where grad mode is off."""
@@ -172,7 +172,6 @@ class CompiledStep(InnerStep):
                 self.groups,
                 first_step=self.first_step,
                 grad_transform=self.grad_transform,
-                first_order=self.first_order,
             )
             step.hooks = self.hooks
             return step
@@ -181,7 +180,7 @@ class CompiledStep(InnerStep):
         call = Call(t, layout, tensors, hyper, fixed, bound, undisturbed)
         tracked = len(self.loss.buffers.tracked)  # it only grows
         forms = tuple(map(_form, tensors))
-        key = layout, forms, item_key, hyper_key, self.first_order, tracked
+        key = layout, forms, item_key, hyper_key, tracked
         if key not in self._known:
             self._known[key] = self._specialised(call)
         specialisation = self._known[key]

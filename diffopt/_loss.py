@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
 from itertools import compress
+from types import MethodType
 from typing import Any, Self
 
 import torch
@@ -65,7 +66,9 @@ class InnerLoss:
         tensors = list(tensors_in(self.item_at(0)))
         if not tensors:
             return None
-        return weakref.ref(self.loss_fn), tuple((x.shape, x.dtype, x.device) for x in tensors)
+        function = self.loss_fn
+        kept = weakref.WeakMethod if isinstance(function, MethodType) else weakref.ref
+        return kept(function), tuple((x.shape, x.dtype, x.device) for x in tensors)
 
     def of_item(self, item: Any) -> Self:
         """This loss with one batch, or step number, for all positions."""

@@ -95,7 +95,7 @@ class InnerStep:
         self.first_order = first_order
         self.hooks = InnerHooks()
 
-    def of_first_order(self) -> Self:
+    def of_first_order(self) -> InnerStep:
         """This step with its inner gradients taken as constants."""
         step = copy(self)
         step.first_order = True

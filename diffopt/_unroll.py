@@ -54,7 +54,8 @@ def unroll(
     The gradient of whatever is computed from the result reaches the initial parameters,
     optimizer state, hyperparameters, tensors in the batches, the model's other parameters, and
     every tensor that ``loss_fn`` or ``grad_transform`` captured, through ``backward()`` and
-    ``torch.autograd.grad`` alike. It is exact, and differentiable again.
+    ``torch.autograd.grad`` alike. With the default adjoint, and every other that is not said to be
+    approximate, it is exact, and differentiable again.
 
     Args:
         model: any module. It is afterwards what it was, also when ``loss_fn`` raises.
@@ -66,7 +67,8 @@ def unroll(
             ``loss_fn(model, batch)`` is called with each; a batch is any pytree. What cannot be
             indexed is read into a list; what can, but is no list or tuple, is indexed anew
             whenever a step is computed.
-        loss_fn: returns a scalar loss or ``(loss, aux)``. Its ``model`` is the user's own module
+        loss_fn: returns a scalar loss or ``(loss, aux)``; or, as some models do, a mapping or an
+            object that holds it as ``loss``. Its ``model`` is the user's own module
             holding the current fast weights. It may run several times for a step, so it has to be
             a function of the model, the batch, captured tensors and random numbers. None: the
             model returns its own loss, from ``model(batch)`` or, for an int, ``model()``.
@@ -74,22 +76,25 @@ def unroll(
         adjoint: how the derivative is computed. Default: ``diffopt.Segmented()``.
         initial: an earlier ``Unrolled`` to continue from (its optimizer state wins over
             ``opt``'s), or initial values by parameter name for some or all inner variables.
-        grad_transform: ``f(grads)``, a differentiable change to the dict of inner gradients.
+        grad_transform: ``f(grads) -> grads``, a differentiable change to the dict of inner
+            gradients, by parameter name. The shapes stay; a parameter whose name is left out is left
+            alone by the update. With ``tasks`` it is given one task's.
         max_cotangent_norm: before each step's vector-Jacobian product, scale the cotangent of
             the updated parameters to at most this joint norm, against exploding meta-gradients.
         verify: compare every step that is computed again with the first pass, bit for bit, and
             raise a ``RuntimeError`` that names step and tensor where they differ: ``loss_fn`` keeps
             state, data changed, a kernel is nondeterministic. Costs one more gradient a step, and
             a dozen passes over the state for each computation of it; a number is kept per tensor.
+            Steps whose graph is kept, all of them with ``StoreAll``, are not computed again.
         tasks: N, to adapt N tasks at once: every batch tensor leads with the task dimension, and
             so do the results (``losses`` is (N, T)). Each task starts from the same values, unless
-            ``initial`` has one for each. Equal to N unrolls; ``loss_fn`` runs under
-            ``torch.vmap``.
+            ``initial`` has one for each. Equal to N unrolls, random numbers apart, which every task
+            draws for itself; ``loss_fn`` runs under ``torch.vmap``.
         compile: trace the step and its derivative once, and run them as code compiled for this
             and all later calls with the model. ``loss_fn`` is not run again, so it has to have no
             effect but its result. What cannot be compiled runs as ever, after a
             ``CompileWarning`` that says why. See "Compiled steps" in the documentation.
-        progress: show a tqdm bar, forward and backward.
+        progress: show a tqdm bar, forward and backward; needs the package ``tqdm``.
 
     Returns:
         the trained values. Under ``torch.no_grad()`` they carry no graph and nothing is kept.
@@ -97,11 +102,17 @@ def unroll(
     Raises:
         TypeError: a wrong kind of argument, such as an optimizer class that is not known.
         ValueError: a wrong value, such as a loss that is not a scalar or that does not depend
-            on any inner variable, or an optimizer parameter that is not the model's.
+            on any inner variable, or an optimizer parameter that is not the model's; or both
+            ``segment`` and ``adjoint``.
         NotImplementedError: what is refused, such as a model wrapped in ``DataParallel``.
+        ImportError: ``progress=True`` without tqdm.
+        RuntimeError: in the backward pass, where a step computed again is not what it was: it uses
+            other tensors, or an input was changed in place since.
 
     Cost: by the adjoint. With the default about 2√T states are held and one step's graph, and
-    each step is computed about three times in all.
+    each step is computed about three times in all. A backward pass that is itself recorded
+    (``create_graph=True``, an unroll inside an unroll) holds T states and then T cotangents, and the
+    graph of one step at a time, whatever the adjoint and its storage are; ``ForwardMode`` apart.
 
     Example:
         >>> import torch, diffopt

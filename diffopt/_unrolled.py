@@ -28,11 +28,14 @@ class Unrolled:
             model's own, unchanged.
         buffers: all buffers of the model after the last step, by name.
         losses: the loss before each update, shape (T,), differentiable.
-        aux: what ``loss_fn`` returned beside the loss, one per step, cut from the graph.
-        opt_state: by parameter name, then by ``torch.optim``'s name for the entry.
+        aux: what ``loss_fn`` returned beside the loss, one per step, cut from the graph; None where
+            it returned nothing else.
+        opt_state: by parameter name, then by ``torch.optim``'s name for the entry. Of the
+            parameter's shape and dtype, or 0-dimensional, as there; float32 for parameters in
+            bfloat16 and float16.
         step: inner steps taken, those of ``initial`` included.
-        tasks: N where it was unrolled with ``tasks=N``: parameters and buffers then lead with N,
-            and ``losses`` is (N, T).
+        tasks: N where it was unrolled with ``tasks=N``: parameters, buffers and the state of the
+            optimizer then lead with N (step counts apart), and ``losses`` is (N, T).
     """
 
     def __init__(
@@ -82,6 +85,9 @@ class Unrolled:
 
         Returns:
             what ``fn`` returns, differentiable.
+
+        Raises:
+            ValueError: with tasks, a tensor among the arguments does not lead with N.
         """
         slots = self._slots
         inner = {name: self.params[name] for name in self._inner}
@@ -109,7 +115,8 @@ class Unrolled:
                 continues as if it had run all along.
 
         Raises:
-            ValueError: a name or a shape does not fit. Nothing has been written then.
+            ValueError: a name or a shape does not fit, as with the result of ``tasks=N``. Nothing
+                has been written then.
         """
         targets: list[tuple[Tensor, Tensor]] = []
         for kind, ours, theirs in (

@@ -39,7 +39,7 @@ except ModuleNotFoundError as error:
     if error.name != "higher":
         raise
     raise ImportError(
-        'diffopt.higher needs the package higher: pip install "torch-diffopt[higher]"'
+        "diffopt.higher needs the package higher: pip install higher"
     ) from error
 
 __all__ = ["DifferentiableOptimizer"]

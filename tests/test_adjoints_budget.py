@@ -178,6 +178,36 @@ def test_measures_once_for_steps_that_are_alike(monkeypatch: pytest.MonkeyPatch)
     assert measured == [3, 4, 6, 7, 8, 8]
 
 
+def test_a_method_is_the_same_loss_in_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Learner:
+        def loss(self, m: nn.Module, batch: Tensor) -> Tensor:
+            return loss_fn(m, batch)
+
+    measured = []
+
+    def measure(loop: Any, original: Callable[..., Any] = _budget.measure) -> Any:
+        measured.append(loop.steps)
+        return original(loop)
+
+    monkeypatch.setattr(_budget, "measure", measure)
+    model, x = mlp()
+    inner, learner = diffopt.SGD(model.parameters(), lr=0.1), Learner()
+    for steps in (2, 3):
+        diffopt.unroll(model, inner, [x] * steps, learner.loss, adjoint=MemoryBudget("1GiB"))
+    assert measured == [2]
+
+
+def test_losses_made_anew_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_budget, "_MOST_KNOWN", 3)
+    model, x = mlp()
+    inner = diffopt.SGD(model.parameters(), lr=0.1)
+    for _ in range(5):
+        diffopt.unroll(
+            model, inner, [x], lambda m, batch: loss_fn(m, batch), adjoint=MemoryBudget("1GiB")
+        )
+    assert len(_budget._measured[model]) == 3
+
+
 def test_what_was_measured_goes_with_the_model() -> None:
     model, x = mlp()
     gradients(model, x, 2, MemoryBudget("1GiB"))

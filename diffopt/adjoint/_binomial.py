@@ -24,15 +24,17 @@ class Binomial(Checkpointed):
         snapshots: c, how many states may be held at once, the start included. One suffices, at the
             cost of T² / 2 recomputed steps.
         storage: where they are kept: None, on their device; ``"cpu"``, in host memory, copied while
-            computing goes on; or a folder, in files, written and read while computing goes on and
-            removed in the end.
+            computing goes on (for a model on the CPU the same as None); or a folder, which has to
+            exist, in files, written and read while computing goes on and removed in the end.
 
     Raises:
         TypeError: ``snapshots`` is not an int, or ``storage`` neither a string nor a path.
         ValueError: ``snapshots`` is below 1.
+        OSError: when unrolling, the folder does not exist, or is full.
 
     Cost: c states and the graph of one step; ``plan(T).recomputed_steps`` steps without a graph,
-    and each step once more inside its vector-Jacobian product.
+    and each step once more inside its vector-Jacobian product. Not where the backward pass is
+    itself recorded: see ``diffopt.unroll``.
     """
 
     snapshots: int

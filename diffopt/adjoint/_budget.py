@@ -27,6 +27,7 @@ _BYTES_PER_STEP = 1024  # the loss of a step, its actions in the plan, what it c
 #: the resident memory of the benchmarks' models came to up to 1.21 times what was seen.
 _ALLOWANCE = 1.25
 
+_MOST_KNOWN = 64  # measurements, for each model
 # Steps of the same model, function and shapes take the same memory: an outer loop measures once.
 _measured: MutableMapping[nn.Module, dict[Hashable, Sizes]] = WeakKeyDictionary()
 
@@ -35,8 +36,9 @@ _measured: MutableMapping[nn.Module, dict[Hashable, Sizes]] = WeakKeyDictionary(
 class MemoryBudget(Checkpointed):
     """The fastest way back whose predicted peak fits into a memory budget.
 
-    One step is taken on trial, once for each model, loss and shape of the batches, to see how many
-    bytes a state and a step's graph take. Then as many whole graphs are held as fit, since a step
+    One step is taken on trial, once for each model, loss function and shape of the batches, to see
+    how many bytes a state and a step's graph take. Of a function that is made anew for every call, or
+    that is given the step number alone, it is taken in every call. Then as many whole graphs are held as fit, since a step
     whose graph is held is never computed again, those of the last steps first; of the steps before,
     as many states as fit, and where not even √T states do, as in ``Binomial``. The gradient is
     exact and does not depend on the budget.
@@ -55,7 +57,8 @@ class MemoryBudget(Checkpointed):
             into it: the message has the smallest budget that can.
 
     Cost: of the whole plan, ``plan(T)`` says after the first unroll, the predicted peak included;
-    of the trial, an evaluation and a vector-Jacobian product.
+    of the trial, an evaluation and a vector-Jacobian product. A backward pass that is itself to be
+    differentiated (``create_graph=True``) is outside the budget: see ``diffopt.unroll``.
     """
 
     budget: int | str
@@ -143,5 +146,7 @@ def _sizes(loop: Loop) -> Sizes:
     )
     known = _measured.setdefault(model, {})
     if key not in known:
+        while len(known) >= _MOST_KNOWN:  # a loss made anew for every call is never met again
+            del known[next(iter(known))]
         known[key] = measure(loop)
     return known[key]

@@ -23,15 +23,17 @@ class Segmented(Checkpointed):
             none. None: about √T, the smallest peak (Chen et al., 2016, "Training Deep Nets with
             Sublinear Memory Cost").
         storage: where they are kept: None, on their device; ``"cpu"``, in host memory, copied while
-            computing goes on; or a folder, in files, written and read while computing goes on and
-            removed in the end.
+            computing goes on (for a model on the CPU the same as None); or a folder, which has to
+            exist, in files, written and read while computing goes on and removed in the end.
 
     Raises:
         TypeError: ``segment`` is not an int, or ``storage`` neither a string nor a path.
         ValueError: ``segment`` is below 1.
+        OSError: when unrolling, the folder does not exist, or is full.
 
     Cost: about T - T/k steps are computed again without a graph, and each step once more inside its
-    vector-Jacobian product.
+    vector-Jacobian product. Not where the backward pass is itself recorded: see
+    ``diffopt.unroll``.
     """
 
     segment: int | None = None

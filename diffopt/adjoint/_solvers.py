@@ -37,11 +37,19 @@ class Solution:
 
 
 class Solver(ABC):
-    """How ``Implicit`` solves its linear system."""
+    """How ``Implicit`` solves its linear system. A subclass is a solver of your own.
+
+    Its vectors are lists of tensors, one for each inner parameter that the loss depends on, of the
+    parameter's shape and device. H is symmetric.
+    """
 
     @abstractmethod
     def solve(self, product: Product, b: Vector) -> Solution:
-        """Solve H x = b. ``product(v)`` is H v; ``b`` is not zero."""
+        """Solve H x = b. ``product(v)`` is H v; ``b`` is not zero.
+
+        A ``Solution`` whose ``trouble`` says something is used all the same, after a
+        ``ConvergenceWarning`` that quotes it.
+        """
 
     @property
     @abstractmethod
