@@ -25,7 +25,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from diffopt._tree import tensors_in
-from diffopt.second import WRONG
+from diffopt.second import WRONG, WRONG_BEYOND
 
 Edge = tuple[Node, int]
 End = Edge | Tensor
@@ -76,7 +76,13 @@ class Captured:
         return isinstance(end, Tensor) or end in self._offered
 
     def walk(
-        self, roots: Iterable[Tensor], own: Iterable[Tensor], since: int, passed: set[Node]
+        self,
+        roots: Iterable[Tensor],
+        own: Iterable[Tensor],
+        since: int,
+        passed: set[Node],
+        *,
+        before_gradient: bool = False,
     ) -> set[End]:
         """Find the ends of the graph behind ``roots``.
 
@@ -85,10 +91,12 @@ class Captured:
             own: the step's own tensors, where the walk stops without noting anything.
             since: ``present_sequence()`` before the step.
             passed: nodes to leave out; those walked over are added.
+            before_gradient: this graph is going to be differentiated twice, not once.
 
         Raises:
             NotImplementedError: an operation in the graph has a wrong second derivative.
         """
+        wrong = WRONG | WRONG_BEYOND if before_gradient else WRONG
         edges: list[Any] = [_edge(x) for x in roots if x.requires_grad]
         ends: set[End] = set()
         if not edges:
@@ -108,10 +116,14 @@ class Captured:
             elif self._is_captured(edge, own, since):
                 ends.add(edge)
             else:
-                if kind.__name__ in WRONG:
+                if kind.__name__ in wrong:
                     raise NotImplementedError(
                         f"PyTorch's second derivative of {WRONG[kind.__name__]} is wrong: write "
                         "that out in other operations"
+                        if kind.__name__ in WRONG
+                        else f"the loss takes a derivative of {wrong[kind.__name__]} itself, and "
+                        "PyTorch's third derivative of that is wrong: take it with "
+                        "torch.func.grad, for which the operation is written out"
                     )
                 passed.add(node)
                 edges.extend(node.next_functions)

@@ -96,12 +96,14 @@ class CompiledStep(InnerStep):
             loss.tasks,
             _arithmetic(),
         )
-        self._known = self._compilations.by_context.setdefault(context, {})
+        self._known = self._compilations.by_context.get(context, {})
+        if self._compilations.count < MOST_SPECIALISATIONS:
+            self._compilations.by_context[context] = self._known
         self._numbers: dict[float, Tensor] = {}
         self._last_item: tuple[Any, Hashable, list[Tensor]] | None = None
 
     def of_first_order(self) -> InnerStep:
-        """The uncompiled step: the values of its gradients are wanted, and no derivative of them."""
+        """The uncompiled step: there the values of the gradients are wanted."""
         return self._eager.of_first_order()
 
     def __call__(self, state: State, t: int, watch: Watch | None = None) -> StepResult:
@@ -205,8 +207,8 @@ class CompiledStep(InnerStep):
 
     def _item(self, t: int) -> tuple[Any, Hashable, list[Tensor]]:
         item = STEP_NUMBER if self._counted else self.loss.item_at(t)
-        if self._last_item is None or self._last_item[0] is not item:
-            leaves, spec = pytree.tree_flatten(item)
+        leaves, spec = pytree.tree_flatten(item)
+        if self._last_item is None or not _same(leaves, spec, self._last_item[0]):
             fixed = list(self.environment)
             places = dict(self._places)
             key: list[Hashable] = [spec]
@@ -218,8 +220,8 @@ class CompiledStep(InnerStep):
                     key.append((places[id(x)], _form(x)))
                 else:
                     key.append((type(x), x) if isinstance(x, PLAIN) else Same(x))
-            self._last_item = item, tuple(key), fixed
-        return self._last_item
+            self._last_item = (leaves, spec), tuple(key), fixed
+        return item, *self._last_item[1:]
 
     def _hyper(self, options: Sequence[Mapping[str, Any]]) -> tuple[Hashable, list[Tensor]]:
         """What code depends on among the options, and the rest of them as tensors."""
@@ -360,6 +362,13 @@ def _show(watch: Watch, call: Call, specialisation: Specialisation, *parts: Part
 def _form(x: Tensor) -> Hashable:
     """What compiled code takes for granted of an input."""
     return x.dtype, x.device, x.shape, x.stride(), x.requires_grad
+
+
+def _same(leaves: Sequence[Any], spec: Any, before: tuple[Sequence[Any], Any]) -> bool:
+    """Whether a batch is made of the very objects of the one before."""
+    if spec != before[1]:
+        return False
+    return all(a is b for a, b in zip(leaves, before[0], strict=True))
 
 
 def _transformed() -> bool:

@@ -1,10 +1,13 @@
 """What a function can see without being given it, in a fixed order.
 
-Compiled code is made once and used for many calls, whose ``loss_fn`` may be a new closure over new
-tensors each time. What a function sees is therefore walked over: closure cells, defaults, the
-globals and attributes that its code names, the modules and plain objects behind them. Tensors are
-listed in the order of the walk, to be passed to compiled code as inputs; everything else becomes
+That is what a step may depend on besides its inputs. Random generators among it have to be put back
+where they were when the step is computed again, and tensors must not have changed by then. Compiled
+code is made once and used for many calls, whose ``loss_fn`` may be a new closure over new tensors
+each time: tensors are passed to it as inputs, in the order of the walk, and everything else becomes
 the *structure*, equal for two functions where they may share compiled code.
+
+The walk goes over closure cells, defaults, the globals and attributes that a function's code names,
+and the modules and plain objects behind them.
 """
 
 from __future__ import annotations
@@ -12,10 +15,12 @@ from __future__ import annotations
 import dis
 import enum
 import functools
+import math
 import sys
 import types
 import weakref
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
+from collections import OrderedDict, deque
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -43,6 +48,8 @@ PLAIN = (
     torch.memory_format,
     torch.Size,
 )
+_ATOMS = {int, bool, str, type(None)}  # the most frequent of them
+_CONTAINERS_OF_MODULES = {dict, OrderedDict, set}
 # Code of these is taken to see nothing of the user's.
 _OPAQUE = {"torch", "torchvision", "numpy", "diffopt", *sys.stdlib_module_names} - {"__main__"}
 
@@ -54,27 +61,48 @@ class Environment:
         functions: the functions, in order; anything else may be among them.
         given: tensors that are no part of it, when found as a module's parameter or buffer: those
             that each step is given other values for.
+        containers: what is looked into, besides functions, modules and plain objects.
+        most: look into so many objects at most, the nearest first.
 
     Attributes:
         tensors: each tensor once, in the order of the walk.
+        generators: the random number generators, likewise.
         structure: all else; hashable.
     """
 
-    def __init__(self, *functions: Any, given: Collection[Tensor] = ()) -> None:
+    def __init__(
+        self,
+        *functions: Any,
+        given: Collection[Tensor] = (),
+        containers: tuple[type[Collection[Any]], ...] = (list, tuple, Mapping),
+        most: float = math.inf,
+    ) -> None:
         self.tensors: list[Tensor] = []
+        self.generators: list[torch.Generator] = []
+        self._containers = containers
         self._tokens: list[Hashable] = []
         self._given = {id(x) for x in given}
         self._index: dict[int, int] = {}  # by id: all are held by what is walked over
         self._visited: dict[int, int] = {}
         self._names: set[str] = set()
         self._objects: list[tuple[Any, set[str]]] = []
+        self._queue: deque[tuple[Any, int]] = deque()
         self._hold: list[Any] = []
         for function in functions:
             self._visit(function, 0)
-        self._visit_named_attributes()
+        self._enter_visited(most)
+        self._visit_named_attributes(most)
         self.structure: Hashable = tuple(self._tokens)
 
-    def _visit_named_attributes(self) -> None:
+    def _enter_visited(self, most: float) -> None:
+        """Look into what was come to, and into what is come to then, the nearest first."""
+        while self._queue and len(self._hold) < most:
+            x, depth = self._queue.popleft()
+            self._hold.append(x)
+            self._tokens.append(("in", self._visited[id(x)]))
+            self._enter(x, depth)
+
+    def _visit_named_attributes(self, most: float) -> None:
         """The attributes, of objects met so far, that any code met so far names."""
         grown = True
         while grown:
@@ -85,19 +113,21 @@ class Environment:
                     grown = True
                     self._tokens.append(name)
                     self._visit(value, 1)
+            self._enter_visited(most)
 
     def _visit(self, x: Any, depth: int) -> None:
-        if isinstance(x, Tensor):
+        if type(x) in _ATOMS:
+            self._tokens.append((type(x), x))
+        elif isinstance(x, Tensor):
             self._tokens.append(("tensor", self._slot(x)))
         elif isinstance(x, PLAIN):
             # repr tells -0.0 from 0.0, and makes NaN equal to itself.
             self._tokens.append((type(x), repr(x) if isinstance(x, (float, complex)) else x))
-        elif id(x) in self._visited:
-            self._tokens.append(("again", self._visited[id(x)]))
         else:
-            self._visited[id(x)] = len(self._visited)
-            self._hold.append(x)
-            self._enter(x, depth)
+            if id(x) not in self._visited:
+                self._visited[id(x)] = len(self._visited)
+                self._queue.append((x, depth))  # which keeps it, and so its id
+            self._tokens.append(("to", self._visited[id(x)]))
 
     def _slot(self, x: Tensor) -> int:
         if id(x) not in self._index:
@@ -116,7 +146,7 @@ class Environment:
                 self._visit(part, depth)
         elif isinstance(x, nn.Module):
             self._module(x, depth)
-        elif isinstance(x, (list, tuple, Mapping)) and depth < DEEPEST and len(x) <= MOST_ENTRIES:
+        elif isinstance(x, self._containers) and depth < DEEPEST and len(x) <= MOST_ENTRIES:
             self._tokens.append((type(x), len(x)))
             for entry in x.items() if isinstance(x, Mapping) else x:
                 if isinstance(x, Mapping):
@@ -125,7 +155,9 @@ class Environment:
                 self._visit(entry, depth + 1)
         else:
             self._tokens.append(Same(x))
-            if _has_attributes(x):
+            if isinstance(x, torch.Generator):
+                self.generators.append(x)
+            elif _has_attributes(x):
                 self._objects.append((x, set()))
                 self._names.add("__call__")
 
@@ -149,6 +181,8 @@ class Environment:
             self._objects.append((x, set(x.__dict__)))  # for the methods that code names
             self._visit(type(x).forward, depth)
         for key, value in x.__dict__.items():
+            if type(value) in _CONTAINERS_OF_MODULES and not value:
+                continue
             if key in ("_parameters", "_buffers"):
                 for name, tensor in value.items():
                     if tensor is not None and id(tensor) in self._given:
@@ -160,11 +194,32 @@ class Environment:
                 for name, module in value.items():
                     self._tokens.append(name)
                     self._visit(module, depth)
-            elif isinstance(value, Mapping) and not value:
-                continue
             else:
                 self._tokens.append(key)
                 self._visit(value, depth + 1)
+
+
+class Unchanged:
+    """Watches tensors for changes in place, of which autograd keeps count, without holding them."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._seen = [(weakref.ref(x), x._version) for x in tensors if not x.is_inference()]
+
+    def settle(self) -> None:
+        """Leave those out that have been changed so far."""
+        self._seen = [(ref, v) for ref, v in self._seen if (x := ref()) is None or x._version == v]
+
+    def check(self) -> None:
+        """Raise where one of the others has been changed since."""
+        for ref, version in self._seen:
+            x = ref()
+            if x is not None and x._version != version:
+                raise RuntimeError(
+                    f"a tensor of shape {tuple(x.shape)} that the steps of this unroll use, from a "
+                    "closure, a global or an attribute, has been changed in place since, and now "
+                    "they are computed again: call backward before that, or put a new tensor in "
+                    "its place"
+                )
 
 
 class Same:
@@ -188,6 +243,13 @@ class Same:
         return self._id
 
 
+def functions_of(kind: type) -> list[types.FunctionType]:
+    """The methods of a class and of its bases."""
+    return [
+        f for base in kind.__mro__ for f in vars(base).values() if isinstance(f, types.FunctionType)
+    ]
+
+
 def _is_opaque(module: str | None) -> bool:
     return (module or "").partition(".")[0] in _OPAQUE
 
@@ -207,7 +269,7 @@ def _nested(code: types.CodeType) -> Iterator[types.CodeType]:
             yield from _nested(constant)
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=1 << 14)
 def _global_names(code: types.CodeType) -> tuple[str, ...]:
     read = ("LOAD_GLOBAL", "LOAD_NAME")
     found = (i.argval for i in dis.get_instructions(code) if i.opname in read)

@@ -6,15 +6,11 @@ generators' states are kept beside each snapshot.
 
 from __future__ import annotations
 
-import functools
-import inspect
-import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class Generators:
@@ -52,32 +48,3 @@ class Generators:
             yield
         finally:
             self.set(before)
-
-
-def generators_near(function: Callable[..., Any], model: nn.Module) -> Iterator[torch.Generator]:
-    """The generators that a function names or a module holds: those it may be drawing from.
-
-    Looked for in its closure, its globals by name, its arguments bound by ``partial``, the object
-    that it is a method of, in ``model``, and in the modules found on the way.
-    """
-    yield from _held((model,))
-    while isinstance(function, functools.partial):
-        yield from _held((*function.args, *function.keywords.values()))
-        function = function.func
-    if not isinstance(function, types.FunctionType):  # a method, or an object that can be called
-        owner = getattr(function, "__self__", function)
-        yield from _held((owner, *getattr(owner, "__dict__", {}).values()))
-        function = getattr(function, "__func__", type(owner).__call__)
-    if isinstance(function, types.FunctionType):
-        named = inspect.getclosurevars(function)
-        yield from _held((*named.nonlocals.values(), *named.globals.values()))
-        yield from _held(function.__defaults__ or ())
-
-
-def _held(values: Iterable[Any]) -> Iterator[torch.Generator]:
-    for value in values:
-        if isinstance(value, torch.Generator):
-            yield value
-        elif isinstance(value, nn.Module):
-            for module in value.modules():
-                yield from (x for x in module.__dict__.values() if isinstance(x, torch.Generator))

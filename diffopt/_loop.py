@@ -147,6 +147,10 @@ class Loop:
             linearization = self.step.linearize(state, t, watch)
             result = linearization.advance(watch)
         linearization.drop_gradients()
+        if (
+            self.ledger is not None and self.step.first_order
+        ):  # which keeps no graphs: see FirstOrder
+            self.ledger.note(self.step.first_step + t, result.state, result.loss)
         self._refuse_originals(state, t, result)
         return linearization, self._collect(state, t, result)
 
@@ -194,7 +198,8 @@ class Loop:
             passed = loss_nodes if part in ("loss", "gradient") else set[Node]()
             # An accelerator's gradients are made on a thread of their own, and numbered there.
             start = since if part != "gradient" or self._on_cpu else 0
-            found[part] = self.captured.walk(roots, own, start, passed)
+            twice = part == "loss" and not self.step.first_order
+            found[part] = self.captured.walk(roots, own, start, passed, before_gradient=twice)
 
         return watch
 
@@ -268,8 +273,9 @@ class Loop:
             raise RuntimeError(
                 f"step {n} does not use the tensors that require grad of the forward pass again, "
                 f"in its {_NAMES[part]}: was a variable bound to a new tensor since, or does it "
-                "keep tensors from step to step? Call backward before that, pass the tensor inside "
-                "the batch, or detach what is kept"
+                "keep tensors from step to step, or return in aux one that it made require grad? "
+                "Call backward before that, pass the tensor inside the batch, or detach what is "
+                "kept"
             )
 
         return watch
@@ -368,11 +374,12 @@ def clip_norm(tensors: Sequence[Tensor], max_norm: float, tasks: int | None) -> 
     With tasks each leads with the task dimension, and each task has its own norm.
     """
     rows = [x.reshape(1 if tasks is None else tasks, -1) for x in tensors]
+    device = rows[0].device
     norms = torch.linalg.vector_norm(
-        torch.stack([torch.linalg.vector_norm(row, dim=1) for row in rows]), dim=0
+        torch.stack([torch.linalg.vector_norm(row, dim=1).to(device) for row in rows]), dim=0
     )
     scale = max_norm / norms.clamp(min=max_norm)
     return [
-        (row * scale.to(row.dtype)[:, None]).reshape(x.shape)
+        (row * scale.to(row.device, row.dtype)[:, None]).reshape(x.shape)
         for row, x in zip(rows, tensors, strict=True)
     ]

@@ -68,7 +68,12 @@ class InnerLoss:
             return None
         function = self.loss_fn
         kept = weakref.WeakMethod if isinstance(function, MethodType) else weakref.ref
-        return kept(function), tuple((x.shape, x.dtype, x.device) for x in tensors)
+        try:
+            known = kept(function)
+            hash(known)
+        except TypeError:  # an object that has no hash, or of which there are no weak references
+            return None
+        return known, tuple((x.shape, x.dtype, x.device) for x in tensors)
 
     def of_item(self, item: Any) -> Self:
         """This loss with one batch, or step number, for all positions."""
@@ -139,7 +144,18 @@ class TaskLosses(InnerLoss):
     def transform_grads(
         self, transform: Callable[[dict[str, Tensor]], Any], grads: dict[str, Tensor]
     ) -> Any:
-        return torch.vmap(transform)(grads)
+        result: list[Any] = []
+
+        def one(grads: dict[str, Tensor]) -> dict[str, Tensor]:
+            result[:] = [transform(grads)]
+            if not isinstance(result[0], Mapping):
+                return {}
+            return {name: g for name, g in result[0].items() if isinstance(g, Tensor)}
+
+        mapped = torch.vmap(one, randomness="different")(grads)
+        if not isinstance(result[0], Mapping):
+            return result[0]
+        return {name: mapped.get(name, g) for name, g in result[0].items()}
 
     def _evaluate(
         self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], item: Any, step: int

@@ -48,7 +48,7 @@ class Modes:
             stack.enter_context(_math_attention)
             stack.enter_context(with_second_derivatives)
             if self._compiled and hasattr(torch.compiler, "set_stance"):
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
+                stack.enter_context(_uncompiled)
             if self._recurrent:
                 stack.enter_context(_without_cudnn)
             stack.enter_context(_default_dtype(self._dtype))
@@ -80,4 +80,5 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 _math_attention = Shared(lambda: sdpa_kernel(SDPBackend.MATH))
+_uncompiled = Shared(lambda: torch.compiler.set_stance("force_eager"))
 _without_cudnn = Shared(lambda: replaced((torch.backends.cudnn, "enabled", False)))

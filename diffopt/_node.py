@@ -8,24 +8,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffopt._environment import Unchanged
 from diffopt._loop import Loop
 from diffopt._state import State
 from diffopt._tree import Path
 from diffopt.adjoint import Adjoint
 
 
-def run_connected(loop: Loop, adjoint: Adjoint, guarded: Sequence[Tensor]) -> tuple[State, Tensor]:
+def run_connected(
+    loop: Loop, adjoint: Adjoint, guarded: Sequence[Tensor], seen: Unchanged
+) -> tuple[State, Tensor]:
     """Run ``loop`` and connect its results to the caller's graph.
 
     Args:
         guarded: further tensors that the way back will read again: that they were not changed in
             place meanwhile is checked, as for every input.
+        seen: tensors that the steps may read again; those that they change themselves are left
+            alone.
 
     Returns:
         the final state and the losses, shape (T,).
     """
     with loop.session():
         final, kept = adjoint.forward(loop)
+    seen.settle()
     final = _owned(final, loop)
     losses = _losses(loop)
     values = final.tensors()
@@ -35,7 +41,7 @@ def run_connected(loop: Loop, adjoint: Adjoint, guarded: Sequence[Tensor]) -> tu
         kept,
         list(loop.inputs),
         (list(values), (losses, *values.values()), set(loop.step.differentiable(final))),
-        list(guarded),
+        (list(guarded), seen),
         *loop.inputs.values(),
         *loop.captured.tensors,
     )
@@ -71,13 +77,14 @@ class _Unrolling(torch.autograd.Function):
         kept: Any,
         start_paths: list[Path],
         outcome: tuple[list[Path], tuple[Tensor, ...], set[Path]],
-        guarded: list[Tensor],
+        guards: tuple[list[Tensor], Unchanged],
         *inputs: Tensor,
     ) -> tuple[Tensor, ...]:
         paths, results, differentiable = outcome
         ctx.loop, ctx.adjoint, ctx.kept = loop, adjoint, kept
         ctx.start_paths, ctx.paths = start_paths, paths
         ctx.inputs = len(inputs)
+        guarded, ctx.seen = guards
         ctx.save_for_backward(*inputs, *guarded)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(
@@ -88,6 +95,7 @@ class _Unrolling(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, losses: Tensor | None, *cotangents: Tensor | None) -> Any:
         inputs = ctx.saved_tensors[: ctx.inputs]  # also checks that nothing was changed in place
+        ctx.seen.check()
         loop, adjoint, n, kept = ctx.loop, ctx.adjoint, len(ctx.start_paths), ctx.kept
         if kept is None:
             raise RuntimeError(

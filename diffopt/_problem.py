@@ -18,6 +18,7 @@ from diffopt._refused import check_model
 from diffopt._step import GradTransform
 from diffopt._unrolled import Unrolled
 from diffopt.optim import Optimizer, convert
+from diffopt.optim.base import as_tensors
 from diffopt.optim.terms import Entries
 
 
@@ -103,7 +104,7 @@ def inner_problem(model: Any, opt: Any, tasks: int | None) -> InnerProblem:
     rule = convert(opt)
     names = {x: name for name, x in model.named_parameters()}
     groups = _names_by_group(names, rule)
-    state = {names[x]: entries for x, entries in rule.state.items() if x in names}
+    state = {names[x]: as_tensors(entries) for x, entries in rule.state.items() if x in names}
     return InnerProblem(model, rule, dict(model.named_parameters()), groups, state)
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from diffopt._modes import Modes
 from diffopt._module import ModuleSlots, Values
 from diffopt._replaced import Shared, replaced
+from diffopt.second import beyond_second_derivatives, is_beyond_second
 
 Hook = Callable[..., Any]
 
@@ -90,12 +91,14 @@ class _Moment:
             for slots, modes, _ in _present.stack
             if slots.loaded is not None
         ]
+        self._beyond_second = is_beyond_second()
 
     @contextmanager
     def again(self) -> Iterator[None]:
         """The recomputation works on copies of the buffers: they are not advanced a second time."""
         present = {slots for slots, *_ in _present.stack}
         with ExitStack() as stack:
+            stack.enter_context(beyond_second_derivatives(self._beyond_second))
             for slots, modes, training, params, buffers in self._held:
                 if slots in present:
                     stack.enter_context(_loaded_before(slots))

@@ -65,10 +65,6 @@ class State:
         mine = self.tensors()
         return self.replace({p: x.clone() for p, x in mine.items() if _memory(x) in held})
 
-    def nbytes(self) -> int:
-        """Bytes of all tensors together."""
-        return sum(x.numel() * x.element_size() for x in self.tensors().values())
-
 
 def _memory(x: Tensor) -> int:
     return x.untyped_storage().data_ptr()

@@ -15,7 +15,8 @@ from torch.utils.data import IterableDataset
 from diffopt import _progress
 from diffopt._capture import Captured
 from diffopt._compiled import CompiledStep
-from diffopt._generators import Generators, generators_near
+from diffopt._environment import Environment, Unchanged, functions_of
+from diffopt._generators import Generators
 from diffopt._loop import Loop
 from diffopt._loss import InnerLoss, TaskLosses
 from diffopt._modes import Modes
@@ -77,8 +78,8 @@ def unroll(
         initial: an earlier ``Unrolled`` to continue from (its optimizer state wins over
             ``opt``'s), or initial values by parameter name for some or all inner variables.
         grad_transform: ``f(grads) -> grads``, a differentiable change to the dict of inner
-            gradients, by parameter name. The shapes stay; a parameter whose name is left out is left
-            alone by the update. With ``tasks`` it is given one task's.
+            gradients, by parameter name. The shapes stay; a parameter whose name is left out is
+            left alone by the update. With ``tasks`` it is given one task's.
         max_cotangent_norm: before each step's vector-Jacobian product, scale the cotangent of
             the updated parameters to at most this joint norm, against exploding meta-gradients.
         verify: compare every step that is computed again with the first pass, bit for bit, and
@@ -111,8 +112,8 @@ def unroll(
 
     Cost: by the adjoint. With the default about 2√T states are held and one step's graph, and
     each step is computed about three times in all. A backward pass that is itself recorded
-    (``create_graph=True``, an unroll inside an unroll) holds T states and then T cotangents, and the
-    graph of one step at a time, whatever the adjoint and its storage are; ``ForwardMode`` apart.
+    (``create_graph=True``, an unroll inside an unroll) holds T states and then T cotangents, and
+    the graph of one step at a time, whatever the adjoint and its storage are.
 
     Example:
         >>> import torch, diffopt
@@ -138,10 +139,19 @@ def unroll(
     inputs = [x for batch in _distinct(batches) for x in tensors_in(batch)]
     hyper = [x for group in problem.opt.param_groups for x in tensors_in(_options(group))]
     constants = [x for name, x in problem.params.items() if name not in problem.inner]
-    devices = {x.device for x in (*problem.inner.values(), *slots.buffers.values(), *inputs)}
+    devices = {x.device for x in (*problem.params.values(), *slots.buffers.values(), *inputs)}
 
+    transform = grad_transform or problem.grad_transform
+    environment = Environment(
+        slots.model,
+        *(loss_fn, transform, *map(_options, problem.opt.param_groups)),
+        *(problem.opt, *functions_of(type(problem.opt))),
+        given=[*problem.inner.values(), *slots.buffers.values()],
+        containers=(list, tuple, set, dict),
+        most=1000,
+    )
     own_generators = [g for batch in _distinct(batches) for g in generators_in(batch)]
-    own_generators += generators_near(loss_fn or model, slots.model)
+    own_generators += environment.generators
 
     connected = torch.is_grad_enabled() and problem.connected
     captured = None
@@ -150,7 +160,6 @@ def unroll(
         captured.offer([*inputs, *hyper, *constants, *problem.inner.values()])
     generators = Generators(devices, own_generators)
     loss = _inner_loss(slots, loss_fn, steps, batches, first_step, tasks)
-    transform = grad_transform or problem.grad_transform
     step = InnerStep(
         loss, problem.opt, problem.inner_groups, first_step=first_step, grad_transform=transform
     )
@@ -177,7 +186,8 @@ def unroll(
         ledger=Ledger() if verify and connected else None,
     )
     if connected:
-        final, losses = run_connected(loop, adjoint, [*inputs, *hyper, *constants])
+        guarded = [*inputs, *hyper, *constants]
+        final, losses = run_connected(loop, adjoint, guarded, Unchanged(environment.tensors))
     else:
         final, losses = run_detached(loop)
     final = State(step.loss.precision.narrowed(final.params), final.opt, final.buffers)

@@ -215,12 +215,20 @@ class Unrolled:
                 "load_state_dict: optimizer state is for "
                 f"{sorted(state_dict['opt_state'])}, here for {sorted(self.opt_state)}"
             )
+        for name, entries in state_dict["opt_state"].items():
+            for key, x in entries.items():  # an optimizer may have more of them after a first step
+                here = self.opt_state[name].get(key, x)
+                if x.shape != here.shape:
+                    raise ValueError(
+                        f"load_state_dict: {key} of {name!r} has shape {tuple(here.shape)} here "
+                        f"and {tuple(x.shape)} in the state dict"
+                    )
         self.params, self.buffers = fitted["params"], fitted["buffers"]
         self.opt_state = {
             name: {key: _beside(key, x, self.params[name]) for key, x in entries.items()}
             for name, entries in state_dict["opt_state"].items()
         }
-        self.losses = state_dict["losses"].detach().clone()
+        self.losses = _like(state_dict["losses"], self.losses)
         self.step = int(state_dict["step"])
         self.aux = []
 

@@ -38,9 +38,7 @@ try:
 except ModuleNotFoundError as error:
     if error.name != "higher":
         raise
-    raise ImportError(
-        "diffopt.higher needs the package higher: pip install higher"
-    ) from error
+    raise ImportError("diffopt.higher needs the package higher: pip install higher") from error
 
 __all__ = ["DifferentiableOptimizer"]
 

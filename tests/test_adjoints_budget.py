@@ -6,6 +6,7 @@ import gc
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -195,6 +196,20 @@ def test_a_method_is_the_same_loss_in_every_call(monkeypatch: pytest.MonkeyPatch
     for steps in (2, 3):
         diffopt.unroll(model, inner, [x] * steps, learner.loss, adjoint=MemoryBudget("1GiB"))
     assert measured == [2]
+
+
+def test_a_loss_that_has_no_hash() -> None:
+    @dataclass
+    class Scaled:
+        by: float
+
+        def __call__(self, m: nn.Module, batch: Tensor) -> Tensor:
+            return self.by * loss_fn(m, batch)
+
+    model, x = mlp()
+    inner = diffopt.SGD(model.parameters(), lr=0.1)
+    fast = diffopt.unroll(model, inner, [x], Scaled(2.0), adjoint=MemoryBudget("1GiB"))
+    fast.losses.sum().backward()
 
 
 def test_losses_made_anew_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -430,3 +430,30 @@ def test_refuses_what_it_cannot_use() -> None:
             adjoint=ForwardMode([lr]),
             max_cotangent_norm=1.0,
         )
+
+
+def test_a_tensor_whose_memory_is_transposed() -> None:
+    model, x = small(), torch.randn(5, 2)
+    w = torch.randn(2, 3).t().requires_grad_()
+
+    def unroll(adjoint: diffopt.Adjoint) -> diffopt.Unrolled:
+        inner = diffopt.SGD(model.parameters(), lr=0.1)
+        return diffopt.unroll(
+            model,
+            inner,
+            3,
+            lambda m, t: (m[0].weight * w + m(x).sum()).tanh().sum(),
+            adjoint=adjoint,
+        )
+
+    assert_equals_store_all(unroll, [w])
+
+
+def test_a_parameter_in_low_precision_is_refused() -> None:
+    model, x = small().bfloat16(), torch.randn(5, 2).bfloat16()
+    wrt = [model[0].weight]
+    inner = diffopt.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(NotImplementedError, match="convert the model to float32"):
+        diffopt.unroll(
+            model, inner, 2, lambda m, t: m(x).float().square().sum(), adjoint=ForwardMode(wrt)
+        )

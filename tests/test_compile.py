@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import logging
 import shutil
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -24,7 +25,7 @@ from test_gradients import PROBLEMS
 from torch import Tensor, nn
 
 import diffopt
-from diffopt import _trace
+from diffopt import _compiled, _trace
 
 T = 4
 
@@ -336,6 +337,47 @@ def test_every_adjoint(adjoint: diffopt.Adjoint, graphs: list[Any]) -> None:
             torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
     # Of a step of first order the values of the gradients are wanted, which compiled code keeps.
     assert bool(graphs) == (not isinstance(adjoint, diffopt.FirstOrder))
+
+
+def test_a_batch_that_is_filled_anew(graphs: list[Any]) -> None:
+    class Data:
+        def __init__(self) -> None:
+            self.held: dict[str, Tensor] = {}
+            self.tensors = batches(T)
+
+        def __len__(self) -> int:
+            return T
+
+        def __getitem__(self, t: int) -> dict[str, Tensor]:
+            self.held.update(zip("xy", self.tensors[range(T)[t]], strict=True))
+            return self.held
+
+    model, data = tiny(), Data()
+    losses = [
+        diffopt.unroll(
+            model,
+            diffopt.SGD(model.parameters(), lr=0.1),
+            data,
+            lambda m, held: _loss(m, (held["x"], held["y"])),
+            compile=compile,
+        ).losses
+        for compile in (False, True)
+    ]
+    torch.testing.assert_close(*losses, rtol=1e-12, atol=0)
+    assert graphs
+
+
+def test_contexts_do_not_pile_up(graphs: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_compiled, "MOST_SPECIALISATIONS", 3)
+    model, data = tiny(), batch()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", diffopt.CompileWarning)
+        for epoch in range(6):
+            inner = diffopt.SGD(model.parameters(), lr=0.1)
+            diffopt.unroll(
+                model, inner, [data], lambda m, b, n=epoch: _loss(m, b) * (1 + n), compile=True
+            )
+    assert len(_compiled._COMPILATIONS[model].by_context) == 3
 
 
 def test_verify_a_bound_on_cotangents_and_second_derivatives(graphs: list[Any]) -> None:

@@ -32,7 +32,7 @@ def test_only_the_plug_imports_it() -> None:
 def test_the_plug_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "higher", None)
     monkeypatch.delitem(sys.modules, "diffopt.higher", raising=False)
-    with pytest.raises(ImportError, match=r'pip install "torch-diffopt\[higher\]"') as caught:
+    with pytest.raises(ImportError, match="pip install higher") as caught:
         importlib.import_module("diffopt.higher")
     assert caught.value.__cause__ is not None
 

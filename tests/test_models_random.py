@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import pytest
@@ -52,6 +52,22 @@ def from_global(model: Any, t: int) -> Tensor:
     return squared(model, GLOBAL)
 
 
+def decorated(function: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(function)
+    def inner(*args: Any) -> Any:
+        return function(*args)
+
+    return inner
+
+
+def through_a_helper(model: Any, t: int) -> Tensor:
+    return from_global(model, t)
+
+
+def within(model: Any, t: int) -> Tensor:
+    return sum(squared(model, g) for g in [GLOBAL])
+
+
 Make = Callable[[torch.Generator], tuple[Any, torch.Generator | None]]
 
 HELD: dict[str, Make] = {
@@ -60,7 +76,12 @@ HELD: dict[str, Make] = {
     "method": lambda g: (Loss(g).method, None),
     "callable object": lambda g: (Loss(g), None),
     "module": lambda g: (lambda m, t: squared(m, None), g),
+    "decorated": lambda g: (decorated(lambda m, t: squared(m, g)), None),
+    "default": lambda g: (lambda m, t, g=g: squared(m, g), None),
+    "list": lambda g: ((lambda gs: lambda m, t: squared(m, gs[0]))([g]), None),
+    "attribute": lambda g: ((lambda o: lambda m, t: squared(m, o.generator))(Loss(g)), None),
 }
+GLOBALS = {"global": from_global, "through a helper": through_a_helper, "nested": within}
 
 
 def trained_in_place(model: Noisy, loss_fn: Any) -> None:
@@ -72,12 +93,12 @@ def trained_in_place(model: Noisy, loss_fn: Any) -> None:
 
 
 @every_adjoint
-@pytest.mark.parametrize("where", [*HELD, "global"])
+@pytest.mark.parametrize("where", [*HELD, *GLOBALS])
 def test_a_generator_that_the_loss_holds(where: str, adjoint: diffopt.Adjoint) -> None:
     def setting() -> tuple[torch.Generator, Any, Noisy]:
-        generator = GLOBAL if where == "global" else torch.Generator()
+        generator = GLOBAL if where in GLOBALS else torch.Generator()
         generator.manual_seed(3)
-        loss_fn, own = (from_global, None) if where == "global" else HELD[where](generator)
+        loss_fn, own = (GLOBALS[where], None) if where in GLOBALS else HELD[where](generator)
         torch.manual_seed(0)
         return generator, loss_fn, Noisy(own)
 
@@ -106,6 +127,41 @@ def test_a_generator_that_the_loss_holds(where: str, adjoint: diffopt.Adjoint) -
     assert along == pytest.approx((moved(h) - moved(-h)) / (2 * h), rel=1e-6)
 
 
+@every_adjoint
+@pytest.mark.parametrize("where", ["grad_transform", "hyperparameter"])
+def test_a_generator_beside_the_loss(where: str, adjoint: diffopt.Adjoint) -> None:
+    generator = torch.Generator()
+    model = Noisy(None)
+
+    def draw(shape: torch.Size | tuple[int, ...]) -> Tensor:
+        return torch.rand(shape, generator=generator, dtype=torch.double)
+
+    def noisy(grads: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: g * draw(g.shape) for name, g in grads.items()}
+
+    def gradients(adjoint: diffopt.Adjoint) -> list[Tensor]:
+        generator.manual_seed(3)
+        inner = diffopt.SGD(
+            model.parameters(), lr=(lambda t: draw(())) if where == "hyperparameter" else 0.3
+        )
+        fast = diffopt.unroll(
+            model,
+            inner,
+            6,
+            lambda m, t: (m(X).tanh() - 1).square().mean(),
+            adjoint=adjoint,
+            grad_transform=noisy if where == "grad_transform" else None,
+        )
+        after = generator.get_state()
+        outer = sum(p.square().sum() for p in fast.params.values())
+        found = torch.autograd.grad(outer, list(model.parameters()))
+        assert torch.equal(generator.get_state(), after)
+        return list(found)
+
+    for found, expected in zip(gradients(adjoint), gradients(diffopt.StoreAll()), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
@@ -117,13 +173,16 @@ class OnDevice(nn.Module):
         self.qkv = nn.Linear(3, 12)
         self.rnn = nn.GRU(4, 4, batch_first=True)
         self.norm = nn.BatchNorm1d(4)
+        self.plain = nn.BatchNorm1d(4, affine=False)
+        self.each = nn.InstanceNorm1d(3)
         self.drop = nn.Dropout(0.3)
         self.last = nn.Linear(4, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = self.each(x.transpose(1, 2)).transpose(1, 2)
         q, k, v = self.qkv(x).chunk(3, -1)
         seen = self.rnn(F.scaled_dot_product_attention(q, k, v))[0].mean(1)
-        return self.last(self.drop(self.norm(seen)))
+        return self.last(self.drop(self.plain(self.norm(seen))))
 
 
 @pytest.mark.cuda

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import Any
@@ -262,3 +263,32 @@ def test_no_leaks_in_200_outer_iterations() -> None:
     finally:
         gc.enable()
     assert held[0] == held[1]
+
+
+def test_compiling_is_back_after_two_threads_were_inside() -> None:
+    """The stance of ``torch.compile`` is one for the process: the last to leave puts it back."""
+    stance = torch._dynamo.eval_frame._stance.stance
+    first_is_inside, first_may_leave = threading.Event(), threading.Event()
+    second_is_inside, second_may_leave = threading.Event(), threading.Event()
+
+    def unroll(inside: threading.Event, leave: threading.Event) -> None:
+        model = nn.Sequential(nn.Linear(2, 2))
+        model[0].compile(backend="eager")
+
+        def loss_fn(m: Any, t: int) -> Tensor:
+            inside.set()
+            assert leave.wait(60)
+            return m(torch.ones(1, 2)).sum()
+
+        diffopt.unroll(model, torch.optim.SGD(model.parameters(), lr=0.1), 1, loss_fn)
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(unroll, first_is_inside, first_may_leave)
+        assert first_is_inside.wait(60)
+        second = pool.submit(unroll, second_is_inside, second_may_leave)
+        assert second_is_inside.wait(60)
+        first_may_leave.set()
+        first.result()
+        second_may_leave.set()
+        second.result()
+    assert torch._dynamo.eval_frame._stance.stance == stance

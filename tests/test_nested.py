@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from typing import Any
 
 import pytest
 import torch
 from helpers import assert_all_close, batch, batches, called, mse, plain, tiny
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import diffopt
 
@@ -146,3 +149,80 @@ def test_so_is_one_of_many_tasks(norm: str) -> None:
 
     own, dims = NORMS[norm]
     assert_all_close(product(own), product(Written(dims)), rtol=1e-8, atol=1e-8)
+
+
+def by_autograd(value: Any, x: Tensor) -> Tensor:
+    x = x.detach().requires_grad_()
+    return torch.autograd.grad(value(x), x, create_graph=True)[0]
+
+
+@pytest.mark.parametrize(
+    ("take", "tasks"), [(by_autograd, None), (torch.func.grad, None), (torch.func.grad, 2)]
+)
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_loss_that_takes_a_derivative_of_a_normalisation(
+    norm: str, take: Any, tasks: int | None
+) -> None:
+    """The meta-gradient of a gradient penalty is a third derivative."""
+    torch.manual_seed(0)
+    x = torch.randn(*([] if tasks is None else [tasks]), 5, 3, 4, dtype=torch.double)
+    linear = nn.Linear(4, 4, dtype=torch.double)
+    inputs = list(linear.parameters())
+
+    def outcome(m: Any, batch: Tensor) -> Tensor:
+        result: Tensor = m(batch) * torch.linspace(0, 1, batch.numel()).view(batch.shape)
+        return result.sin().sum()
+
+    def loss_fn(m: Any, batch: Tensor) -> Tensor:
+        value = functools.partial(outcome, m)
+        grad = take(value, batch) if take is by_autograd else take(value)(batch)
+        return value(batch) + grad.square().sum()
+
+    def gradient(norm: nn.Module) -> tuple[Tensor, ...]:
+        model = nn.Sequential(linear, norm.double())
+        inner = diffopt.SGD(model.parameters(), lr=0.01)
+        fast = diffopt.unroll(model, inner, [x, x.flip(-2)], loss_fn, tasks=tasks)
+        return torch.autograd.grad(fast.losses.sum(), inputs)
+
+    own, dims = NORMS[norm]
+    own = copy.deepcopy(own)
+    if isinstance(own, nn.BatchNorm1d):
+        own.track_running_stats, own.running_mean, own.running_var = False, None, None
+    assert_all_close(gradient(own), gradient(Written(dims)), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_such_a_loss_of_first_order_and_under_autocast(norm: str) -> None:
+    x = torch.randn(5, 3, 4)
+    model = nn.Sequential(nn.Linear(4, 4), copy.deepcopy(NORMS[norm][0]).float())
+
+    def loss_fn(m: Any, t: int) -> Tensor:
+        return by_autograd(lambda x: m(x).float().sin().sum(), x).square().sum()
+
+    def unrolled(**more: Any) -> diffopt.Unrolled:
+        inner = diffopt.SGD(model.parameters(), lr=0.01)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return diffopt.unroll(model, inner, 2, loss_fn, **more)
+
+    with pytest.raises(NotImplementedError, match="PyTorch's third derivative of that is wrong"):
+        unrolled()
+    fast = unrolled(adjoint=diffopt.FirstOrder())
+    sum(p.sum() for p in fast.params.values()).backward()
+    assert all(p.grad is not None for p in model[0].parameters())
+
+
+def test_a_checkpointed_normalisation_under_autocast_is_differentiated_again() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    x = torch.randn(3, 4)
+
+    def loss_fn(m: Any, t: int) -> Tensor:
+        y: Tensor = checkpoint(m, x, use_reentrant=False)
+        return y.float().sin().sum()
+
+    inner = diffopt.SGD(model.parameters(), lr=0.01)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        fast = diffopt.unroll(model, inner, 2, loss_fn)
+    params = list(model.parameters())
+    grads = torch.autograd.grad(fast.losses.sum(), params, create_graph=True)
+    again = torch.autograd.grad(sum(g.square().sum() for g in grads), params)
+    assert all(g.isfinite().all() for g in again)

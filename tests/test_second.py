@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffopt.second import Evaluation, _batch_norm, _gelu, _layer_norm, _linear
+from diffopt.second import Evaluation, _batch_norm, _gelu, _layer_norm, _linear, _missing
 
 Function = Callable[..., Tensor]
 
@@ -272,3 +272,36 @@ def test_pytorchs_own_where_it_knows_more() -> None:
     assert not type(evaluated.grad_fn).__name__.startswith("_")
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         _batch_norm.batch_norm(x[:1], None, None, training=True)
+
+
+def test_hardsigmoid_in_place() -> None:
+    x = torch.linspace(-4, 4, 9)
+    y = x.clone()
+    assert _missing._hardsigmoid(y, inplace=True) is y
+    torch.testing.assert_close(y, F.hardsigmoid(x))
+
+
+def test_the_sums_of_batch_norm_are_asked_for_with_a_weight(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without one the kernels on CUDA fail, and that on the CPU does not."""
+    asked = []
+
+    def noted(name: str, at: int) -> None:
+        kernel = getattr(_batch_norm, name)
+
+        def call(*args: Any) -> Any:
+            asked.append(name)
+            assert args[at] is not None
+            return kernel(*args)
+
+        monkeypatch.setattr(_batch_norm, name, call)
+
+    noted("_backward", 3)
+    noted("_sums", 2)
+    (x,) = params((4, 3, 5))
+    grads = torch.autograd.grad(
+        _batch_norm.batch_norm(x, None, None, training=True).sin().sum(), x, create_graph=True
+    )
+    torch.autograd.grad(grads[0].cos().sum(), x)
+    assert set(asked) == {"_backward", "_sums"}

@@ -223,3 +223,34 @@ def test_wrong_leading_dimension_when_called() -> None:
     fast = diffopt.unroll(model, diffopt.SGD(model.parameters()), batches, _loss, tasks=N)
     with pytest.raises(ValueError, match="an argument has one of shape"):
         fast(torch.zeros(2, 2).double())
+
+
+def test_grad_transform_may_draw_noise_and_leave_parameters_alone() -> None:
+    model, batches = _model(), _batches()
+
+    def noisy(grads: dict[str, Tensor]) -> dict[str, Any]:
+        scaled = {n: g * torch.rand_like(g) for n, g in grads.items() if n != "0.bias"}
+        return {**scaled, "2.bias": None}
+
+    def gradients(adjoint: diffopt.Adjoint) -> tuple[diffopt.Unrolled, tuple[Tensor, ...]]:
+        torch.manual_seed(5)
+        inner = diffopt.SGD(model.parameters(), lr=0.1)
+        fast = diffopt.unroll(
+            model, inner, batches, _loss, tasks=N, grad_transform=noisy, adjoint=adjoint
+        )
+        return fast, torch.autograd.grad(fast.losses.sum(), list(model.parameters()))
+
+    fast, found = gradients(diffopt.Segmented(2))
+    moved = fast.params["2.weight"] - model[2].weight
+    assert not torch.allclose(moved[0], moved[1])
+    for name in ("0.bias", "2.bias"):
+        assert torch.equal(fast.params[name], model.get_parameter(name).expand(N, -1))
+    for a, b in zip(found, gradients(diffopt.StoreAll())[1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_grad_transform_that_returns_no_dict() -> None:
+    model, batches = _model(), _batches()
+    inner = diffopt.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(TypeError, match="grad_transform returned a list"):
+        diffopt.unroll(model, inner, batches, _loss, tasks=N, grad_transform=list)

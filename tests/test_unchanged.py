@@ -235,3 +235,51 @@ def test_an_optimizer_of_diffopt_stays_as_it_was() -> None:
     opt.param_groups[0]["lr"] = lambda t: lr / (t + 1)
     (want,) = torch.autograd.grad(diffopt.unroll(model, opt, data, mse).losses.sum(), lr)
     assert torch.equal(got, want)
+
+
+def test_what_the_loss_sees_must_not_change_before_it_is_computed_again() -> None:
+    model, (x, y) = nn.Linear(2, 2).double(), batch()
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    held = {"x": x}
+
+    def loss_fn(m: Any, t: int) -> Tensor:
+        return F.mse_loss(m(held["x"]), y)
+
+    for changed in (x, y):
+        fast = diffopt.unroll(model, opt, T, loss_fn)
+        changed.mul_(2)
+        with pytest.raises(RuntimeError, match=r"shape \(5, 2\).*changed in place.*call backward"):
+            fast.losses.sum().backward()
+    fast = diffopt.unroll(model, opt, T, loss_fn)
+    held["x"] = held["x"] + 1  # another tensor: not a change in place
+    del x
+    fast.losses.sum().backward()
+
+
+def test_what_the_loss_counts_itself_may_change() -> None:
+    model, data = nn.Linear(2, 2).double(), batch()
+    calls = torch.zeros(())
+
+    def loss_fn(m: Any, t: int) -> Tensor:
+        calls.add_(1)
+        return mse(m, data)
+
+    fast = diffopt.unroll(model, torch.optim.SGD(model.parameters(), lr=0.1), T, loss_fn)
+    calls.zero_()
+    fast.losses.sum().backward(retain_graph=True)
+    fast.losses.sum().backward()
+    assert calls > 0
+
+
+def test_a_name_in_the_loss_may_be_bound_later() -> None:
+    def outer() -> Tensor:
+        model, data = nn.Linear(2, 2).double(), batch()
+
+        def loss_fn(m: Any, t: int) -> Tensor:
+            return mse(m, data) if t < T else late
+
+        opt = torch.optim.SGD(model.parameters(), lr=0.1)
+        late = diffopt.unroll(model, opt, T, loss_fn).losses.sum()
+        return late
+
+    outer().backward()

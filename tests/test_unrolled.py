@@ -300,6 +300,10 @@ def test_load_state_dict_is_all_or_nothing() -> None:
             r"'3.weight' has shape \(2, 3\) here and \(7, 3\) in the state dict",
         ),
         ({**saved, "opt_state": {}}, r"optimizer state is for \[\], here for \['0.bias'"),
+        (
+            {**saved, "opt_state": {**saved["opt_state"], "3.bias": {"exp_avg": torch.ones(7)}}},
+            r"exp_avg of '3.bias' has shape \(2,\) here and \(7,\) in the state dict",
+        ),
         ({**saved, "buffers": {}}, r"buffers differ by \['1.num_batches_tracked'"),
     ]
     before = copy.deepcopy(saved)

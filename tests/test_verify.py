@@ -111,6 +111,20 @@ def test_random_numbers_that_are_not_pytorchs_are_found(adjoint: diffopt.Adjoint
         outer.backward()
 
 
+def test_steps_of_first_order_are_compared_where_they_are_computed_again() -> None:
+    model, lr = nn.Linear(3, 1).double(), torch.tensor(0.1, requires_grad=True)
+    fast = diffopt.unroll(
+        model,
+        diffopt.SGD(model.parameters(), lr=lr),
+        6,
+        lambda m, t: (m(X) + random.random()).square().mean(),
+        adjoint=diffopt.FirstOrder(),
+        verify=True,
+    )
+    with pytest.raises(RuntimeError, match="computed again, gives another"):
+        fast(X).sum().backward()
+
+
 def test_the_error_names_step_and_tensor() -> None:
     model = nn.Linear(3, 1).double()
     calls = 0

@@ -37,11 +37,11 @@ class MemoryBudget(Checkpointed):
     """The fastest way back whose predicted peak fits into a memory budget.
 
     One step is taken on trial, once for each model, loss function and shape of the batches, to see
-    how many bytes a state and a step's graph take. Of a function that is made anew for every call, or
-    that is given the step number alone, it is taken in every call. Then as many whole graphs are held as fit, since a step
-    whose graph is held is never computed again, those of the last steps first; of the steps before,
-    as many states as fit, and where not even √T states do, as in ``Binomial``. The gradient is
-    exact and does not depend on the budget.
+    how many bytes a state and a step's graph take; for a function that is made anew, or that is
+    given the step number alone, in every call. Then as many whole graphs are held as fit, since a
+    step whose graph is held is never computed again, those of the last steps first; of the steps
+    before, as many states as fit, and where not even √T states do, as in ``Binomial``. The gradient
+    is exact and does not depend on the budget.
 
     What counts is what the unroll allocates beyond what was alive at the call: not the model, the
     batches, or what the caller's own loss of the result takes. A quarter is added for kernels'

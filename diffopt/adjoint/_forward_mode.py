@@ -42,6 +42,7 @@ class ForwardMode(Adjoint):
         TypeError: ``wrt`` is not made of tensors.
         ValueError: one of them does not require grad; or one has an influence through a tensor
             computed from it before the call; or ``max_cotangent_norm`` is given.
+        NotImplementedError: one of them is a parameter in bfloat16 or float16.
 
     Cost: for n elements n tangents, each as large as the state; each step is evaluated n + 1 times,
     the n at about three times the price. Differentiating the result again runs all steps once more
@@ -94,6 +95,12 @@ class ForwardMode(Adjoint):
     def _check_no_detours(self, loop: Loop) -> None:
         for x in (*loop.captured.tensors, *loop.inputs.values()):
             found = first_behind(x, self.wrt)
+            if found is not None and self.wrt[found].dtype in (torch.bfloat16, torch.float16):
+                raise NotImplementedError(
+                    f"wrt[{found}] is in {self.wrt[found].dtype}, and of parameters in low "
+                    "precision the unroll trains copies in float32: convert the model to float32 "
+                    "for ForwardMode, or use another adjoint"
+                )
             if found is not None:
                 raise ValueError(
                     f"wrt[{found}] has an influence through a tensor of shape {tuple(x.shape)} "
@@ -158,9 +165,10 @@ class _Tangents:
         self._dual: bool | None = None  # whether forward mode serves; not tried yet
 
     def _unit(self, i: int, j: int) -> Tensor:
-        unit = torch.zeros_like(self._wrt[i], requires_grad=False)
-        unit.view(-1)[j] = 1
-        return unit
+        w = self._wrt[i]
+        unit = w.new_zeros(w.numel())
+        unit[j] = 1
+        return unit.view(w.shape)
 
     def push(self, state: State, t: int, generators: tuple[Tensor, ...]) -> None:
         """Carry the tangents over step ``t``, which starts with the generators as they are given.
@@ -263,7 +271,7 @@ class _Tangents:
 
     def product(self, cotangent: Cotangent, loss_cotangents: Tensor | None) -> list[Tensor]:
         """What flows to each of ``wrt``."""
-        gradients = [torch.zeros_like(w, requires_grad=False) for w in self._wrt]
+        gradients = [w.new_zeros(w.shape) for w in self._wrt]
         for (i, j), tangent, losses in zip(
             self._directions, self._states, self._losses, strict=True
         ):

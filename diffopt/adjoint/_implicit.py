@@ -40,8 +40,8 @@ class Implicit(Adjoint):
     "Meta-learning with implicit gradients", NeurIPS 2019). The system is solved by products with H
     (Pedregosa, "Hyperparameter optimization with approximate gradient", ICML 2016).
 
-    Only ``params`` of the result are differentiated, and ``grad_transform`` plays no part. The last loss is evaluated at the last
-    parameters and buffers, with the random numbers of the last step.
+    Only ``params`` of the result are differentiated, and ``grad_transform`` plays no part. The last
+    loss is evaluated at the last parameters and buffers, with the random numbers of the last step.
 
     Args:
         solver: ``CG``, ``NormalCG`` or ``Neumann``, or a ``Solver`` of your own.
@@ -55,7 +55,7 @@ class Implicit(Adjoint):
 
     Raises:
         TypeError: ``solver`` is no ``Solver``.
-        ValueError: ``gradient_tol`` is below 0; or, when unrolling, ``max_cotangent_norm`` is given.
+        ValueError: ``gradient_tol`` is below 0; when unrolling, ``max_cotangent_norm`` is given.
         NotImplementedError: in the backward pass, where a gradient flows to ``losses``,
             ``opt_state`` or ``buffers`` of the result, or is to be differentiated again.
 

@@ -186,20 +186,6 @@ class Optimizer(torch.optim.Optimizer):
             new_state.update(zip(given, entries, strict=True))
         return new_params, new_state
 
-    def state_by_name(self, name_of: Callable[[Tensor], str]) -> OptState:
-        """The present state of the optimizer's parameters, and the initial one where it has none.
-
-        Args:
-            name_of: the name of each parameter.
-        """
-        groups = [[name_of(p) for p in group["params"]] for group in self.param_groups]
-        params = dict(zip(chain.from_iterable(groups), self._parameters(), strict=True))
-        initial = self.init(params, groups=groups)
-        return {
-            name: {**initial[name], **as_tensors(self.state.get(p, {}))}
-            for name, p in params.items()
-        }
-
     # The rule applied in place, as an everyday optimizer.
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -17,8 +17,8 @@ from diffopt.second._evaluation import Evaluation
 from diffopt.second._gelu import gelu
 from diffopt.second._layer_norm import layer_norm
 from diffopt.second._linear import linear
-from diffopt.second._missing import CALLED_FROM, WRONG, refuse_missing
-from diffopt.second._own import beyond_second_derivatives
+from diffopt.second._missing import CALLED_FROM, WRONG, WRONG_BEYOND, refuse_missing
+from diffopt.second._own import beyond_second_derivatives, is_beyond_second
 
 #: Where these operations have their derivatives from here.
 with_second_derivatives = Shared(
@@ -34,8 +34,10 @@ with_second_derivatives = Shared(
 
 __all__ = [
     "WRONG",
+    "WRONG_BEYOND",
     "Evaluation",
     "beyond_second_derivatives",
+    "is_beyond_second",
     "refuse_missing",
     "with_second_derivatives",
 ]

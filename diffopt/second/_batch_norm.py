@@ -127,9 +127,12 @@ class _BatchNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight, mean, rate, reserve = ctx.saved_tensors
 
+        # Without a weight, the kernel on CUDA cannot give the sums that are its gradient.
+        scale = torch.ones_like(mean) if weight is None else weight
+
         def first(grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
             wanted = [ctx.needs_input_grad[0], True, True]
-            given = (ctx.kernel, x, grad, weight, None, None, mean, rate)
+            given = (ctx.kernel, x, grad, scale, None, None, mean, rate)
             return _backward(*given, True, ctx.eps, wanted, reserve)  # type: ignore[no-any-return]
 
         if torch.is_grad_enabled():
@@ -217,7 +220,8 @@ class _Moments:
         first = (x - wide(mean)).mul_(wide(rate)), wide(rate), wide(g), wide(g_normal)
         if u is None:
             return cls(*first)
-        statistics = (None, None, None, mean, rate, True, eps)
+        # The sums do not depend on the weight, but the kernel on CUDA asks for one.
+        statistics = (mean, None, None, mean, rate, True, eps)
         _, u_normal, u_sum = _sums(u, x, *statistics, [False, True, True])
         n = x.numel() // x.shape[1]
         return cls._with(u, grad, *first, wide(u_sum / n), wide(u_normal / n))

@@ -21,7 +21,8 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
 
 
 def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
-    return F.relu6(input + 3) / 6
+    y = F.relu6(input + 3) / 6
+    return input.copy_(y) if inplace else y
 
 
 _linear_cross_entropy = getattr(F, "linear_cross_entropy", None)  # new in PyTorch 2.13
@@ -39,8 +40,9 @@ _IF_LARGE = "use_mm_for_euclid_dist_if_necessary"
 def _distances(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str = _IF_LARGE) -> Any:
     large = x1.size(-2) > 25 or x2.size(-2) > 25
     by_product = "donot" not in compute_mode and (large or "necessary" not in compute_mode)
-    if p == 2 and by_product:
-        return _cdist(x1, x2, p, compute_mode)  # this one can be differentiated
+    learning = torch.is_grad_enabled() and (x1.requires_grad or x2.requires_grad)
+    if not learning or (p == 2 and by_product):
+        return _cdist(x1, x2, p, compute_mode)  # this one can be differentiated, or need not be
     return torch.linalg.vector_norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), p, dim=-1)
 
 
@@ -60,6 +62,15 @@ WRONG = {
     "GeneratedBackwardFor_torch_nn__linear_cross_entropy_batch_chunked_defaultBackward": (
         "the chunked linear_cross_entropy"
     ),
+}
+
+#: Those that are silently wrong one order further on, where they are part of the loss itself, as in
+#: a gradient penalty.
+WRONG_BEYOND = {
+    "NativeBatchNormBackwardBackward0": "batch_norm",
+    "CudnnBatchNormBackwardBackward0": "batch_norm",
+    "MiopenBatchNormBackwardBackward0": "batch_norm",
+    "NativeLayerNormBackwardBackward0": "layer_norm",
 }
 
 _PHRASES = (  # how PyTorch says that there is no second derivative

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C import _functorch
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
 
@@ -16,6 +17,7 @@ from diffopt.optim.scalars import in_functorch
 
 _PLAIN = (Tensor, nn.Parameter)
 _DTYPES = (torch.float32, torch.float64)
+_DERIVATIVES = (_functorch.TransformType.Grad, _functorch.TransformType.Jvp)
 
 
 class _Orders(threading.local):
@@ -23,6 +25,11 @@ class _Orders(threading.local):
 
 
 _orders = _Orders()
+
+
+def is_beyond_second() -> bool:
+    """Whether this is inside ``beyond_second_derivatives(True)``."""
+    return _orders.beyond_second
 
 
 @contextmanager
@@ -39,9 +46,14 @@ def beyond_second_derivatives(wanted: bool) -> Iterator[None]:
 def to_be_written_out() -> bool:
     """Whether an operation for which ``differentiated`` is false is to be made of others.
 
-    For PyTorch's own normalisations (2.13) have wrong third derivatives.
+    For PyTorch's own normalisations (2.13) have wrong third derivatives. A loss that takes a
+    derivative itself, with ``torch.func``, is differentiated twice beyond that.
     """
-    return _orders.beyond_second and torch.is_grad_enabled()
+    return torch.is_grad_enabled() and (_orders.beyond_second or _in_derivative())
+
+
+def _in_derivative() -> bool:
+    return any(level.key() in _DERIVATIVES for level in _functorch.get_interpreter_stack() or ())
 
 
 def differentiated(*operands: Tensor | None) -> bool:
