@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from itertools import repeat
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from torch import Tensor
+from torch._C import _functorch
+from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
+
+from diffopt._replaced import Shared, replaced
 
 Values = Mapping[str, Tensor]
 
@@ -31,7 +37,8 @@ def over_tasks(
 
     mapped = [x for x in leaves if isinstance(x, Tensor)]
     run = torch.vmap(one, randomness="different")
-    found = iter(run(dict(params), dict(buffers), mapped))
+    with _by_tasks:
+        found = iter(run(dict(params), dict(buffers), mapped))
     rest, out_spec = result
     return pytree.tree_unflatten(
         [next(found) if isinstance(x, Tensor) else x for x in rest], out_spec
@@ -47,3 +54,60 @@ def check_leads(tree: Any, tasks: int, what: str) -> None:
                 f"{what} has one of shape {tuple(x.shape)}: stack the tasks' tensors, or let the "
                 "function capture what they share"
             )
+
+
+#: Where batch normalisation is as well: below so many numbers, the loop itself would cost more.
+_LARGE = 1 << 18
+
+
+def _by_task(function: Callable[..., Tensor], tensor: int, least: int = 0) -> Callable[..., Tensor]:
+    """``function``, mapped on the CPU by a loop over the tasks.
+
+    ``torch.vmap`` makes one convolution of many, with the tasks as groups, and one normalisation,
+    whose second derivative is PyTorch's: on the CPU each takes several times as long as the tasks
+    one after the other.
+
+    Args:
+        tensor: which argument decides: it has to be mapped over, and of ``least`` numbers.
+    """
+
+    def mapped(*args: Any, **kwargs: Any) -> Any:
+        levels = _functorch.get_interpreter_stack() or []
+        alone = [level.key() for level in levels] == [_functorch.TransformType.Vmap]
+        x = args[tensor] if len(args) > tensor else None
+        if not alone or x is None or not _functorch.is_batchedtensor(x) or x.device.type != "cpu":
+            return function(*args, **kwargs)
+        level = levels[0].level()
+        value, dim = _functorch._unwrap_batched(x, level)
+        assert dim is not None
+        if value.numel() < least:
+            return function(*args, **kwargs)
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        tasks = zip(*(_parts(leaf, level, value.shape[dim]) for leaf in leaves), strict=True)
+        with temporarily_pop_interpreter_stack():
+            found = []
+            for task in tasks:
+                own_args, own_kwargs = pytree.tree_unflatten(list(task), spec)
+                found.append(function(*own_args, **own_kwargs))
+            stacked = torch.stack(found)
+        return _functorch._add_batch_dim(stacked, 0, level)
+
+    return mapped
+
+
+def _parts(x: Any, level: int, tasks: int) -> Iterable[Any]:
+    """What each task has for an argument."""
+    if not isinstance(x, Tensor) or not _functorch.is_batchedtensor(x):
+        return repeat(x, tasks)
+    value, dim = _functorch._unwrap_batched(x, level)
+    assert dim is not None
+    return value.unbind(dim)
+
+
+_CONVOLUTIONS = [f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3)]
+_by_tasks = Shared(
+    lambda: replaced(
+        *((F, name, _by_task(getattr(F, name), tensor=1)) for name in _CONVOLUTIONS),
+        (F, "batch_norm", _by_task(F.batch_norm, tensor=0, least=_LARGE)),
+    )
+)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import diffopt
+from diffopt import _trace
 
 N, T = 3, 4
 
@@ -254,3 +255,49 @@ def test_grad_transform_that_returns_no_dict() -> None:
     inner = diffopt.SGD(model.parameters(), lr=0.1)
     with pytest.raises(TypeError, match="grad_transform returned a list"):
         diffopt.unroll(model, inner, batches, _loss, tasks=N, grad_transform=list)
+
+
+class Convolutional(nn.Module):
+    """Each of the convolutions; the first on what all tasks share, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Conv1d(2, 2, 3, padding="same")
+        self.two = nn.Conv2d(1, 2, (2, 3), stride=2, bias=False)
+        self.three = nn.Conv3d(1, 1, 2)
+        self.back = nn.ConvTranspose1d(2, 1, 2, stride=2)
+        self.shared = torch.linspace(-1, 1, 8, dtype=torch.double).view(1, 2, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.back(torch.tanh(self.one(x) + self.one(self.shared)))  # (B, 1, 8)
+        y = torch.tanh(self.two(y.view(-1, 1, 2, 4).repeat(1, 1, 1, 2)))  # (B, 2, 1, 3)
+        return torch.tanh(self.three(y.view(-1, 1, 2, 1, 3).repeat(1, 1, 1, 2, 1))).flatten(1)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_convolutions_go_task_by_task(compile: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_trace, "compile_graph", lambda graph, examples: graph)
+    torch.manual_seed(0)
+    model = Convolutional().double()
+    x = torch.randn(N, 3, 2, 4).double().requires_grad_()
+    y = torch.randn(N, 3, 2).double()
+    before = torch.nn.functional.conv2d
+
+    def gradients(tasks: bool) -> tuple[Tensor, ...]:
+        inner = diffopt.SGD(model.parameters(), lr=0.1)
+        if tasks:
+            fast = diffopt.unroll(model, inner, [(x, y)] * T, _loss, tasks=N, compile=compile)
+            loss = fast.apply(_loss, (x, y)).sum() + fast.losses.sum()
+        else:
+            each = [
+                diffopt.unroll(model, inner, [(x[i], y[i])] * T, _loss, adjoint=diffopt.StoreAll())
+                for i in range(N)
+            ]
+            loss = torch.stack(
+                [_loss(fast, (x[i], y[i])) + fast.losses.sum() for i, fast in enumerate(each)]
+            ).sum()
+        return torch.autograd.grad(loss, [x, *model.parameters()])
+
+    for a, b in zip(gradients(True), gradients(False), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    assert torch.nn.functional.conv2d is before
