@@ -12,6 +12,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch._C import _functorch
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from diffopt._replaced import Shared, replaced
 
@@ -75,7 +76,9 @@ def _by_task(function: Callable[..., Tensor], tensor: int, least: int = 0) -> Ca
         levels = _functorch.get_interpreter_stack() or []
         alone = [level.key() for level in levels] == [_functorch.TransformType.Vmap]
         x = args[tensor] if len(args) > tensor else None
-        if not alone or x is None or not _functorch.is_batchedtensor(x) or x.device.type != "cpu":
+        if not alone or get_proxy_mode() is not None:  # compiled code would be as many times longer
+            return function(*args, **kwargs)
+        if x is None or not _functorch.is_batchedtensor(x) or x.device.type != "cpu":
             return function(*args, **kwargs)
         level = levels[0].level()
         value, dim = _functorch._unwrap_batched(x, level)
@@ -83,16 +86,30 @@ def _by_task(function: Callable[..., Tensor], tensor: int, least: int = 0) -> Ca
         if value.numel() < least:
             return function(*args, **kwargs)
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        tasks = zip(*(_parts(leaf, level, value.shape[dim]) for leaf in leaves), strict=True)
         with temporarily_pop_interpreter_stack():
+            tasks = zip(*(_parts(leaf, level, value.shape[dim]) for leaf in leaves), strict=True)
             found = []
             for task in tasks:
                 own_args, own_kwargs = pytree.tree_unflatten(list(task), spec)
                 found.append(function(*own_args, **own_kwargs))
-            stacked = torch.stack(found)
+            stacked: Any = _Stacked.apply(*found)  # type: ignore[no-untyped-call]
         return _functorch._add_batch_dim(stacked, 0, level)
 
     return mapped
+
+
+class _Stacked(torch.autograd.Function):
+    """``torch.stack``; the derivative of PyTorch's own fills a whole tensor for each of ``tensors``
+    when it is differentiated again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> Tensor:
+        return torch.stack(tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad.unbind()
 
 
 def _parts(x: Any, level: int, tasks: int) -> Iterable[Any]:
