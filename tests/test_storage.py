@@ -242,6 +242,7 @@ def test_a_full_disk_a_forked_process_and_the_end_of_the_interpreter(folder: Pat
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
         total = unroll(5).params["weight"].sum()
         warnings.simplefilter("ignore")  # of Python, about forks beside threads
+        sys.stdout.flush()  # or the child would print it, too
         child = os.fork()
         if child == 0:
             sys.exit(0)
