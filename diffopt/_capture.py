@@ -96,7 +96,7 @@ class Captured:
         Raises:
             NotImplementedError: an operation in the graph has a wrong second derivative.
         """
-        wrong = WRONG | WRONG_BEYOND if before_gradient else WRONG
+        wrong = WRONG_BEYOND if before_gradient else WRONG
         edges: list[Any] = [_edge(x) for x in roots if x.requires_grad]
         ends: set[End] = set()
         if not edges:
@@ -117,14 +117,7 @@ class Captured:
                 ends.add(edge)
             else:
                 if kind.__name__ in wrong:
-                    raise NotImplementedError(
-                        f"PyTorch's second derivative of {WRONG[kind.__name__]} is wrong: write "
-                        "that out in other operations"
-                        if kind.__name__ in WRONG
-                        else f"the loss takes a derivative of {wrong[kind.__name__]} itself, and "
-                        "PyTorch's third derivative of that is wrong: take it with "
-                        "torch.func.grad, for which the operation is written out"
-                    )
+                    raise NotImplementedError(wrong[kind.__name__])
                 passed.add(node)
                 edges.extend(node.next_functions)
         return ends

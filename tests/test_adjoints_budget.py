@@ -26,6 +26,19 @@ def _nothing_known() -> None:
     _budget._measured.clear()
 
 
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many steps each loop had of which one was measured."""
+    measured: list[int] = []
+
+    def measure(loop: Any, original: Callable[..., Any] = _budget.measure) -> Any:
+        measured.append(loop.steps)
+        return original(loop)
+
+    monkeypatch.setattr(_budget, "measure", measure)
+    return measured
+
+
 def mlp() -> tuple[nn.Module, Tensor]:
     model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU())
     return nn.Sequential(*model, nn.Linear(64, 8)), torch.randn(256, 64)
@@ -157,14 +170,7 @@ def test_the_trial_step_has_no_consequences() -> None:
     assert len(calls) == 4 + 3
 
 
-def test_measures_once_for_steps_that_are_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    measured = []
-
-    def measure(loop: Any, original: Callable[..., Any] = _budget.measure) -> Any:
-        measured.append(loop.steps)
-        return original(loop)
-
-    monkeypatch.setattr(_budget, "measure", measure)
+def test_measures_once_for_steps_that_are_alike(measured: list[int]) -> None:
     model, x = mlp()
     gradients(model, x, 3, MemoryBudget("1GiB"))
     gradients(model, x, 5, MemoryBudget("2GiB"))
@@ -179,18 +185,11 @@ def test_measures_once_for_steps_that_are_alike(monkeypatch: pytest.MonkeyPatch)
     assert measured == [3, 4, 6, 7, 8, 8]
 
 
-def test_a_method_is_the_same_loss_in_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_method_is_the_same_loss_in_every_call(measured: list[int]) -> None:
     class Learner:
         def loss(self, m: nn.Module, batch: Tensor) -> Tensor:
             return loss_fn(m, batch)
 
-    measured = []
-
-    def measure(loop: Any, original: Callable[..., Any] = _budget.measure) -> Any:
-        measured.append(loop.steps)
-        return original(loop)
-
-    monkeypatch.setattr(_budget, "measure", measure)
     model, x = mlp()
     inner, learner = diffopt.SGD(model.parameters(), lr=0.1), Learner()
     for steps in (2, 3):

@@ -95,18 +95,19 @@ class ForwardMode(Adjoint):
     def _check_no_detours(self, loop: Loop) -> None:
         for x in (*loop.captured.tensors, *loop.inputs.values()):
             found = first_behind(x, self.wrt)
-            if found is not None and self.wrt[found].dtype in (torch.bfloat16, torch.float16):
+            if found is None:
+                continue
+            if self.wrt[found].dtype in (torch.bfloat16, torch.float16):
                 raise NotImplementedError(
                     f"wrt[{found}] is in {self.wrt[found].dtype}, and of parameters in low "
                     "precision the unroll trains copies in float32: convert the model to float32 "
                     "for ForwardMode, or use another adjoint"
                 )
-            if found is not None:
-                raise ValueError(
-                    f"wrt[{found}] has an influence through a tensor of shape {tuple(x.shape)} "
-                    "that was computed from it before the call: pass that one in wrt, or let the "
-                    "steps compute it, such as by lr=lambda t: log_lr.exp()"
-                )
+            raise ValueError(
+                f"wrt[{found}] has an influence through a tensor of shape {tuple(x.shape)} "
+                "that was computed from it before the call: pass that one in wrt, or let the "
+                "steps compute it, such as by lr=lambda t: log_lr.exp()"
+            )
 
     def backward(
         self,

@@ -1,9 +1,8 @@
 """A loss that is evaluated for the graph of its gradient, as the layers in it know.
 
-To pull a cotangent back through a step of gradient
-descent, s' = s − γ g(s), takes no value of g. But to compute that of a layer's weight takes a third
-of the work of the gradient, the product of the layer's inputs and their cotangents, by which
-nothing else goes on.
+To pull a cotangent back through a step of gradient descent, s' = s − γ g(s), takes no value of g.
+But to compute that of a layer's weight takes a third of the work of the gradient, the product of
+the layer's inputs and their cotangents, by which nothing else goes on.
 """
 
 from __future__ import annotations

@@ -56,21 +56,28 @@ CALLED_FROM: list[tuple[Any, str, Any]] = [
 if _linear_cross_entropy is not None:
     CALLED_FROM.append((F, "linear_cross_entropy", _unchunked_linear_cross_entropy))
 
-#: The graph nodes that are silently wrong, and which operation they belong to.
+#: The graph nodes that are silently wrong when differentiated again: what is to be said of each.
 WRONG = {
-    "WeightNormInterfaceBackward0": "torch._weight_norm",
-    "GeneratedBackwardFor_torch_nn__linear_cross_entropy_batch_chunked_defaultBackward": (
-        "the chunked linear_cross_entropy"
-    ),
+    node: f"PyTorch's second derivative of {operation} is wrong: write that out in other operations"
+    for node, operation in {
+        "WeightNormInterfaceBackward0": "torch._weight_norm",
+        "GeneratedBackwardFor_torch_nn__linear_cross_entropy_batch_chunked_defaultBackward": (
+            "the chunked linear_cross_entropy"
+        ),
+    }.items()
 }
 
-#: Those that are silently wrong one order further on, where they are part of the loss itself, as in
-#: a gradient penalty.
-WRONG_BEYOND = {
-    "NativeBatchNormBackwardBackward0": "batch_norm",
-    "CudnnBatchNormBackwardBackward0": "batch_norm",
-    "MiopenBatchNormBackwardBackward0": "batch_norm",
-    "NativeLayerNormBackwardBackward0": "layer_norm",
+#: Those, and the ones that are silently wrong one order further on: where they are part of the loss
+#: itself, as in a gradient penalty.
+WRONG_BEYOND = WRONG | {
+    node: f"the loss takes a derivative of {operation} itself, and PyTorch's third derivative of "
+    "that is wrong: take it with torch.func.grad, for which the operation is written out"
+    for node, operation in {
+        "NativeBatchNormBackwardBackward0": "batch_norm",
+        "CudnnBatchNormBackwardBackward0": "batch_norm",
+        "MiopenBatchNormBackwardBackward0": "batch_norm",
+        "NativeLayerNormBackwardBackward0": "layer_norm",
+    }.items()
 }
 
 _PHRASES = (  # how PyTorch says that there is no second derivative
