@@ -147,9 +147,8 @@ class Loop:
             linearization = self.step.linearize(state, t, watch)
             result = linearization.advance(watch)
         linearization.drop_gradients()
-        if (
-            self.ledger is not None and self.step.first_order
-        ):  # which keeps no graphs: see FirstOrder
+        # Of first order, the graph will not be kept and the step may be computed again.
+        if self.ledger is not None and self.step.first_order:
             self.ledger.note(self.step.first_step + t, result.state, result.loss)
         self._refuse_originals(state, t, result)
         return linearization, self._collect(state, t, result)

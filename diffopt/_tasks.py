@@ -57,7 +57,7 @@ def check_leads(tree: Any, tasks: int, what: str) -> None:
             )
 
 
-#: Where batch normalisation is as well: below so many numbers, the loop itself would cost more.
+#: Batch normalisation goes task by task from so many numbers on; below, the loop costs more.
 _LARGE = 1 << 18
 
 
