@@ -1,4 +1,4 @@
-"""What the second derivatives of ``diffopt.second`` save, in a plain double backward pass.
+"""What the second derivatives of ``diffopt._derivatives`` save, in a plain double backward pass.
 
     python benchmarks/second_derivatives.py
 
@@ -16,7 +16,7 @@ from statistics import median
 import torch
 from cases import Case, build
 
-from diffopt.second import with_second_derivatives
+from diffopt._derivatives.table import with_second_derivatives
 
 NETWORKS = ("mlp", "conv4", "resnet18", "gpt")
 

@@ -1,9 +1,9 @@
 """Differentiate through training: ``diffopt.unroll``, its adjoints and its optimizers."""
 
-from diffopt._compiled import CompileWarning
-from diffopt._trace import compile_seconds
-from diffopt._unroll import unroll
-from diffopt._unrolled import Unrolled
+from diffopt._compile.compiled import CompileWarning
+from diffopt._compile.trace import compile_seconds
+from diffopt._unroll.unroll import unroll
+from diffopt._unroll.unrolled import Unrolled
 from diffopt.adjoint import (
     CG,
     Adjoint,

@@ -25,7 +25,8 @@ from test_gradients import PROBLEMS
 from torch import Tensor, nn
 
 import diffopt
-from diffopt import _compiled, _trace
+from diffopt._compile import compiled as _compiled
+from diffopt._compile import trace as _trace
 
 T = 4
 
@@ -223,7 +224,7 @@ def test_what_code_takes_for_granted_is_looked_at(graphs: list[Any]) -> None:
 def test_many_kinds_of_steps_are_not_all_compiled(
     graphs: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("diffopt._compiled.MOST_SPECIALISATIONS", 2)
+    monkeypatch.setattr("diffopt._compile.compiled.MOST_SPECIALISATIONS", 2)
     model = tiny()
     opt = diffopt.SGD(model.parameters(), lr=0.1)
     data = [batch(rows) for rows in range(1, 6)]

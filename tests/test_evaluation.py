@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import diffopt
-from diffopt.second import _evaluation, _linear
+from diffopt._derivatives import evaluation as _evaluation
+from diffopt._derivatives import linear as _linear
 
 STEPS = 4
 X = torch.linspace(-1.0, 1.5, 24, dtype=torch.double).mul(7).sin().reshape(8, 3)

@@ -17,8 +17,8 @@ from helpers import plain
 from torch import Tensor, nn
 
 import diffopt
-from diffopt._loop import Loop
-from diffopt._state import State
+from diffopt._loop.loop import Loop
+from diffopt._values.state import State
 
 
 def test_steps_computed_again_keep_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The second derivatives of ``diffopt.second``, compared with PyTorch's own and with formulas.
+"""The second derivatives written by hand, compared with PyTorch's own and with formulas.
 
 The formulas matter where PyTorch (2.13) is wrong: in the third derivatives of normalisations, where
 the statistics count as constants, and in second ones with a bias but no weight.
@@ -15,7 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffopt.second import Evaluation, _batch_norm, _gelu, _layer_norm, _linear, _missing
+from diffopt._derivatives import batch_norm as _batch_norm
+from diffopt._derivatives import gelu as _gelu
+from diffopt._derivatives import layer_norm as _layer_norm
+from diffopt._derivatives import linear as _linear
+from diffopt._derivatives import missing as _missing
+from diffopt._derivatives.table import Evaluation
 
 Function = Callable[..., Tensor]
 

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 import diffopt
-from diffopt import Binomial, Segmented, StoreAll, _storage
-from diffopt._snapshots import Snapshot
-from diffopt._state import State
+from diffopt import Binomial, Segmented, StoreAll
+from diffopt._loop import storage as _storage
+from diffopt._loop.snapshots import Snapshot
+from diffopt._values.state import State
 
 STEPS = 9
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import diffopt
-from diffopt import _trace
+from diffopt._compile import trace as _trace
 
 N, T = 3, 4
 

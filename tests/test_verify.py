@@ -11,7 +11,7 @@ from adjoints import every_adjoint
 from torch import Tensor, nn
 
 import diffopt
-from diffopt._verify import digest
+from diffopt._loop.verify import digest
 
 MASK = (1 << 64) - 1
 X = torch.linspace(-1.0, 1.0, 12, dtype=torch.double).reshape(4, 3)
@@ -51,7 +51,7 @@ def test_digest_is_the_sum_of_splitmix_over_the_words(x: Tensor) -> None:
 def test_digest_of_a_large_tensor_sees_every_word(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(40)
     whole = digest(x)
-    monkeypatch.setattr("diffopt._verify._WORDS", 7)
+    monkeypatch.setattr("diffopt._loop.verify._WORDS", 7)
     assert digest(x) == whole
     for i in (0, 13, 39):
         y = x.clone()

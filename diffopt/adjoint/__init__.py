@@ -1,7 +1,7 @@
 """How the derivative is computed: one file an adjoint."""
 
-from diffopt._loop import CapturedSum, Loop
-from diffopt._state import Cotangent, State
+from diffopt._loop.loop import CapturedSum, Loop
+from diffopt._values.state import Cotangent, State
 from diffopt.adjoint._base import Adjoint, Checkpointed
 from diffopt.adjoint._binomial import Binomial
 from diffopt.adjoint._budget import MemoryBudget

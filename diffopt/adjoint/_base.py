@@ -14,12 +14,12 @@ from typing import Any
 
 from torch import Tensor
 
-from diffopt._executor import Kept, run_backward, run_forward
-from diffopt._loop import Loop
-from diffopt._replay import differentiable_backward
-from diffopt._snapshots import Snapshots
-from diffopt._state import Cotangent, State
-from diffopt._tree import Path
+from diffopt._loop.executor import Kept, run_backward, run_forward
+from diffopt._loop.loop import Loop
+from diffopt._loop.replay import differentiable_backward
+from diffopt._loop.snapshots import Snapshots
+from diffopt._values.state import Cotangent, State
+from diffopt._values.tree import Path
 from diffopt.schedule import Plan
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from diffopt import schedule
-from diffopt._snapshots import Snapshots
-from diffopt._storage import Storage, check_storage, open_storage
+from diffopt._loop.snapshots import Snapshots
+from diffopt._loop.storage import Storage, check_storage, open_storage
 from diffopt.adjoint._base import Checkpointed
 from diffopt.schedule import Plan
 

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from diffopt import schedule
-from diffopt._loop import Loop
-from diffopt._measure import Sizes, measure
+from diffopt._loop.loop import Loop
+from diffopt._loop.measure import Sizes, measure
 from diffopt.adjoint._base import Checkpointed
 from diffopt.schedule import Plan
 

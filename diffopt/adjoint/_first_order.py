@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
 from diffopt import schedule
-from diffopt._executor import Kept, run_backward
-from diffopt._loop import Loop
-from diffopt._replay import clip_cotangent, differentiable_backward
-from diffopt._snapshots import Snapshots
-from diffopt._state import Cotangent, State
-from diffopt._step import Linearization
-from diffopt._tree import Path
+from diffopt._loop.executor import Kept, run_backward
+from diffopt._loop.loop import Loop
+from diffopt._loop.replay import clip_cotangent, differentiable_backward
+from diffopt._loop.snapshots import Snapshots
+from diffopt._step.step import Linearization
+from diffopt._values.state import Cotangent, State
+from diffopt._values.tree import Path
 from diffopt.adjoint._base import Adjoint
 from diffopt.optim.lists import one_by_one
 from diffopt.schedule import Plan

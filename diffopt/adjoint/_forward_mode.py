@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from diffopt import schedule
-from diffopt._capture import first_behind, is_same
-from diffopt._loop import Loop
-from diffopt._replay import differentiable_backward
-from diffopt._state import Cotangent, State
-from diffopt._tangent import Tangent, pushed, pushed_by_transposition
-from diffopt._tree import Path, add, is_differentiable
+from diffopt._loop.loop import Loop
+from diffopt._loop.replay import differentiable_backward
+from diffopt._step.capture import first_behind, is_same
+from diffopt._step.tangent import Tangent, pushed, pushed_by_transposition
+from diffopt._values.state import Cotangent, State
+from diffopt._values.tree import Path, add, is_differentiable
 from diffopt.adjoint._base import Adjoint, refuse_cotangent_norm
 from diffopt.schedule import Plan
 

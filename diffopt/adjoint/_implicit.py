@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from diffopt import schedule
-from diffopt._loop import CapturedSum, Loop
-from diffopt._snapshots import Snapshot
-from diffopt._state import Cotangent, State
+from diffopt._loop.loop import CapturedSum, Loop
+from diffopt._loop.snapshots import Snapshot
+from diffopt._values.state import Cotangent, State
 from diffopt.adjoint._base import Adjoint, refuse_cotangent_norm
 from diffopt.adjoint._solvers import CG, Product, Solution, Solver, Vector
 from diffopt.schedule import Plan

@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from diffopt import schedule
-from diffopt._loop import Loop
-from diffopt._state import Cotangent, State
-from diffopt._tree import Path
+from diffopt._loop.loop import Loop
+from diffopt._values.state import Cotangent, State
+from diffopt._values.tree import Path
 from diffopt.adjoint._base import Adjoint
 from diffopt.adjoint._segmented import Segmented
 from diffopt.schedule import Plan, check_int

@@ -1,0 +1,1 @@
+"""The step as compiled code."""

@@ -1,0 +1,1 @@
+"""Second derivatives that PyTorch lacks, has wrong, or takes long for."""

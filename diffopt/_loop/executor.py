@@ -1,0 +1,150 @@
+"""Running a plan: the one place where snapshots, recomputation and derivatives are put in order.
+
+A plan is a list of integer actions (``diffopt.schedule``). Its first part takes the loop to its
+end and belongs to the forward pass; the rest takes it back, one vector-Jacobian product a step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from diffopt._loop.loop import CapturedSum, Loop
+from diffopt._loop.snapshots import Layer, Snapshot, Snapshots
+from diffopt._step.step import Linearization
+from diffopt._values.state import Cotangent, State
+from diffopt.schedule import Plan
+
+
+@dataclass
+class Kept:
+    """What the forward pass leaves for the backward pass.
+
+    Attributes:
+        snapshots: by position in the loop.
+        graphs: steps recorded with their graph, by position.
+        peak_states, peak_graphs: the most of either held at once, so far. As in a plan, the start
+            counts, which the loop holds.
+    """
+
+    snapshots: Snapshots
+    graphs: dict[int, Linearization] = field(default_factory=dict)
+    peak_states: int = 1
+    peak_graphs: int = 0
+
+    def save(self, t: int, snapshot: Snapshot) -> None:
+        self.snapshots[t] = snapshot
+        self.peak_states = max(self.peak_states, len(self.snapshots))
+
+    def record(self, t: int, linearization: Linearization) -> None:
+        self.graphs[t] = linearization
+        self.peak_graphs = max(self.peak_graphs, len(self.graphs))
+
+
+def run_forward(loop: Loop, plan: Plan, snapshots: Snapshots) -> tuple[State, Kept]:
+    """The plan's first part: from the start to the end of the loop.
+
+    Whatever interrupts it, ``snapshots`` is closed then.
+    """
+    kept = Kept(snapshots)
+    try:
+        return _forward(loop, plan, kept), kept
+    except BaseException:
+        snapshots.close()
+        raise
+
+
+def _forward(loop: Loop, plan: Plan, kept: Kept) -> State:
+    state = loop.start
+    for kind, start, stop in plan.forward_actions:
+        if kind == "save":
+            kept.save(start, loop.snapshot(state))
+        elif kind == "advance":
+            for t in range(start, stop):
+                state = loop.first(state, t)
+        elif kind == "record":
+            recorded, state = loop.first_recorded(state, start)
+            kept.record(start, recorded)
+        elif kind == "free":
+            del kept.snapshots[start]
+        else:
+            raise ValueError(f"a plan cannot {kind!r} before it has reached the end")
+    return state
+
+
+def run_backward(
+    loop: Loop,
+    plan: Plan,
+    kept: Kept,
+    cotangent: Cotangent,
+    loss_cotangents: Tensor | None,
+    *,
+    keep: bool = False,
+) -> tuple[Cotangent, list[Tensor | None]]:
+    """The plan's second part: from the end of the loop back to its start.
+
+    Args:
+        kept: what ``run_forward`` left; used up unless ``keep``.
+        cotangent: of the final state.
+        loss_cotangents: of the losses, shape (T,), or None.
+        keep: leave ``kept`` as it is, for another backward pass.
+
+    Returns:
+        the cotangents of the start and of ``loop.captured.tensors``.
+    """
+    if keep:
+        kept = Kept(Layer(kept.snapshots), dict(kept.graphs), kept.peak_states, kept.peak_graphs)
+    try:
+        return _backward(loop, plan, kept, cotangent, loss_cotangents, keep)
+    finally:
+        kept.snapshots.close()
+
+
+def _backward(
+    loop: Loop,
+    plan: Plan,
+    kept: Kept,
+    cotangent: Cotangent,
+    loss_cotangents: Tensor | None,
+    keep: bool,
+) -> tuple[Cotangent, list[Tensor | None]]:
+    captured = CapturedSum(loop.captured)
+    state = None
+    loads = [action.start for action in plan.backward_actions if action.kind == "load"]
+    following = iter([*loads[1:], None])
+    for kind, start, stop in plan.backward_actions:
+        if kind == "load":
+            state = loop.restored(kept.snapshots[start])
+            upcoming = next(following)
+            if upcoming is not None and upcoming in kept.snapshots:
+                kept.snapshots.prefetch(upcoming)
+        elif kind == "save":
+            assert state is not None
+            kept.save(start, loop.snapshot(state))
+        elif kind == "advance":
+            assert state is not None
+            for t in range(start, stop):
+                state = loop.again(state, t)
+        elif kind == "record":
+            assert state is not None
+            linearization, state = loop.recorded(state, start)
+            kept.record(start, linearization)
+        elif kind == "vjp":
+            if start in kept.graphs:
+                linearization = kept.graphs.pop(start)
+            else:
+                assert state is not None
+                linearization = loop.linearize(state, start, values=False)
+                state = None
+            loss_cotangent = None if loss_cotangents is None else loss_cotangents[start]
+            cotangent, found = loop.vjp(
+                linearization, start, cotangent, loss_cotangent, retain_graph=keep
+            )
+            captured.add(loop.captured.at(start), found)
+            del linearization
+        elif kind == "free":
+            del kept.snapshots[start]
+        else:
+            raise ValueError(f"a plan cannot {kind!r} on the way back")
+    return cotangent, captured.total

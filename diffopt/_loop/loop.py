@@ -1,0 +1,384 @@
+"""The training loop as a value: what an adjoint is given to run and to differentiate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from copy import copy
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from diffopt._loop.losses import Losses
+from diffopt._loop.progress import Progress
+from diffopt._loop.snapshots import Snapshot
+from diffopt._loop.verify import Ledger
+from diffopt._model.modes import Modes
+from diffopt._model.standing import standing
+from diffopt._step.capture import Captured, End, Part, TensorsSeen, present_sequence
+from diffopt._step.generators import Generators
+from diffopt._step.step import InnerStep, Linearization, StepResult, Watch
+from diffopt._values.state import Cotangent, State
+from diffopt._values.tree import Path, add, map_tensors
+
+_NAMES: dict[Part, str] = {
+    "loss": "loss",
+    "transform": "grad_transform",
+    "hyper": "hyperparameters",
+    "update": "update",
+}
+
+
+class Loop:
+    """``steps`` inner steps from ``start``.
+
+    Attributes:
+        start: the state at position 0, cut from any graph.
+        inputs: the tensors of the start that gradients are delivered to, as the caller's graph
+            knows them.
+        steps: T, how many steps there are; positions in the loop run from 0 to T.
+        step: the pure inner step.
+        captured: the tensors that the steps use without being given them; filled by ``first``.
+        generators: the random generators, which the forward pass advances.
+        losses: those of the steps taken so far, cut from the graph.
+        aux: the user's extras, one per step, cut from the graph.
+        max_cotangent_norm: the bound on what flows back through a step, or None.
+        tasks: N where every tensor leads with the task dimension, or None.
+        ledger: what every step gave the first time, where recomputations are to be compared.
+    """
+
+    def __init__(
+        self,
+        step: InnerStep,
+        start: State,
+        steps: int,
+        *,
+        captured: Captured | None,
+        generators: Generators,
+        modes: Modes,
+        progress: Progress,
+        max_cotangent_norm: float | None = None,
+        tasks: int | None = None,
+        ledger: Ledger | None = None,
+    ) -> None:
+        self.step = step
+        self.start = start.detach()
+        self.inputs: Mapping[Path, Tensor] = step.differentiable(start)
+        self.steps = steps
+        self.captured = captured if captured is not None else Captured()
+        self.generators = generators
+        self.progress = progress
+        self.max_cotangent_norm = max_cotangent_norm
+        self.tasks = tasks
+        self.ledger = ledger
+        self.losses = Losses(steps)
+        self.aux: list[Any] = []
+        self._watching = captured is not None
+        self._session = _Session(step, modes, progress)
+        self._on_cpu = all(x.device.type == "cpu" for x in start.params.values())
+
+    def session(self) -> AbstractContextManager[None]:
+        """Where steps may be taken: the module and the modes are the call's, and put back.
+
+        A session inside a session is the same one, so the module keeps the weights of the last
+        step until its derivative has been taken: layers that recompute themselves need them.
+        """
+        return self._session.entered()
+
+    # Loops made from this one. They share its captured tensors, losses and session.
+
+    def first_order(self) -> Self:
+        """This loop with every inner gradient taken as a constant."""
+        loop = copy(self)
+        loop.step = self.step.of_first_order()
+        return loop
+
+    def rest(self, state: State, t: int) -> Self:
+        """The loop from position ``t`` on, where its own positions start again from 0.
+
+        ``state`` is its start, a constant. The steps before have to be taken with ``pass_over``.
+        """
+        loop = copy(self)
+        loop.step = self.step.later(t)
+        loop.start, loop.inputs, loop.steps = state, {}, self.steps - t
+        return loop
+
+    def trial(self) -> Self:
+        """This loop for steps without consequences: what they give and use is noted apart."""
+        loop = copy(self)
+        loop.captured = self.captured.apart()
+        loop.losses, loop.aux = Losses(self.steps), []
+        loop.progress, loop.ledger = Progress(0, shown=False), None
+        return loop
+
+    # Snapshots.
+
+    def snapshot(self, state: State) -> Snapshot:
+        """``state``, with the random generators as they are now."""
+        return Snapshot(state, self.generators.get())
+
+    def restored(self, snapshot: Snapshot) -> State:
+        """The state of a snapshot; the generators are put where they were at it."""
+        self.generators.set(snapshot.generators)
+        return snapshot.state
+
+    # The first pass: every step is taken once, in order, and its captured tensors are found.
+
+    def first(self, state: State, t: int) -> State:
+        """Take step ``t`` for the first time, without keeping a graph."""
+        with self._noting(state, t) as watch, torch.no_grad():
+            result = self.step(state, t, watch)
+        if self.ledger is not None:
+            self.ledger.note(self.step.first_step + t, result.state, result.loss)
+        self._refuse_originals(state, t, result)
+        return self._collect(state, t, result)
+
+    def pass_over(self, state: State, t: int) -> State:
+        """Take step ``t`` for its result alone: nothing that it uses is to get a gradient."""
+        with torch.no_grad():
+            result = self.step(state, t)
+        return self._collect(state, t, result)
+
+    def first_recorded(self, state: State, t: int) -> tuple[Linearization, State]:
+        """Take step ``t`` for the first time and keep its graph."""
+        with self._noting(state, t) as watch:
+            linearization = self.step.linearize(state, t, watch)
+            result = linearization.advance(watch)
+        linearization.drop_gradients()
+        # Of first order, the graph will not be kept and the step may be computed again.
+        if self.ledger is not None and self.step.first_order:
+            self.ledger.note(self.step.first_step + t, result.state, result.loss)
+        self._refuse_originals(state, t, result)
+        return linearization, self._collect(state, t, result)
+
+    def _refuse_originals(self, before: State, t: int, result: StepResult) -> None:
+        """Refuse a loss that uses a parameter's original where it should use the present value."""
+        if not self._watching:
+            return
+        used = {self.captured.tensors[i] for i in self.captured.at(t)}
+        for name, x in self.step.loss.slots.inner.items() if used else ():
+            if x in used and result.state.params[name].data_ptr() == before.params[name].data_ptr():
+                raise NotImplementedError(
+                    f"the loss of step {self.step.first_step + t} uses the model's own parameter "
+                    f"{name!r} and not the value that it has in the unroll, which stands in the "
+                    "module: do not keep parameters in a list, a closure or a global, but take "
+                    "them from the module (an nn.ParameterList holds a list)"
+                )
+
+    def _collect(self, before: State, t: int, result: StepResult) -> State:
+        self.losses.append(result.loss)
+        self.aux.append(map_tensors(lambda x: x.detach().clone(), result.aux))
+        self.progress.forward()
+        # What the caller is given is the caller's to change, and no snapshot's memory.
+        return result.state.apart_from(before) if t + 1 == self.steps else result.state
+
+    @contextmanager
+    def _noting(self, state: State, t: int) -> Iterator[Watch | None]:
+        if not self._watching:
+            yield None
+            return
+        captured = self.captured
+        found: dict[Part, set[End]] = {}
+        walk = self._walker(found)
+        yield walk
+        unknown = {end for ends in found.values() for end in ends if not captured.is_known(end)}
+        if unknown:
+            self._find(unknown, state, t)
+        captured.note(found)
+
+    def _walker(self, found: dict[Part, set[End]]) -> Watch:
+        """Notes in ``found`` where each part of a step's graph ends."""
+        since = present_sequence()
+        loss_nodes: set[Node] = set()
+
+        def watch(part: Part, roots: Iterable[Tensor], own: Iterable[Tensor]) -> None:
+            passed = loss_nodes if part in ("loss", "gradient") else set[Node]()
+            # An accelerator's gradients are made on a thread of their own, and numbered there.
+            start = since if part != "gradient" or self._on_cpu else 0
+            twice = part == "loss" and not self.step.first_order
+            found[part] = self.captured.walk(roots, own, start, passed, before_gradient=twice)
+
+        return watch
+
+    def _find(self, ends: Iterable[End], state: State, t: int) -> None:
+        """Find the tensors at ``ends``, by taking the step once more and looking on."""
+        edges = {end for end in ends if not isinstance(end, Tensor)}
+        with self.generators.undisturbed(), torch.no_grad(), TensorsSeen(edges) as seen:
+            self.step(state, t)
+        self.captured.offer(seen.found.values())
+        for edge in edges - seen.found.keys():
+            raise NotImplementedError(
+                f"step {self.step.first_step + t} uses a tensor made by {edge[0].name()} before "
+                "that step, which could not be found to deliver its gradient to: pass it to "
+                "loss_fn inside the batch, or detach it if it is from an earlier step"
+            )
+
+    # On the way back.
+
+    def again(self, state: State, t: int) -> State:
+        """Take step ``t`` again. The generators have to be where they were the first time."""
+        result = self.step(state, t)
+        self.compare(t, result)
+        return result.state
+
+    def linearize(self, state: State, t: int, *, values: bool = True) -> Linearization:
+        """Take step ``t`` again and keep its graph, for ``vjp`` and nothing else unless ``values``.
+
+        Raises:
+            RuntimeError: it used other tensors than the first time, so that a gradient would be
+                lost.
+        """
+        if self.ledger is not None:
+            with self.generators.undisturbed():
+                self.again(state, t)
+        return self.step.linearize(state, t, self.checked(t), values=values)
+
+    def recorded(self, state: State, t: int) -> tuple[Linearization, State]:
+        """``linearize``, and the state after the step."""
+        if self.ledger is None:
+            linearization = self.linearize(state, t)
+            after = linearization.advance().state
+        else:
+            # A gradient that is to be differentiated may differ from another in the last bit.
+            with self.generators.undisturbed():
+                linearization = self.step.linearize(state, t, self.checked(t))
+            after = self.again(state, t)
+        linearization.drop_gradients()
+        return linearization, after
+
+    def compare(self, t: int, result: StepResult) -> None:
+        """Raise where step ``t`` gives something else than it gave first, if that is to be seen."""
+        if self.ledger is not None:
+            self.ledger.check(self.step.first_step + t, result.state, result.loss)
+
+    def checked(self, t: int) -> Watch:
+        """Shown step ``t`` computed again, raises where it uses other tensors than before."""
+        found: dict[Part, set[End]] = {}
+        walk = self._walker(found)
+
+        def watch(part: Part, roots: Iterable[Tensor], own: Iterable[Tensor]) -> None:
+            walk(part, roots, own)
+            if self.captured.same(t, part, found[part]):
+                return
+            n = self.step.first_step + t
+            if part == "gradient":
+                raise RuntimeError(
+                    f"the gradient of the loss of step {n} depends on a tensor that requires grad "
+                    "and that the loss itself does not depend on, such as one used in a hook: add "
+                    "0 * tensor.sum() to the loss, so that it is found in the forward pass"
+                )
+            raise RuntimeError(
+                f"step {n} does not use the tensors that require grad of the forward pass again, "
+                f"in its {_NAMES[part]}: was a variable bound to a new tensor since, or does it "
+                "keep tensors from step to step, or return in aux one that it made require grad? "
+                "Call backward before that, pass the tensor inside the batch, or detach what is "
+                "kept"
+            )
+
+        return watch
+
+    def vjp(
+        self,
+        linearization: Linearization,
+        t: int,
+        state_cotangent: Cotangent,
+        loss_cotangent: Tensor | None,
+        *,
+        retain_graph: bool = False,
+    ) -> tuple[Cotangent, list[Tensor | None]]:
+        """One vector-Jacobian product.
+
+        Returns:
+            the cotangent of the state before the step, and those of the captured tensors that
+            the step uses, in the order of ``captured.at(t)``.
+        """
+        state_cotangent = self.clipped(state_cotangent)
+        with self.captured.sealed(t) as shared:
+            try:
+                before, captured = linearization.vjp(
+                    state_cotangent,
+                    loss_cotangent,
+                    self.captured.edges(t),
+                    retain_graph=retain_graph or shared,
+                )
+            except RuntimeError as error:
+                self._refuse_other_threads(error, t)
+                raise
+        self.progress.backward()
+        return before, captured
+
+    def _refuse_other_threads(self, error: RuntimeError, t: int) -> None:
+        """Say what is the matter where a derivative ran on into the caller's graph.
+
+        Nodes are numbered per thread, so a tensor that another thread computed looks like one that
+        the step made itself.
+        """
+        if "backward through the graph a second time" in str(error):
+            raise RuntimeError(
+                f"step {self.step.first_step + t} uses a tensor that requires grad and that was "
+                "computed on another thread, or whose graph was freed: compute it on the thread "
+                "that calls unroll, or pass it inside the batch"
+            ) from error
+
+    def clipped(self, cotangent: Cotangent) -> Cotangent:
+        """``cotangent`` with the parameters' part scaled to at most ``max_cotangent_norm``."""
+        params = {path: g for path, g in cotangent.items() if path[0] == "params"}
+        if not params or self.max_cotangent_norm is None:
+            return cotangent
+        scaled = clip_norm(list(params.values()), self.max_cotangent_norm, self.tasks)
+        return {**cotangent, **dict(zip(params, scaled, strict=True))}
+
+
+class _Session:
+    """What surrounds the steps of a loop, entered once however deep it is asked for."""
+
+    def __init__(self, step: InnerStep, modes: Modes, progress: Progress) -> None:
+        self._step = step
+        self._modes = modes
+        self._progress = progress
+        self._active = False
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        if self._active:
+            yield
+            return
+        step = self._step
+        with standing(step.loss.slots, self._modes, step.hooks, as_at_call=True):
+            self._active = True
+            try:
+                yield
+            finally:
+                self._active = False
+                self._progress.close()
+
+
+class CapturedSum:
+    """Sums the cotangents of the captured tensors over the steps."""
+
+    def __init__(self, captured: Captured) -> None:
+        self.total: list[Tensor | None] = [None] * len(captured.tensors)
+
+    def add(self, indices: Sequence[int], cotangents: Sequence[Tensor | None]) -> None:
+        """Add one step's, as ``Captured.at`` and ``Loop.vjp`` give them."""
+        for i, g in zip(indices, cotangents, strict=True):
+            self.total[i] = add(self.total[i], g)
+
+
+def clip_norm(tensors: Sequence[Tensor], max_norm: float, tasks: int | None) -> list[Tensor]:
+    """``tensors`` times min(1, max_norm / norm), with norm their joint Euclidean norm.
+
+    With tasks each leads with the task dimension, and each task has its own norm.
+    """
+    rows = [x.reshape(1 if tasks is None else tasks, -1) for x in tensors]
+    device = rows[0].device
+    norms = torch.linalg.vector_norm(
+        torch.stack([torch.linalg.vector_norm(row, dim=1).to(device) for row in rows]), dim=0
+    )
+    scale = max_norm / norms.clamp(min=max_norm)
+    return [
+        (row * scale.to(row.device, row.dtype)[:, None]).reshape(x.shape)
+        for row, x in zip(rows, tensors, strict=True)
+    ]

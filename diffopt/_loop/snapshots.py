@@ -1,0 +1,98 @@
+"""Snapshots: states that are kept for the way back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, MutableMapping
+from dataclasses import dataclass
+from typing import Self
+
+from torch import Tensor
+
+from diffopt._values.state import State
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A state and where the random generators stood when it was reached."""
+
+    state: State
+    generators: tuple[Tensor, ...]
+
+
+class Snapshots(MutableMapping[int, Snapshot]):
+    """Snapshots by their position in the loop. This class keeps them where the tensors are."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, Snapshot] = {}
+
+    def __setitem__(self, t: int, snapshot: Snapshot) -> None:
+        self._held[t] = snapshot
+
+    def __getitem__(self, t: int) -> Snapshot:
+        return self._held[t]
+
+    def __delitem__(self, t: int) -> None:
+        del self._held[t]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._held)
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def __contains__(self, t: object) -> bool:
+        return t in self._held  # a Mapping's own would fetch the snapshot
+
+    def prefetch(self, t: int) -> None:
+        """Snapshot ``t`` will be wanted next: where it is far away, begin to fetch it."""
+
+    def another(self) -> Self:
+        """An empty one that keeps its snapshots in the same way."""
+        return type(self)()
+
+    def close(self) -> None:
+        """Drop everything, and leave nothing behind."""
+        self._held.clear()
+
+
+class Layer(Snapshots):
+    """Snapshots over others that are to stay: what is deleted below is only hidden."""
+
+    def __init__(self, below: Snapshots) -> None:
+        self._below = below
+        self._own = below.another()
+        self._visible = set(below)
+
+    def __setitem__(self, t: int, snapshot: Snapshot) -> None:
+        self._own[t] = snapshot
+        self._visible.add(t)
+
+    def __getitem__(self, t: int) -> Snapshot:
+        if t not in self._visible:
+            raise KeyError(t)
+        return self._own[t] if t in self._own else self._below[t]
+
+    def __delitem__(self, t: int) -> None:
+        self._visible.remove(t)
+        if t in self._own:
+            del self._own[t]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._visible)
+
+    def __len__(self) -> int:
+        return len(self._visible)
+
+    def __contains__(self, t: object) -> bool:
+        return t in self._visible
+
+    def prefetch(self, t: int) -> None:
+        (self._own if t in self._own else self._below).prefetch(t)
+
+    def another(self) -> Self:
+        return type(self)(self._below.another())
+
+    def close(self) -> None:
+        """Drop what was added; what lies below stays."""
+        self._visible.clear()
+        self._own.close()

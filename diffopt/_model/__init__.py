@@ -1,0 +1,1 @@
+"""A module with other values standing in it."""

@@ -1,0 +1,67 @@
+"""Parameters of low precision: the model computes in them, the loop around it in float32.
+
+A bfloat16 number has 8 significant bits: a cotangent that gathers T small terms in it loses most of
+them. Adam's second moment underflows in float16. So of a parameter in either the state holds the
+same number in float32, and the optimizer's state and all cotangents are float32. The loss sees the
+parameter in its own dtype, and every update is rounded to it, as ``torch.optim`` would leave it;
+the derivative takes that rounding for the identity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from diffopt._values.state import State
+
+_LOW = (torch.bfloat16, torch.float16)
+
+
+class Precision:
+    """Which parameters are of low precision.
+
+    Args:
+        params: the model's own, by name.
+    """
+
+    def __init__(self, params: Mapping[str, Tensor]) -> None:
+        self._low = {name: x.dtype for name, x in params.items() if x.dtype in _LOW}
+
+    def widened(self, state: State) -> State:
+        """The same state as the loop holds it."""
+        if not self._low:
+            return state
+        params = {name: _wide(x) if name in self._low else x for name, x in state.params.items()}
+        opt = {
+            name: {key: _wide(x) for key, x in entries.items()} if name in self._low else entries
+            for name, entries in state.opt.items()
+        }
+        return State(params, opt, state.buffers)
+
+    def narrowed(self, params: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The parameters as the model has them."""
+        if not self._low:
+            return params
+        return {name: x.to(self._low.get(name, x.dtype)) for name, x in params.items()}
+
+    def rounded(
+        self, params: dict[str, Tensor], grads: Mapping[str, Tensor | None]
+    ) -> dict[str, Tensor]:
+        """Updated parameters with values that the model can have, and the derivative they had.
+
+        Args:
+            grads: those that were updated have one.
+        """
+        for name, dtype in self._low.items():
+            if grads.get(name) is None:
+                continue
+            x = params[name]
+            exact = x.detach()
+            params[name] = x + (exact.to(dtype).to(x.dtype) - exact)
+        return params
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in _LOW else x

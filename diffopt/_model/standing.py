@@ -1,0 +1,193 @@
+"""Where values stand in a module, and what is set up there to run later.
+
+Two things that a loss may set up run only when it is differentiated: layers that recompute
+themselves (``torch.utils.checkpoint``) and hooks on gradients. By then other values may stand in
+the module, and the pass may be another one than the user meant. PyTorch has no public place to say
+so, hence four of its names are replaced while values stand in a module.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.utils.checkpoint as torch_checkpoint
+import torch.utils.hooks as torch_hooks
+from torch import Tensor
+
+from diffopt._derivatives.table import beyond_second_derivatives, is_beyond_second
+from diffopt._model.modes import Modes
+from diffopt._model.slots import ModuleSlots, Values
+from diffopt._torch.replaced import Shared, replaced
+
+Hook = Callable[..., Any]
+
+
+class InnerHooks:
+    """The hooks that the loss of a step registers: on tensors, or a module's backward hooks.
+
+    They are part of how the inner gradient is computed, and act only then. Its derivative is taken
+    by another backward pass over the same graph, where PyTorch would call them again. A step is
+    evaluated inside ``with``.
+    """
+
+    def __init__(self) -> None:
+        self._acting = False
+
+    def __enter__(self) -> None:
+        self._acting = True
+
+    def __exit__(self, *exception: object) -> None:
+        self._acting = False
+
+    def only_here(self, hook: Hook) -> Hook:
+        """``hook``, doing nothing in other backward passes."""
+        return lambda *args: hook(*args) if self._acting else None
+
+
+class _Present(threading.local):
+    """What stands in modules on this thread, the outermost first."""
+
+    def __init__(self) -> None:
+        self.stack: list[tuple[ModuleSlots, Modes, InnerHooks | None]] = []
+
+    def hooks(self) -> InnerHooks | None:
+        """Those of the innermost step that is being evaluated."""
+        return next((hooks for *_, hooks in reversed(self.stack) if hooks is not None), None)
+
+
+_present = _Present()
+
+
+@contextmanager
+def standing(
+    slots: ModuleSlots, modes: Modes, hooks: InnerHooks | None = None, *, as_at_call: bool = False
+) -> Iterator[None]:
+    """Where values may be loaded into a module and functions of it be evaluated.
+
+    Args:
+        hooks: takes note of the hooks that are registered; None leaves them alone.
+        as_at_call: see ``ModuleSlots.as_at_call``.
+    """
+    with slots.unchanged(), modes.active(), _as_now:
+        if as_at_call:
+            slots.as_at_call()
+        _present.stack.append((slots, modes, hooks))
+        try:
+            yield
+        finally:
+            _present.stack.pop()
+
+
+class _Moment:
+    """What stands in modules at one moment, to be stood there again for a recomputation."""
+
+    def __init__(self) -> None:
+        self._held = [
+            (slots, modes, slots.training(), slots.loaded[0], _copied(slots, slots.loaded[1]))
+            for slots, modes, _ in _present.stack
+            if slots.loaded is not None
+        ]
+        self._beyond_second = is_beyond_second()
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """The recomputation works on copies of the buffers: they are not advanced a second time."""
+        present = {slots for slots, *_ in _present.stack}
+        with ExitStack() as stack:
+            stack.enter_context(beyond_second_derivatives(self._beyond_second))
+            for slots, modes, training, params, buffers in self._held:
+                if slots in present:
+                    stack.enter_context(_loaded_before(slots))
+                else:
+                    stack.enter_context(standing(slots, modes))
+                    slots.set_training(training)
+                slots.load(params, _copied(slots, buffers))
+            yield
+
+
+@contextmanager
+def _loaded_before(slots: ModuleSlots) -> Iterator[None]:
+    """Afterwards the same values stand in the module again."""
+    before = slots.loaded
+    try:
+        yield
+    finally:
+        if before is not None:
+            slots.load(*before)
+
+
+def load_again(slots: ModuleSlots, loaded: tuple[Values, Values] | None) -> None:
+    """Stand values in the module that stood there before, if others do now."""
+    if loaded is not None and slots.loaded is not loaded:
+        params, buffers = loaded
+        slots.load(params, _copied(slots, buffers))
+
+
+def _copied(slots: ModuleSlots, buffers: Values) -> Values:
+    with torch.no_grad():
+        return {
+            name: x.clone() if slots.changing is None or name in slots.changing else x
+            for name, x in buffers.items()
+        }
+
+
+class _Frame(torch_checkpoint._CheckpointFrame):
+    """A checkpointed layer, which is recomputed with the values that stand there now."""
+
+    def __init__(self, recompute: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        moment = _Moment()
+
+        def recompute_as_now(*inputs: Any) -> None:
+            with moment.again():
+                recompute(*inputs)
+
+        super().__init__(recompute_as_now if _present.stack else recompute, *args, **kwargs)
+
+
+class _Reentrant:
+    """What ``checkpoint(..., use_reentrant=True)`` goes through."""
+
+    _original: Any = torch_checkpoint.CheckpointFunction
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        if _present.stack and torch.is_grad_enabled():
+            raise NotImplementedError(
+                "a layer calls torch.utils.checkpoint with use_reentrant=True, which can be "
+                "differentiated neither with respect to given tensors nor twice: pass "
+                "use_reentrant=False"
+            )
+        return cls._original.apply(*args)
+
+
+class _BackwardHook(torch_hooks.BackwardHook):
+    """A module's full backward hooks, for one call of the module."""
+
+    def __init__(self, module: Any, user_hooks: Any, user_pre_hooks: Any) -> None:
+        hooks = _present.hooks()
+        if hooks is not None:
+            user_hooks = [hooks.only_here(hook) for hook in user_hooks]
+            user_pre_hooks = [hooks.only_here(hook) for hook in user_pre_hooks]
+        super().__init__(module, user_hooks, user_pre_hooks)
+
+
+_register_hook: Any = torch.Tensor.register_hook
+
+
+def _register_inner_hook(self: Tensor, hook: Hook) -> Any:
+    hooks = _present.hooks()
+    return _register_hook(self, hook if hooks is None else hooks.only_here(hook))
+
+
+_as_now = Shared(
+    lambda: replaced(
+        (torch_checkpoint, "_CheckpointFrame", _Frame),
+        (torch_checkpoint, "CheckpointFunction", _Reentrant),
+        (torch.nn.modules.module, "BackwardHook", _BackwardHook),
+        (torch.Tensor, "register_hook", _register_inner_hook),
+    )
+)

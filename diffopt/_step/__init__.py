@@ -1,0 +1,1 @@
+"""One pure step, its derivatives, and what it was seen to use."""

@@ -1,0 +1,226 @@
+"""Evaluating the user's loss with given values standing in the module."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from copy import copy
+from itertools import compress
+from types import MethodType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from diffopt._model.buffers import BufferStandIns, CopiedBuffers
+from diffopt._model.precision import Precision
+from diffopt._model.slots import ModuleSlots
+from diffopt._step.tasks import check_leads, over_tasks
+from diffopt._values.tree import differ, tensors_in
+
+#: The loss, the user's extras, and the buffers as the evaluation left them.
+Evaluation = tuple[Tensor, Any, dict[str, Tensor]]
+
+
+class InnerLoss:
+    """The loss of one unroll as a function of parameters, buffers and the position in the loop.
+
+    Args:
+        slots: where the inner parameters and the buffers live in the user's module.
+        loss_fn: ``loss_fn(model, item)``, the user's function.
+        item_at: the batch, or the step number, at a position of the loop.
+        first_step: the step number of position 0, for messages.
+    """
+
+    tasks: int | None = None
+
+    def __init__(
+        self,
+        slots: ModuleSlots,
+        loss_fn: Callable[[Any, Any], Any],
+        item_at: Callable[[int], Any],
+        first_step: int,
+    ) -> None:
+        self.slots = slots
+        self.buffers: BufferStandIns = BufferStandIns(slots)
+        self.loss_fn = loss_fn
+        self.precision = Precision(slots.inner)
+        self._untouched = _Untouched()
+        self.item_at = item_at
+        self._first_step = first_step
+
+    def later(self, by: int) -> Self:
+        """This loss with the positions counted from ``by`` on."""
+        item_at, loss = self.item_at, copy(self)
+        loss.item_at = lambda t: item_at(by + t)
+        loss._first_step = self._first_step + by
+        return loss
+
+    def signature(self) -> Hashable:
+        """Equal for losses that take as much memory; None where there is no telling.
+
+        That is the same function, of batches of the same shapes. What a function of the step
+        number alone works on is not known.
+        """
+        tensors = list(tensors_in(self.item_at(0)))
+        if not tensors:
+            return None
+        function = self.loss_fn
+        kept = weakref.WeakMethod if isinstance(function, MethodType) else weakref.ref
+        try:
+            known = kept(function)
+            hash(known)
+        except TypeError:  # an object that has no hash, or of which there are no weak references
+            return None
+        return known, tuple((x.shape, x.dtype, x.device) for x in tensors)
+
+    def of_item(self, item: Any) -> Self:
+        """This loss with one batch, or step number, for all positions."""
+        loss = copy(self)
+        loss.item_at = lambda t: item
+        return loss
+
+    def traced(self, item: Any) -> Self:
+        """``of_item``, with nothing decided by the values of tensors, which a tracer has not."""
+        loss = self.of_item(item)
+        loss.buffers = CopiedBuffers(self.buffers.tracked)
+        loss._untouched = _Untouched(compare=False)
+        return loss
+
+    def __call__(
+        self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], t: int
+    ) -> Evaluation:
+        """Evaluate; the module keeps the values until the next evaluation."""
+        stand_ins = self.buffers.stand_in(buffers)
+        params = self.precision.narrowed(params)
+        step = self._first_step + t
+        with self._untouched.checked(params, step):
+            loss, aux, left = self._evaluate(params, stand_ins, self.item_at(t), step)
+        return loss, aux, self.buffers.after(buffers, stand_ins, left, step)
+
+    def total(self, loss: Tensor) -> Tensor:
+        """The scalar whose gradient is taken."""
+        return loss
+
+    def transform_grads(
+        self, transform: Callable[[dict[str, Tensor]], Any], grads: dict[str, Tensor]
+    ) -> Any:
+        """The user's ``grad_transform`` of the inner gradients."""
+        return transform(grads)
+
+    def _evaluate(
+        self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], item: Any, step: int
+    ) -> Evaluation:
+        self.slots.load(params, buffers)
+        loss, aux = loss_and_aux(self.loss_fn(self.slots.model, item), step)
+        return loss, aux, self.slots.read_buffers()
+
+
+class TaskLosses(InnerLoss):
+    """The losses of N tasks at once, shape (N,): every tensor leads with the task dimension.
+
+    Only the evaluation is mapped, by ``torch.vmap``. As no task sees another's parameters, the
+    gradient of the sum holds every task's own, and the optimizers' rules, being elementwise, need
+    not know.
+    """
+
+    tasks: int
+
+    def __init__(
+        self,
+        slots: ModuleSlots,
+        loss_fn: Callable[[Any, Any], Any],
+        item_at: Callable[[int], Any],
+        first_step: int,
+        tasks: int,
+    ) -> None:
+        super().__init__(slots, loss_fn, item_at, first_step)
+        self.tasks = tasks
+
+    def total(self, loss: Tensor) -> Tensor:
+        return loss.sum()
+
+    def transform_grads(
+        self, transform: Callable[[dict[str, Tensor]], Any], grads: dict[str, Tensor]
+    ) -> Any:
+        result: list[Any] = []
+
+        def one(grads: dict[str, Tensor]) -> dict[str, Tensor]:
+            result[:] = [transform(grads)]
+            if not isinstance(result[0], Mapping):
+                return {}
+            return {name: g for name, g in result[0].items() if isinstance(g, Tensor)}
+
+        mapped = torch.vmap(one, randomness="different")(grads)
+        if not isinstance(result[0], Mapping):
+            return result[0]
+        return {name: mapped.get(name, g) for name, g in result[0].items()}
+
+    def _evaluate(
+        self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], item: Any, step: int
+    ) -> Evaluation:
+        check_leads(item, self.tasks, f"the batch of step {step}")
+
+        def one(
+            params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], item: Any
+        ) -> Evaluation:
+            loss, aux, left = InnerLoss._evaluate(self, params, buffers, item, step)
+            # What was changed in place was changed in the memory that is mapped over.
+            replaced = {name: x for name, x in left.items() if x is not buffers[name]}
+            return loss, aux, replaced
+
+        loss, aux, replaced = over_tasks(one, params, buffers, item)
+        return loss, aux, {**buffers, **replaced}
+
+
+class _Untouched:
+    """Refuses a loss that changes parameters in place.
+
+    That change would have no derivative, and be made in the memory of a snapshot or of the
+    caller's own parameters. Version counters show it, except where it is made through ``.data``;
+    so the first evaluation is compared by value.
+    """
+
+    def __init__(self, *, compare: bool = True) -> None:
+        self._compare = compare
+
+    @contextmanager
+    def checked(self, params: Mapping[str, Tensor], step: int) -> Iterator[None]:
+        versions = [x._version for x in params.values()]
+        copies = [x.detach().clone() for x in params.values()] if self._compare else []
+        yield
+        changed = [v != x._version for v, x in zip(versions, params.values(), strict=True)]
+        if self._compare:
+            self._compare = False
+            now = [x.detach() for x in params.values()]
+            changed = [a or b for a, b in zip(changed, differ(copies, now), strict=True)]
+            for x, before in compress(zip(now, copies, strict=True), changed):
+                x.copy_(before)
+        for name in compress(params, changed):
+            raise NotImplementedError(
+                f"the loss of step {step} changes parameter {name!r} in place, which has no "
+                "derivative: compute what it needs from the parameter, as a parametrization does"
+            )
+
+
+def loss_and_aux(out: Any, step: int) -> tuple[Tensor, Any]:
+    """What a ``loss_fn`` returned, checked: a scalar loss and anything beside it."""
+    aux = None
+    if isinstance(out, tuple) and len(out) == 2:
+        out, aux = out
+    elif isinstance(out, Mapping) and "loss" in out:
+        out = out["loss"]
+    elif not isinstance(out, Tensor) and isinstance(getattr(out, "loss", None), Tensor):
+        out = out.loss  # the convention of models that compute their own loss
+    if not isinstance(out, Tensor):
+        raise TypeError(
+            f"the loss of step {step} is a {type(out).__name__}: loss_fn has to return a scalar "
+            "tensor, or the pair (loss, aux)"
+        )
+    if out.numel() != 1:
+        raise ValueError(
+            f"the loss of step {step} has shape {tuple(out.shape)}, which is not a scalar: "
+            "reduce it, for example with .mean()"
+        )
+    return out if out.dim() == 0 else out.reshape(()), aux

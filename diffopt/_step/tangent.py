@@ -1,0 +1,174 @@
+"""The Jacobian-vector product of one inner step: tangents carried forward.
+
+``pushed`` evaluates the step on dual numbers: forward mode over the reverse mode that gives the
+inner gradient. ``pushed_by_transposition`` needs reverse mode alone: with v ↦ vᵀJ, which is linear,
+differentiating ⟨vᵀJ, ẋ⟩ in v gives J ẋ. It serves where an operation has no forward derivative.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+
+from diffopt._step.capture import Captured, end_of, present_sequence
+from diffopt._step.step import InnerStep
+from diffopt._values.state import Cotangent, State
+from diffopt._values.tree import Path, map_tensors, tensors_in
+
+#: Tangents of a state, by path; a missing one is zero.
+Tangent = Cotangent
+#: Tangents of captured tensors.
+ByTensor = Mapping[Tensor, Tensor]
+
+
+def pushed(
+    step: InnerStep, state: State, t: int, tangent: Tangent, captured: ByTensor
+) -> tuple[Tangent, Tensor | None]:
+    """The tangents of the next state and of the loss of step ``t``.
+
+    Args:
+        tangent: of the state.
+        captured: tangents of tensors that the step uses without being given them. Where it hands
+            one to PyTorch, a dual number takes its place.
+
+    Raises:
+        RuntimeError: an operation has no forward derivative, or took a captured tensor from out of
+            sight, as a compiled or scripted function does.
+    """
+    _load_decompositions()
+    since = present_sequence()
+    with forward_ad.dual_level(), torch.enable_grad():
+        substitutes = {x: _dual(x, dx) for x, dx in captured.items()}
+        given = {
+            path: _dual(x, tangent[path]) if path in tangent else x.detach().requires_grad_()
+            for path, x in step.differentiable(state).items()
+        }
+        start = state.replace(given)
+        with _Substitution(substitutes) as substitution:
+            own = [*start.params.values(), *given.values(), *substitutes.values()]
+            found = step.evaluate(start, t, own, False)
+            loss, buffers = found.loss, found.buffers
+            grads = step.prepared(found, start.params)
+            hyper = [map_tensors(substitution.replaced, options) for options in found.hyper]
+            _check_all_replaced(captured, _walkable([loss, buffers, grads, hyper]), own, since)
+            with torch.no_grad():
+                params, opt = step.update(hyper, start.params, grads, start.opt)
+        result = State(params, opt, buffers).tensors()
+        tangents = {path: dx for path, x in result.items() if (dx := _tangent_of(x)) is not None}
+        return tangents, _tangent_of(loss)
+
+
+def pushed_by_transposition(
+    step: InnerStep,
+    state: State,
+    t: int,
+    tangents: Sequence[Tangent],
+    edges: Sequence[Any],
+    edge_tangents: Sequence[Sequence[Tensor | None]],
+) -> list[tuple[Tangent, Tensor | None]]:
+    """What ``pushed`` gives, for several tangents at once.
+
+    Args:
+        tangents: of the state, one for each direction.
+        edges: the captured tensors, or their gradient edges.
+        edge_tangents: theirs, for each direction.
+    """
+    given = {p: x.detach().requires_grad_() for p, x in step.differentiable(state).items()}
+    with torch.enable_grad():
+        result = step(state.replace(given), t)
+        outputs: dict[Path, Tensor] = {
+            path: x for path, x in result.state.tensors().items() if x.requires_grad
+        }
+        results = [*outputs.values(), result.loss]
+        dummies = [torch.zeros_like(x, requires_grad=True) for x in results]
+        pulled = torch.autograd.grad(
+            results, [*given.values(), *edges], dummies, create_graph=True, allow_unused=True
+        )
+    pushed = []
+    for tangent, others in zip(tangents, edge_tangents, strict=True):
+        directions = [*(tangent.get(path) for path in given), *others]
+        pairs = [
+            (g, dx)
+            for g, dx in zip(pulled, directions, strict=True)
+            if g is not None and dx is not None and g.requires_grad
+        ]
+        found: Sequence[Tensor | None] = [None] * len(dummies)
+        if pairs:
+            found = torch.autograd.grad(
+                [g for g, _ in pairs],
+                dummies,
+                [dx for _, dx in pairs],
+                retain_graph=True,
+                allow_unused=True,
+            )
+        after = {p: dx for p, dx in zip(outputs, found, strict=False) if dx is not None}
+        pushed.append((after, found[-1]))
+    return pushed
+
+
+@cache
+def _load_decompositions() -> None:
+    """What ``make_dual`` does at its first call, without the deprecation warnings of doing it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        importlib.import_module("torch._decomp.decompositions_for_jvp")
+
+
+def _dual(x: Tensor, tangent: Tensor) -> Tensor:
+    dual: Tensor = forward_ad.make_dual(x.detach().requires_grad_(), tangent)  # type: ignore[no-untyped-call]
+    return dual
+
+
+def _tangent_of(x: Tensor) -> Tensor | None:
+    tangent: Tensor | None = forward_ad.unpack_dual(x).tangent  # type: ignore[no-untyped-call]
+    return None if tangent is None or tangent._is_zerotensor() else tangent.detach()
+
+
+def _walkable(tree: Any) -> list[Tensor]:
+    return [x for x in tensors_in(tree) if x.requires_grad]
+
+
+def _check_all_replaced(
+    captured: ByTensor, roots: Iterable[Tensor], own: Iterable[Tensor], since: int
+) -> None:
+    """Raise where a captured tensor itself is in the graph, and not the one in its place."""
+    if not captured:
+        return
+    walk = Captured()
+    walk.offer(captured)
+    if walk.walk(roots, own, since, set()) & {end_of(x) for x in captured}:
+        raise RuntimeError("a captured tensor was used out of sight")
+
+
+class _Substitution(TorchFunctionMode):
+    """Hands other tensors to PyTorch's functions than they are called with."""
+
+    def __init__(self, substitutes: Mapping[Tensor, Tensor]) -> None:
+        super().__init__()
+        self._substitutes = substitutes
+
+    def replaced(self, x: Tensor) -> Tensor:
+        return self._substitutes.get(x, x)
+
+    def _replaced_in(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self._substitutes.get(value, value)
+        if type(value) in (list, tuple):
+            return type(value)(map(self._replaced_in, value))
+        return value
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if self._substitutes:
+            args = tuple(map(self._replaced_in, args))
+            kwargs = {key: self._replaced_in(value) for key, value in (kwargs or {}).items()}
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,130 @@
+"""Many tasks at once: mapping a function of values and a batch over a leading dimension."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from itertools import repeat
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torch.utils._pytree as pytree
+from torch import Tensor
+from torch._C import _functorch
+from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+from diffopt._torch.replaced import Shared, replaced
+
+Values = Mapping[str, Tensor]
+
+
+def over_tasks(
+    function: Callable[[Values, Values, Any], Any], params: Values, buffers: Values, tree: Any
+) -> Any:
+    """``function(params, buffers, tree)`` for every task, by ``torch.vmap``.
+
+    All tensors lead with the task dimension, also those in the pytrees ``tree`` and in the result.
+    Anything else in them is the same for all tasks. Each task draws its own random numbers.
+    """
+    leaves, spec = pytree.tree_flatten(tree)
+    result: list[Any] = []
+
+    def one(params: Values, buffers: Values, tensors: list[Tensor]) -> list[Tensor]:
+        given = iter(tensors)
+        own = [next(given) if isinstance(x, Tensor) else x for x in leaves]
+        result[:] = pytree.tree_flatten(function(params, buffers, pytree.tree_unflatten(own, spec)))
+        return [x for x in result[0] if isinstance(x, Tensor)]
+
+    mapped = [x for x in leaves if isinstance(x, Tensor)]
+    run = torch.vmap(one, randomness="different")
+    with _by_tasks:
+        found = iter(run(dict(params), dict(buffers), mapped))
+    rest, out_spec = result
+    return pytree.tree_unflatten(
+        [next(found) if isinstance(x, Tensor) else x for x in rest], out_spec
+    )
+
+
+def check_leads(tree: Any, tasks: int, what: str) -> None:
+    """Raise where a tensor of ``tree`` does not lead with the task dimension."""
+    for x in pytree.tree_leaves(tree):
+        if isinstance(x, Tensor) and (x.dim() == 0 or x.shape[0] != tasks):
+            raise ValueError(
+                f"with tasks={tasks} every tensor leads with {tasks}, one entry a task, but "
+                f"{what} has one of shape {tuple(x.shape)}: stack the tasks' tensors, or let the "
+                "function capture what they share"
+            )
+
+
+#: Batch normalisation goes task by task from so many numbers on; below, the loop costs more.
+_LARGE = 1 << 18
+
+
+def _by_task(function: Callable[..., Tensor], tensor: int, least: int = 0) -> Callable[..., Tensor]:
+    """``function``, mapped on the CPU by a loop over the tasks.
+
+    ``torch.vmap`` makes one convolution of many, with the tasks as groups, and one normalisation,
+    whose second derivative is PyTorch's: on the CPU each takes several times as long as the tasks
+    one after the other.
+
+    Args:
+        tensor: which argument decides: it has to be mapped over, and of ``least`` numbers.
+    """
+
+    def mapped(*args: Any, **kwargs: Any) -> Any:
+        levels = _functorch.get_interpreter_stack() or []
+        alone = [level.key() for level in levels] == [_functorch.TransformType.Vmap]
+        x = args[tensor] if len(args) > tensor else None
+        if not alone or get_proxy_mode() is not None:  # compiled code would be as many times longer
+            return function(*args, **kwargs)
+        if x is None or not _functorch.is_batchedtensor(x) or x.device.type != "cpu":
+            return function(*args, **kwargs)
+        level = levels[0].level()
+        value, dim = _functorch._unwrap_batched(x, level)
+        assert dim is not None
+        if value.numel() < least:
+            return function(*args, **kwargs)
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        with temporarily_pop_interpreter_stack():
+            tasks = zip(*(_parts(leaf, level, value.shape[dim]) for leaf in leaves), strict=True)
+            found = []
+            for task in tasks:
+                own_args, own_kwargs = pytree.tree_unflatten(list(task), spec)
+                found.append(function(*own_args, **own_kwargs))
+            stacked: Any = _Stacked.apply(*found)  # type: ignore[no-untyped-call]
+        return _functorch._add_batch_dim(stacked, 0, level)
+
+    return mapped
+
+
+class _Stacked(torch.autograd.Function):
+    """``torch.stack``; the derivative of PyTorch's own fills a whole tensor for each of ``tensors``
+    when it is differentiated again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> Tensor:
+        return torch.stack(tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad.unbind()
+
+
+def _parts(x: Any, level: int, tasks: int) -> Iterable[Any]:
+    """What each task has for an argument."""
+    if not isinstance(x, Tensor) or not _functorch.is_batchedtensor(x):
+        return repeat(x, tasks)
+    value, dim = _functorch._unwrap_batched(x, level)
+    assert dim is not None
+    return value.unbind(dim)
+
+
+_CONVOLUTIONS = [f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3)]
+_by_tasks = Shared(
+    lambda: replaced(
+        *((F, name, _by_task(getattr(F, name), tensor=1)) for name in _CONVOLUTIONS),
+        (F, "batch_norm", _by_task(F.batch_norm, tensor=0, least=_LARGE)),
+    )
+)

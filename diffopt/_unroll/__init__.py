@@ -1,0 +1,1 @@
+"""What the user calls, and what the call returns."""

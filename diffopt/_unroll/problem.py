@@ -1,0 +1,136 @@
+"""What an unroll trains: which module, by which rule, under which names.
+
+For a module and an optimizer of PyTorch that is read off the two. A library that has modules and
+optimizers of its own, with their own place for the weights, is adapted by a subclass of
+``InnerProblem`` and a call of ``adapt``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffopt._model.refused import check_model
+from diffopt._model.slots import ModuleSlots
+from diffopt._step.step import GradTransform
+from diffopt._unroll.unrolled import Unrolled
+from diffopt.optim import Optimizer, convert
+from diffopt.optim.base import as_tensors
+from diffopt.optim.terms import Entries
+
+
+class InnerProblem:
+    """The inner problem of one unroll.
+
+    Args:
+        model: the module that ``loss_fn`` sees.
+        opt: the rule; its options are taken as they are now.
+        params: all of the model's parameters, by name.
+        groups: the names in each param group of ``opt``.
+        opt_state: the state that optimizer has, by parameter name.
+
+    Attributes:
+        inner: those parameters that are trained: the optimizer's that require grad.
+        first_step: the number of the first step.
+        grad_transform: what the optimizer does to the gradients on its own, or None.
+        connected: whether the results are wanted with a graph.
+    """
+
+    first_step: int = 0
+    grad_transform: GradTransform | None = None
+    connected: bool = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        opt: Optimizer,
+        params: Mapping[str, Tensor],
+        groups: list[list[str]],
+        opt_state: Mapping[str, Entries],
+    ) -> None:
+        self.model = model
+        self.opt = frozen(opt)
+        self.params = params
+        self.groups = groups
+        self.opt_state = opt_state
+        self.inner = {n: params[n] for names in groups for n in names if params[n].requires_grad}
+        if not self.inner:
+            raise ValueError(
+                "none of the optimizer's parameters requires grad, so there is nothing to train: "
+                "pass those to be trained with requires_grad=True"
+            )
+
+    @property
+    def inner_groups(self) -> list[list[str]]:
+        """``groups`` without the parameters that do not require grad."""
+        return [[name for name in names if name in self.inner] for names in self.groups]
+
+    def slots(self) -> ModuleSlots:
+        """Where the module holds the trained parameters and the buffers."""
+        return ModuleSlots(self.model, self.inner)
+
+    def deliver(self, result: Unrolled) -> None:
+        """Hand the result to the objects the caller passed. PyTorch's own stay as they were."""
+
+
+Make = Callable[[Any, Any, int | None], InnerProblem]
+
+_ADAPTERS: list[tuple[tuple[type, ...], Make]] = []
+_ADAPTED_BY = {"higher": "diffopt.higher"}  # package: the module here that adapts it
+
+
+def adapt(kinds: tuple[type, ...], make: Make) -> None:
+    """Have ``make(model, opt, tasks)`` state the problem where either is of one of ``kinds``."""
+    _ADAPTERS.append((kinds, make))
+
+
+def inner_problem(model: Any, opt: Any, tasks: int | None) -> InnerProblem:
+    """The inner problem that the arguments of ``unroll`` state."""
+    for kinds, make in _ADAPTERS:
+        if isinstance(model, kinds) or isinstance(opt, kinds):
+            return make(model, opt, tasks)
+    for what, given in (("model", model), ("opt", opt)):
+        for base in type(given).__mro__:
+            package = base.__module__.partition(".")[0]
+            if package in _ADAPTED_BY:
+                raise TypeError(
+                    f"{what} is a {type(given).__name__} of {package}, which diffopt knows only "
+                    f"after `import {_ADAPTED_BY[package]}`"
+                )
+    _check_model(model)
+    rule = convert(opt)
+    names = {x: name for name, x in model.named_parameters()}
+    groups = _names_by_group(names, rule)
+    state = {names[x]: as_tensors(entries) for x, entries in rule.state.items() if x in names}
+    return InnerProblem(model, rule, dict(model.named_parameters()), groups, state)
+
+
+def frozen(opt: Optimizer) -> Optimizer:
+    """The optimizer with the options it has now, whatever a scheduler does to it later."""
+    copy = object.__new__(type(opt))
+    copy.__dict__.update(opt.__dict__)
+    copy.param_groups = [dict(group) for group in opt.param_groups]
+    return copy
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}: pass a torch.nn.Module")
+    check_model(model)
+
+
+def _names_by_group(names: Mapping[Tensor, str], opt: torch.optim.Optimizer) -> list[list[str]]:
+    for i, group in enumerate(opt.param_groups):
+        for j, x in enumerate(group["params"]):
+            if x not in names:
+                given = group.get("param_names", ())
+                which = repr(given[j]) if len(given) > j else f"{j} of param group {i}"
+                raise ValueError(
+                    f"the optimizer's parameter {which}, of shape {tuple(x.shape)}, is not one of "
+                    "the model's: build the optimizer over parameters of the model that is "
+                    "unrolled, after moving it to its device"
+                )
+    return [[names[x] for x in group["params"]] for group in opt.param_groups]

@@ -1,0 +1,330 @@
+"""``diffopt.unroll``: differentiate through training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, MutableSequence, Sequence
+from itertools import chain
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset
+
+from diffopt._compile.compiled import CompiledStep
+from diffopt._compile.environment import Environment, Unchanged, functions_of
+from diffopt._loop import progress as _progress
+from diffopt._loop.loop import Loop
+from diffopt._loop.verify import Ledger
+from diffopt._model.modes import Modes
+from diffopt._model.slots import ModuleSlots
+from diffopt._step.capture import Captured
+from diffopt._step.generators import Generators
+from diffopt._step.loss import InnerLoss, TaskLosses
+from diffopt._step.step import GradTransform, InnerStep
+from diffopt._unroll.node import run_connected, run_detached
+from diffopt._unroll.problem import inner_problem
+from diffopt._unroll.start import Initial, start_state
+from diffopt._unroll.unrolled import Unrolled
+from diffopt._values.state import State
+from diffopt._values.tree import generators_in, map_tensors, tensors_in
+from diffopt.adjoint import Adjoint, Segmented
+
+LossFn = Callable[..., Any]
+
+
+def unroll(
+    model: nn.Module,
+    opt: torch.optim.Optimizer,
+    steps: int | Iterable[Any],
+    loss_fn: LossFn | None = None,
+    *,
+    segment: int | None = None,
+    adjoint: Adjoint | None = None,
+    initial: Initial = None,
+    grad_transform: GradTransform | None = None,
+    max_cotangent_norm: float | None = None,
+    verify: bool = False,
+    tasks: int | None = None,
+    compile: bool = False,
+    progress: bool = False,
+) -> Unrolled:
+    """Train ``model`` for some steps, as a differentiable function of everything it is made of.
+
+    The gradient of whatever is computed from the result reaches the initial parameters,
+    optimizer state, hyperparameters, tensors in the batches, the model's other parameters, and
+    every tensor that ``loss_fn`` or ``grad_transform`` captured, through ``backward()`` and
+    ``torch.autograd.grad`` alike. With the default adjoint, and every other that is not said to be
+    approximate, it is exact, and differentiable again.
+
+    Args:
+        model: any module. It is afterwards what it was, also when ``loss_fn`` raises.
+        opt: a ``diffopt`` or ``torch.optim`` optimizer over some or all of the model's
+            parameters: the inner variables. Its state and param groups are the start. After
+            ``import diffopt.higher`` also the pair that ``higher.innerloop_ctx`` yields, which
+            are then left as a loop of ``dopt.step(loss)`` would have left them.
+        steps: an int T: ``loss_fn(model, t)`` is called with t = 0, ..., T-1. Or batches:
+            ``loss_fn(model, batch)`` is called with each; a batch is any pytree. What cannot be
+            indexed is read into a list; what can, but is no list or tuple, is indexed anew
+            whenever a step is computed.
+        loss_fn: returns a scalar loss or ``(loss, aux)``; or, as some models do, a mapping or an
+            object that holds it as ``loss``. Its ``model`` is the user's own module
+            holding the current fast weights. It may run several times for a step, so it has to be
+            a function of the model, the batch, captured tensors and random numbers. None: the
+            model returns its own loss, from ``model(batch)`` or, for an int, ``model()``.
+        segment: short for ``adjoint=diffopt.Segmented(segment)``.
+        adjoint: how the derivative is computed. Default: ``diffopt.Segmented()``.
+        initial: an earlier ``Unrolled`` to continue from (its optimizer state wins over
+            ``opt``'s), or initial values by parameter name for some or all inner variables.
+        grad_transform: ``f(grads) -> grads``, a differentiable change to the dict of inner
+            gradients, by parameter name. The shapes stay; a parameter whose name is left out is
+            left alone by the update. With ``tasks`` it is given one task's.
+        max_cotangent_norm: before each step's vector-Jacobian product, scale the cotangent of
+            the updated parameters to at most this joint norm, against exploding meta-gradients.
+        verify: compare every step that is computed again with the first pass, bit for bit, and
+            raise a ``RuntimeError`` that names step and tensor where they differ: ``loss_fn`` keeps
+            state, data changed, a kernel is nondeterministic. Costs one more gradient a step, and
+            a dozen passes over the state for each computation of it; a number is kept per tensor.
+            Steps whose graph is kept, all of them with ``StoreAll``, are not computed again.
+        tasks: N, to adapt N tasks at once: every batch tensor leads with the task dimension, and
+            so do the results (``losses`` is (N, T)). Each task starts from the same values, unless
+            ``initial`` has one for each. Equal to N unrolls, random numbers apart, which every task
+            draws for itself; ``loss_fn`` runs under ``torch.vmap``.
+        compile: trace the step and its derivative once, and run them as code compiled for this
+            and all later calls with the model. ``loss_fn`` is not run again, so it has to have no
+            effect but its result. What cannot be compiled runs as ever, after a
+            ``CompileWarning`` that says why. See "Compiled steps" in the documentation.
+        progress: show a tqdm bar, forward and backward; needs the package ``tqdm``.
+
+    Returns:
+        the trained values. Under ``torch.no_grad()`` they carry no graph and nothing is kept.
+
+    Raises:
+        TypeError: a wrong kind of argument, such as an optimizer class that is not known.
+        ValueError: a wrong value, such as a loss that is not a scalar or that does not depend
+            on any inner variable, or an optimizer parameter that is not the model's; or both
+            ``segment`` and ``adjoint``.
+        NotImplementedError: what is refused, such as a model wrapped in ``DataParallel``.
+        ImportError: ``progress=True`` without tqdm.
+        RuntimeError: in the backward pass, where a step computed again is not what it was: it uses
+            other tensors, or an input was changed in place since.
+
+    Cost: by the adjoint. With the default about 2√T states are held and one step's graph, and
+    each step is computed about three times in all. A backward pass that is itself recorded
+    (``create_graph=True``, an unroll inside an unroll) holds T states and then T cotangents, and
+    the graph of one step at a time, whatever the adjoint and its storage are.
+
+    Example:
+        >>> import torch, diffopt
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> lr = torch.tensor(0.1, requires_grad=True)
+        >>> x, y = torch.ones(4, 2), torch.zeros(4, 1)
+        >>> loss_fn = lambda model, batch: ((model(batch[0]) - batch[1]) ** 2).mean()
+        >>> inner = diffopt.SGD(model.parameters(), lr=lr)
+        >>> fast = diffopt.unroll(model, inner, [(x, y)] * 5, loss_fn)
+        >>> loss_fn(fast, (x, y)).backward()
+        >>> model.weight.grad.shape, lr.grad.shape
+        (torch.Size([1, 2]), torch.Size([]))
+    """
+    adjoint = _chosen_adjoint(segment, adjoint)
+    _check_options(loss_fn, grad_transform, max_cotangent_norm, verify, tasks, compile, progress)
+    problem = inner_problem(model, opt, tasks)
+    slots = problem.slots()
+    start = start_state(problem, slots.buffers, initial, tasks)
+    first_step = initial.step if isinstance(initial, Unrolled) else problem.first_step
+    steps = _plain_int(steps)
+    batches = _batches(steps)
+    count = steps if isinstance(steps, int) else len(batches)
+    inputs = [x for batch in _distinct(batches) for x in tensors_in(batch)]
+    hyper = [x for group in problem.opt.param_groups for x in tensors_in(_options(group))]
+    constants = [x for name, x in problem.params.items() if name not in problem.inner]
+    devices = {x.device for x in (*problem.params.values(), *slots.buffers.values(), *inputs)}
+
+    transform = grad_transform or problem.grad_transform
+    environment = Environment(
+        slots.model,
+        *(loss_fn, transform, *map(_options, problem.opt.param_groups)),
+        *(problem.opt, *functions_of(type(problem.opt))),
+        given=[*problem.inner.values(), *slots.buffers.values()],
+        containers=(list, tuple, set, dict),
+        most=1000,
+    )
+    own_generators = [g for batch in _distinct(batches) for g in generators_in(batch)]
+    own_generators += environment.generators
+
+    connected = torch.is_grad_enabled() and problem.connected
+    captured = None
+    if connected:
+        captured = Captured()
+        captured.offer([*inputs, *hyper, *constants, *problem.inner.values()])
+    generators = Generators(devices, own_generators)
+    loss = _inner_loss(slots, loss_fn, steps, batches, first_step, tasks)
+    step = InnerStep(
+        loss, problem.opt, problem.inner_groups, first_step=first_step, grad_transform=transform
+    )
+    if compile:
+        compiled = CompiledStep(
+            step,
+            generators=generators,
+            counted=isinstance(steps, int),
+            given=[*problem.inner.values(), *slots.buffers.values()],
+        )
+        if captured is not None:
+            captured.offer(compiled.environment)
+        step = compiled
+    loop = Loop(
+        step,
+        start,
+        count,
+        captured=captured,
+        generators=generators,
+        modes=Modes(model, devices),
+        progress=_progress.Progress(count, progress),
+        max_cotangent_norm=None if max_cotangent_norm == math.inf else max_cotangent_norm,
+        tasks=tasks,
+        ledger=Ledger() if verify and connected else None,
+    )
+    if connected:
+        guarded = [*inputs, *hyper, *constants]
+        final, losses = run_connected(loop, adjoint, guarded, Unchanged(environment.tensors))
+    else:
+        final, losses = run_detached(loop)
+    final = State(step.loss.precision.narrowed(final.params), final.opt, final.buffers)
+    chosen = set(chain.from_iterable(problem.groups))
+    given = {name: x for name, x in problem.params.items() if name in chosen}
+    if tasks is not None:
+        losses = losses.T if count else losses.new_zeros(tasks, 0)
+    result = Unrolled(slots, final, given, losses, loop.aux, first_step + count, tasks)
+    problem.deliver(result)
+    return result
+
+
+def _chosen_adjoint(segment: int | None, adjoint: Adjoint | None) -> Adjoint:
+    if segment is not None and adjoint is not None:
+        raise ValueError(
+            f"both segment={segment!r} and adjoint={adjoint!r} were given, and segment=k is short "
+            "for adjoint=diffopt.Segmented(k): pass one of them"
+        )
+    if adjoint is None:
+        return Segmented(segment)
+    if not isinstance(adjoint, Adjoint):
+        raise TypeError(
+            f"adjoint is a {type(adjoint).__name__}: pass an object such as diffopt.Segmented()"
+        )
+    return adjoint
+
+
+def _check_options(
+    loss_fn: Any,
+    grad_transform: Any,
+    max_cotangent_norm: Any,
+    verify: Any,
+    tasks: Any,
+    compile: Any,
+    progress: bool,
+) -> None:
+    for name, value in (("loss_fn", loss_fn), ("grad_transform", grad_transform)):
+        if value is not None and not callable(value):
+            raise TypeError(f"{name} is a {type(value).__name__}: pass a function")
+    if max_cotangent_norm is not None:
+        if isinstance(max_cotangent_norm, bool) or not isinstance(max_cotangent_norm, Real):
+            raise TypeError(
+                f"max_cotangent_norm is a {type(max_cotangent_norm).__name__}: pass a number"
+            )
+        if not float(max_cotangent_norm) > 0:
+            raise ValueError(
+                f"max_cotangent_norm={max_cotangent_norm} would stop every gradient: pass a "
+                "number above 0, or None for no bound"
+            )
+    for name, value in (("verify", verify), ("progress", progress)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} is a {type(value).__name__}: pass True or False")
+    if tasks is not None:
+        if isinstance(tasks, bool) or not isinstance(tasks, int):
+            raise TypeError(f"tasks is a {type(tasks).__name__}: pass how many there are, an int")
+        if tasks < 1:
+            raise ValueError(f"tasks={tasks}: pass 1 or more, or None for no task dimension")
+    if not isinstance(compile, bool):
+        raise TypeError(f"compile is a {type(compile).__name__}: pass True or False")
+    if progress:
+        _progress.check_available()
+
+
+def _options(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key not in ("params", "param_names")}
+
+
+def _plain_int(steps: Any) -> Any:
+    """NumPy's integers as Python's; anything else as it is."""
+    return int(steps) if type(steps) is not bool and isinstance(steps, Integral) else steps
+
+
+def _batches(steps: Any) -> Sequence[Any]:
+    """The batches as something that can be indexed; nothing where ``steps`` is an int."""
+    if isinstance(steps, (bool, str, bytes, Mapping)):
+        raise TypeError(
+            f"steps is a {type(steps).__name__}: pass the number of steps, or a list of batches "
+            "(for one batch used T times, [batch] * T)"
+        )
+    if isinstance(steps, int):
+        if steps < 0:
+            raise ValueError(f"steps={steps} is negative: pass 0 or more")
+        return ()
+    if isinstance(steps, Tensor) and not steps.dim():
+        raise TypeError(
+            "steps is a 0-d tensor: pass the number of steps as an int, int(steps), or one tensor "
+            "whose first dimension is the batches'"
+        )
+    if isinstance(steps, (MutableSequence, tuple, IterableDataset)):
+        return tuple(steps)  # the caller may change a list before the backward pass
+    if hasattr(steps, "__getitem__") and hasattr(steps, "__len__"):
+        indexable: Sequence[Any] = steps
+        return indexable
+    if isinstance(steps, Iterable):
+        return tuple(steps)
+    raise TypeError(
+        f"steps is a {type(steps).__name__}: pass the number of steps, or batches to iterate over"
+    )
+
+
+def _distinct(batches: Any) -> list[Any]:
+    """The batches that exist already, each once; those indexed on demand are left alone."""
+    if isinstance(batches, Tensor):
+        return [batches]
+    if not isinstance(batches, tuple):
+        return []
+    return list({id(batch): batch for batch in batches}.values())
+
+
+def _inner_loss(
+    slots: ModuleSlots,
+    loss_fn: LossFn | None,
+    steps: Any,
+    batches: Sequence[Any],
+    first_step: int,
+    tasks: int | None,
+) -> InnerLoss:
+    counted = isinstance(steps, int)
+    # A compiled function has no second derivative: its original is called.
+    function = getattr(loss_fn, "_torchdynamo_orig_callable", loss_fn)
+    if function is None:
+        function = _own_loss_without_batch if counted else _own_loss
+    inference = torch.is_inference_mode_enabled()  # whose tensors no gradient can be taken with
+
+    def item_at(t: int) -> Any:
+        if counted:
+            return first_step + t
+        return map_tensors(torch.Tensor.clone, batches[t]) if inference else batches[t]
+
+    if tasks is not None:
+        return TaskLosses(slots, function, item_at, first_step, tasks)
+    return InnerLoss(slots, function, item_at, first_step)
+
+
+def _own_loss(model: nn.Module, batch: Any) -> Any:
+    return model(batch)
+
+
+def _own_loss_without_batch(model: nn.Module, step: int) -> Any:
+    return model()

@@ -1,0 +1,1 @@
+"""Plain values: pytrees, and the state that goes from step to step."""

@@ -1,0 +1,70 @@
+"""The state that a training loop carries from step to step, and its cotangent.
+
+A state is a value: no function of this package writes into one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from diffopt._values.tree import Path, is_differentiable
+
+#: What flows back (or, in forward mode, along): by path, a missing path standing for zero.
+Cotangent = dict[Path, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """Inner parameters, optimizer state and buffers, each by the name the model gives them."""
+
+    params: Mapping[str, Tensor]
+    opt: Mapping[str, Mapping[str, Tensor]]
+    buffers: Mapping[str, Tensor]
+
+    def tensors(self) -> dict[Path, Tensor]:
+        """Every tensor of the state by its path."""
+        flat: dict[Path, Tensor] = {("params", name): x for name, x in self.params.items()}
+        for name, entries in self.opt.items():
+            for key, x in entries.items():
+                flat["opt", name, key] = x
+        for name, x in self.buffers.items():
+            flat["buffers", name] = x
+        return flat
+
+    def differentiable(self) -> dict[Path, Tensor]:
+        """The tensors that may carry a gradient: floating point ones, and not step counts."""
+        return {
+            path: x
+            for path, x in self.tensors().items()
+            if is_differentiable(x) and not (path[0] == "opt" and path[2] == "step")
+        }
+
+    def replace(self, values: Mapping[Path, Tensor]) -> State:
+        """A state with ``values`` put in the place of the tensors at their paths."""
+        get = values.get
+        return State(
+            {name: get(("params", name), x) for name, x in self.params.items()},
+            {
+                name: {key: get(("opt", name, key), x) for key, x in entries.items()}
+                for name, entries in self.opt.items()
+            },
+            {name: get(("buffers", name), x) for name, x in self.buffers.items()},
+        )
+
+    def detach(self) -> State:
+        """The same values, cut from any graph."""
+        attached = {path: x.detach() for path, x in self.tensors().items() if x.requires_grad}
+        return self.replace(attached) if attached else self
+
+    def apart_from(self, other: State) -> State:
+        """The same values, copied where they are held in memory of ``other``."""
+        held = {_memory(x) for x in other.tensors().values()}
+        mine = self.tensors()
+        return self.replace({p: x.clone() for p, x in mine.items() if _memory(x) in held})
+
+
+def _memory(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
