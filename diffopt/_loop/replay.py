@@ -1,23 +1,44 @@
 """The derivative of the derivative: the way back through the loop as a differentiable function.
 
 When a backward pass is itself recorded (``create_graph=True``, or an unroll inside an unroll), the
-loop is replayed with every step recomputed on demand. States are held, T of them and then T
-cotangents, and the graph of one step at a time.
+loop is replayed with every step recomputed on demand: forward once more, which connects the states
+with one another, then back, one vector-Jacobian product a step. What flows back is bounded between
+the steps by ordinary differentiable operations. So the states, T of them, and the cotangents, as
+many, are functions of the start and of one another, and no more than one step's graph is held.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from diffopt._loop.loop import Loop, clip_norm
+from diffopt._loop.loop import CapturedSum, Loop
 from diffopt._loop.recompute import Seen, recomputed
 from diffopt._values.state import Cotangent, State
 from diffopt._values.tree import Path
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A step that was replayed.
+
+    Attributes:
+        inputs: aliases of the differentiable tensors of the state before it, and of nothing else.
+            An alias tells a tensor apart from another that was computed from it.
+        captured: aliases of the captured tensors that the step uses, in the order of
+            ``Captured.at``.
+        after: the state after it, a recomputed function of ``inputs`` and ``captured``.
+        loss: likewise.
+    """
+
+    inputs: dict[Path, Tensor]
+    captured: list[Tensor]
+    after: State
+    loss: Tensor
 
 
 def differentiable_backward(
@@ -34,68 +55,48 @@ def differentiable_backward(
         generators: where they stood at the start.
         start: the differentiable tensors of the start, connected to the caller's graph; what is
             missing is a constant.
+
+    Cost: T states and T cotangents are held, and the graph of one step at a time.
     """
     with torch.enable_grad():
-        # Aliases, so that a tensor behind another one is told apart from it.
-        leaves = {path: x.view_as(x) for path, x in start.items()}
-        seen = [x.view_as(x) for x in captured]
-        state, losses = _forward(loop, generators, loop.start.replace(leaves), seen)
-        outputs = state.tensors()
-        pairs = [(x, cotangent[p]) for p, x in outputs.items() if cotangent.get(p) is not None]
-        if loss_cotangents is not None:
-            pairs.extend(zip(losses, loss_cotangents, strict=True))
-        pairs = [(x, c) for x, c in pairs if x.requires_grad]
-        inputs = [x for x in [*leaves.values(), *seen] if x.requires_grad]
-        found: dict[Tensor, Tensor | None] = {}
-        if pairs and inputs:
-            grads = torch.autograd.grad(
-                [x for x, _ in pairs],
-                inputs,
-                [c for _, c in pairs],
-                create_graph=True,
-                allow_unused=True,
-            )
-            found = dict(zip(inputs, grads, strict=True))
-    before = {path: g for path, x in leaves.items() if (g := found.get(x)) is not None}
-    return before, [found.get(x) for x in seen]
+        state = loop.start.replace(start)
+        steps = []
+        for t in range(loop.steps):
+            step, generators = _replayed(loop, t, generators, state, captured)
+            steps.append(step)
+            state = step.after
+        total = CapturedSum(loop.captured)
+        while steps:
+            t, step = len(steps) - 1, steps.pop()
+            loss_cotangent = None if loss_cotangents is None else loss_cotangents[t]
+            cotangent, found = _vjp(step, loop.clipped(cotangent), loss_cotangent)
+            total.add(loop.captured.at(t), found)
+    return {path: g for path, g in cotangent.items() if path in start}, total.total
 
 
-def _forward(
-    loop: Loop,
-    generators: tuple[Tensor, ...],
-    state: State,
-    captured: Sequence[Tensor],
-) -> tuple[State, list[Tensor]]:
-    losses = []
-    for t in range(loop.steps):
-        state, loss, generators = _step(loop, t, generators, state, captured)
-        params = clip_cotangent(state.params, loop.max_cotangent_norm, loop.tasks)
-        state = State(params, state.opt, state.buffers)
-        losses.append(loss)
-    return state, losses
-
-
-def _step(
+def _replayed(
     loop: Loop,
     t: int,
     generators: tuple[Tensor, ...],
     state: State,
     captured: Sequence[Tensor],
-) -> tuple[State, Tensor, tuple[Tensor, ...]]:
-    paths = list(loop.step.differentiable(state))
-    values = state.tensors()
+) -> tuple[_Step, tuple[Tensor, ...]]:
+    """Take step ``t`` from ``state``, with the generators as given: they are also where it ends."""
+    inputs = {path: x.view_as(x) for path, x in loop.step.differentiable(state).items()}
+    used = [captured[i] for i in loop.captured.at(t)]
+    used = [x.view_as(x) for x in used]
     constant = state.detach()
     template: list[State] = []
-    after: list[tuple[Tensor, ...]] = []
+    ends: list[tuple[Tensor, ...]] = []
 
-    def function(*leaves: Tensor) -> tuple[Tensor | None, ...]:
+    def function(*values: Tensor) -> tuple[Tensor | None, ...]:
         loop.generators.set(generators)
-        given = constant.replace(dict(zip(paths, leaves, strict=True)))
+        given = constant.replace(dict(zip(inputs, values, strict=True)))
         result = loop.step(given, t, loop.checked(t))
         if not template:
             template.append(result.state.detach())
             loop.compare(t, result)
-            after.append(loop.generators.get())
+            ends.append(loop.generators.get())
         flowing = loop.step.differentiable(result.state)
         return (result.loss, *flowing.values())
 
@@ -109,31 +110,39 @@ def _step(
             yield shared
 
     seen = Seen(loop.captured.edges(t), context)
-    used = [captured[i] for i in loop.captured.at(t)]
-    loss, *flowing = recomputed(function, seen, used, [values[path] for path in paths])
+    loss, *flowing = recomputed(function, seen, used, list(inputs.values()))
     assert loss is not None
-    new: dict[Path, Any] = dict(zip(loop.step.differentiable(template[0]), flowing, strict=True))
-    return template[0].replace(new), loss, after[0]
+    new = {
+        path: x
+        for path, x in zip(loop.step.differentiable(template[0]), flowing, strict=True)
+        if x is not None
+    }
+    return _Step(inputs, used, template[0].replace(new), loss), ends[0]
 
 
-def clip_cotangent(
-    params: Mapping[str, Tensor], max_norm: float | None, tasks: int | None
-) -> Mapping[str, Tensor]:
-    """``params``, with a bound on what flows back to them."""
-    if max_norm is None:
-        return params
-    clipped = _ClipCotangent.apply((max_norm, tasks), *params.values())  # type: ignore[no-untyped-call]
-    return dict(zip(params, clipped, strict=True))
+def _vjp(
+    step: _Step, cotangent: Cotangent, loss_cotangent: Tensor | None
+) -> tuple[Cotangent, list[Tensor | None]]:
+    """One vector-Jacobian product, a function of the step's inputs and of the cotangents.
 
-
-class _ClipCotangent(torch.autograd.Function):
-    """The identity; its backward bounds the joint norm of what flows back."""
-
-    @staticmethod
-    def forward(ctx: Any, bound: tuple[float, int | None], *tensors: Tensor) -> Any:
-        ctx.bound = bound
-        return tuple(x.view_as(x) for x in tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> Any:
-        return (None, *clip_norm(cotangents, *ctx.bound))
+    Returns:
+        the cotangents of ``step.inputs`` and of ``step.captured``.
+    """
+    outputs = step.after.tensors()
+    pairs = [(outputs[path], c) for path, c in cotangent.items()]
+    if loss_cotangent is not None:
+        pairs.append((step.loss, loss_cotangent))
+    pairs = [(x, c) for x, c in pairs if x.requires_grad]
+    sources = [x for x in (*step.inputs.values(), *step.captured) if x.requires_grad]
+    found: dict[Tensor, Tensor | None] = {}
+    if pairs and sources:
+        grads = torch.autograd.grad(
+            [x for x, _ in pairs],
+            sources,
+            [c for _, c in pairs],
+            create_graph=True,
+            allow_unused=True,
+        )
+        found = dict(zip(sources, grads, strict=True))
+    before = {path: g for path, x in step.inputs.items() if (g := found.get(x)) is not None}
+    return before, [found.get(x) for x in step.captured]

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
 from diffopt import schedule
 from diffopt._loop.executor import Kept, run_backward
-from diffopt._loop.loop import Loop
-from diffopt._loop.replay import clip_cotangent, differentiable_backward
+from diffopt._loop.loop import Loop, clip_norm
+from diffopt._loop.replay import differentiable_backward
 from diffopt._loop.snapshots import Snapshots
 from diffopt._step.step import Linearization
 from diffopt._values.state import Cotangent, State
@@ -139,7 +140,7 @@ class _Chain:
             params, opt = loop.step.update(
                 linearization.hyper, self._state.params, gradients, self._state.opt
             )
-            bounded = clip_cotangent(params, loop.max_cotangent_norm, loop.tasks)
+            bounded = _bounded(params, loop.max_cotangent_norm, loop.tasks)
         self._state = State(bounded, opt, self._state.buffers)
         learned = loop.captured.used_after_loss(t) or loop.step.loss.buffers.tracked
         self.suffices = not learned and not saved.tensors
@@ -185,3 +186,27 @@ class _Saved:
 
     def unpack(self, x: Tensor) -> Tensor:
         return x
+
+
+def _bounded(
+    params: Mapping[str, Tensor], max_norm: float | None, tasks: int | None
+) -> Mapping[str, Tensor]:
+    """``params``, with a bound on what flows back to them. Once only: of first order."""
+    if max_norm is None:
+        return params
+    clipped = _ClipCotangent.apply((max_norm, tasks), *params.values())  # type: ignore[no-untyped-call]
+    return dict(zip(params, clipped, strict=True))
+
+
+class _ClipCotangent(torch.autograd.Function):
+    """The identity; its backward bounds the joint norm of what flows back."""
+
+    @staticmethod
+    def forward(ctx: Any, bound: tuple[float, int | None], *tensors: Tensor) -> Any:
+        ctx.bound = bound
+        return tuple(x.view_as(x) for x in tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        return (None, *clip_norm(cotangents, *ctx.bound))
