@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, MutableSequence, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
-from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset
 
 from diffopt._compile.compiled import CompiledStep
 from diffopt._compile.environment import Environment, Unchanged, functions_of
@@ -23,15 +21,22 @@ from diffopt._step.capture import Captured
 from diffopt._step.generators import Generators
 from diffopt._step.loss import InnerLoss, TaskLosses
 from diffopt._step.step import GradTransform, InnerStep
+from diffopt._unroll.arguments import (
+    LossFn,
+    batches_of,
+    check_options,
+    chosen_adjoint,
+    own_loss,
+    own_loss_without_batch,
+    plain_int,
+)
 from diffopt._unroll.node import run_connected, run_detached
 from diffopt._unroll.problem import inner_problem
 from diffopt._unroll.start import Initial, start_state
 from diffopt._unroll.unrolled import Unrolled
 from diffopt._values.state import State
 from diffopt._values.tree import generators_in, map_tensors, tensors_in
-from diffopt.adjoint import Adjoint, Segmented
-
-LossFn = Callable[..., Any]
+from diffopt.adjoint import Adjoint
 
 
 def unroll(
@@ -127,14 +132,14 @@ def unroll(
         >>> model.weight.grad.shape, lr.grad.shape
         (torch.Size([1, 2]), torch.Size([]))
     """
-    adjoint = _chosen_adjoint(segment, adjoint)
-    _check_options(loss_fn, grad_transform, max_cotangent_norm, verify, tasks, compile, progress)
+    adjoint = chosen_adjoint(segment, adjoint)
+    check_options(loss_fn, grad_transform, max_cotangent_norm, verify, tasks, compile, progress)
     problem = inner_problem(model, opt, tasks)
     slots = problem.slots()
     start = start_state(problem, slots.buffers, initial, tasks)
     first_step = initial.step if isinstance(initial, Unrolled) else problem.first_step
-    steps = _plain_int(steps)
-    batches = _batches(steps)
+    steps = plain_int(steps)
+    batches = batches_of(steps)
     count = steps if isinstance(steps, int) else len(batches)
     inputs = [x for batch in _distinct(batches) for x in tensors_in(batch)]
     hyper = [x for group in problem.opt.param_groups for x in tensors_in(_options(group))]
@@ -200,92 +205,8 @@ def unroll(
     return result
 
 
-def _chosen_adjoint(segment: int | None, adjoint: Adjoint | None) -> Adjoint:
-    if segment is not None and adjoint is not None:
-        raise ValueError(
-            f"both segment={segment!r} and adjoint={adjoint!r} were given, and segment=k is short "
-            "for adjoint=diffopt.Segmented(k): pass one of them"
-        )
-    if adjoint is None:
-        return Segmented(segment)
-    if not isinstance(adjoint, Adjoint):
-        raise TypeError(
-            f"adjoint is a {type(adjoint).__name__}: pass an object such as diffopt.Segmented()"
-        )
-    return adjoint
-
-
-def _check_options(
-    loss_fn: Any,
-    grad_transform: Any,
-    max_cotangent_norm: Any,
-    verify: Any,
-    tasks: Any,
-    compile: Any,
-    progress: bool,
-) -> None:
-    for name, value in (("loss_fn", loss_fn), ("grad_transform", grad_transform)):
-        if value is not None and not callable(value):
-            raise TypeError(f"{name} is a {type(value).__name__}: pass a function")
-    if max_cotangent_norm is not None:
-        if isinstance(max_cotangent_norm, bool) or not isinstance(max_cotangent_norm, Real):
-            raise TypeError(
-                f"max_cotangent_norm is a {type(max_cotangent_norm).__name__}: pass a number"
-            )
-        if not float(max_cotangent_norm) > 0:
-            raise ValueError(
-                f"max_cotangent_norm={max_cotangent_norm} would stop every gradient: pass a "
-                "number above 0, or None for no bound"
-            )
-    for name, value in (("verify", verify), ("progress", progress)):
-        if not isinstance(value, bool):
-            raise TypeError(f"{name} is a {type(value).__name__}: pass True or False")
-    if tasks is not None:
-        if isinstance(tasks, bool) or not isinstance(tasks, int):
-            raise TypeError(f"tasks is a {type(tasks).__name__}: pass how many there are, an int")
-        if tasks < 1:
-            raise ValueError(f"tasks={tasks}: pass 1 or more, or None for no task dimension")
-    if not isinstance(compile, bool):
-        raise TypeError(f"compile is a {type(compile).__name__}: pass True or False")
-    if progress:
-        _progress.check_available()
-
-
 def _options(group: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key not in ("params", "param_names")}
-
-
-def _plain_int(steps: Any) -> Any:
-    """NumPy's integers as Python's; anything else as it is."""
-    return int(steps) if type(steps) is not bool and isinstance(steps, Integral) else steps
-
-
-def _batches(steps: Any) -> Sequence[Any]:
-    """The batches as something that can be indexed; nothing where ``steps`` is an int."""
-    if isinstance(steps, (bool, str, bytes, Mapping)):
-        raise TypeError(
-            f"steps is a {type(steps).__name__}: pass the number of steps, or a list of batches "
-            "(for one batch used T times, [batch] * T)"
-        )
-    if isinstance(steps, int):
-        if steps < 0:
-            raise ValueError(f"steps={steps} is negative: pass 0 or more")
-        return ()
-    if isinstance(steps, Tensor) and not steps.dim():
-        raise TypeError(
-            "steps is a 0-d tensor: pass the number of steps as an int, int(steps), or one tensor "
-            "whose first dimension is the batches'"
-        )
-    if isinstance(steps, (MutableSequence, tuple, IterableDataset)):
-        return tuple(steps)  # the caller may change a list before the backward pass
-    if hasattr(steps, "__getitem__") and hasattr(steps, "__len__"):
-        indexable: Sequence[Any] = steps
-        return indexable
-    if isinstance(steps, Iterable):
-        return tuple(steps)
-    raise TypeError(
-        f"steps is a {type(steps).__name__}: pass the number of steps, or batches to iterate over"
-    )
 
 
 def _distinct(batches: Any) -> list[Any]:
@@ -309,7 +230,7 @@ def _inner_loss(
     # A compiled function has no second derivative: its original is called.
     function = getattr(loss_fn, "_torchdynamo_orig_callable", loss_fn)
     if function is None:
-        function = _own_loss_without_batch if counted else _own_loss
+        function = own_loss_without_batch if counted else own_loss
     inference = torch.is_inference_mode_enabled()  # whose tensors no gradient can be taken with
 
     def item_at(t: int) -> Any:
@@ -320,11 +241,3 @@ def _inner_loss(
     if tasks is not None:
         return TaskLosses(slots, function, item_at, first_step, tasks)
     return InnerLoss(slots, function, item_at, first_step)
-
-
-def _own_loss(model: nn.Module, batch: Any) -> Any:
-    return model(batch)
-
-
-def _own_loss_without_batch(model: nn.Module, step: int) -> Any:
-    return model()
