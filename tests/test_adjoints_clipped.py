@@ -8,7 +8,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import pytest
 import torch
 from adjoints import every_adjoint
 from helpers import assert_all_close, batches, mse, tiny

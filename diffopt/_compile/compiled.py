@@ -29,9 +29,11 @@ from diffopt._compile.environment import PLAIN, Environment, Same
 from diffopt._compile.hyper_inputs import entries, is_input, with_hyper
 from diffopt._compile.specialise import Call, Layout, Pulled, Specialisation, end_of, flat
 from diffopt._compile.trace import Untraceable
-from diffopt._step.capture import Part
 from diffopt._step.generators import Generators
-from diffopt._step.step import InnerStep, Linearization, StepResult, Watch
+from diffopt._step.linearization import Linearization
+from diffopt._step.observe import Observer
+from diffopt._step.result import StepResult
+from diffopt._step.step import InnerStep
 from diffopt._values.state import Cotangent, State
 from diffopt._values.tree import add
 from diffopt.optim.scalars import values_unknown
@@ -87,6 +89,8 @@ class CompiledStep(InnerStep):
         functions = (loss.loss_fn, step.grad_transform)
         seen = Environment(model, *functions, type(opt), rule, given=given)
         self.environment = seen.tensors
+        for generator in seen.generators:
+            generators.meet(generator)
         self._places = {id(x): i for i, x in enumerate(seen.tensors)}
         self._compilations = _COMPILATIONS.setdefault(model, _Compilations())
         context = (
@@ -106,28 +110,22 @@ class CompiledStep(InnerStep):
         """The uncompiled step: there the values of the gradients are wanted."""
         return self._eager.of_first_order()
 
-    def __call__(self, state: State, t: int, watch: Watch | None = None) -> StepResult:
+    def __call__(self, state: State, t: int, observer: Observer | None = None) -> StepResult:
         """Take step ``t``: by compiled code where grad mode is off."""
         if torch.is_grad_enabled() or _transformed():
-            return super().__call__(state, t, watch)
+            return super().__call__(state, t, observer)
         call, specialisation = self._matched(state, t)
         if specialisation is None:
-            return super().__call__(state, t, watch)
-        if watch is not None:
-            _show(watch, call, specialisation, "loss", "transform", "hyper", "update")
+            return super().__call__(state, t, observer)
         return specialisation.run(call, specialisation.draw())
 
-    def linearize(
-        self, state: State, t: int, watch: Watch | None = None, *, values: bool = True
-    ) -> Linearization:
+    def linearize(self, state: State, t: int, observer: Observer | None = None) -> Linearization:
         """As for ``InnerStep``, except that nothing is evaluated before it is needed."""
         if _transformed():
-            return super().linearize(state, t, watch, values=values)
+            return super().linearize(state, t, observer)
         call, specialisation = self._matched(state, t)
         if specialisation is None:
-            return super().linearize(state, t, watch, values=values)
-        if watch is not None:
-            _show(watch, call, specialisation, "loss", "transform", "hyper")
+            return super().linearize(state, t, observer)
         return CompiledLinearization(self, state, call, specialisation)
 
     def eager(self, state: State, t: int, before: tuple[Tensor, ...]) -> Linearization:
@@ -258,6 +256,8 @@ class CompiledLinearization(Linearization):
         self._specialisation = specialisation
         self._generators = step.generators() if specialisation.draws else ()
         self._drawn = specialisation.draw()
+        self.checked = None
+        self.graph = specialisation.graph(call)
 
     @cached_property
     def _uncompiled(self) -> Linearization:
@@ -267,10 +267,8 @@ class CompiledLinearization(Linearization):
         """The attributes of a linearization that has been evaluated."""
         return getattr(self._uncompiled, name)
 
-    def advance(self, watch: Watch | None = None) -> StepResult:
-        """What the step gives. ``watch`` is shown what the update depends on besides."""
-        if watch is not None:
-            _show(watch, self._call, self._specialisation, "update")
+    def advance(self) -> StepResult:
+        """What the step gives."""
         return self._specialisation.run(self._call, self._drawn)
 
     def drop_gradients(self) -> None:
@@ -350,13 +348,6 @@ STEP_NUMBER = _StepNumber()
 
 # What every optimizer has and no rule is made of.
 _EVERY_OPTIMIZERS = {"defaults", "param_groups", "state"}
-
-
-def _show(watch: Watch, call: Call, specialisation: Specialisation, *parts: Part) -> None:
-    """Show the tensors that some parts of a step depend on, as graphs of their own."""
-    for part in parts:
-        own = call.hyper if part == "hyper" else ()
-        watch(part, [*own, *(call.fixed[i] for i in specialisation.parts[part])], ())
 
 
 def _form(x: Tensor) -> Hashable:

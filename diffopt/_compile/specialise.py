@@ -14,8 +14,9 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from diffopt._compile.environment import PLAIN
 from diffopt._compile.trace import Draw, Untraceable, trace
-from diffopt._step.capture import Captured, Part, present_sequence
-from diffopt._step.step import InnerStep, StepResult
+from diffopt._step.capture import Captured, Graph, Part
+from diffopt._step.result import Checked, StepResult, present
+from diffopt._step.step import InnerStep
 from diffopt._values.state import Cotangent, State
 from diffopt._values.tree import Path
 
@@ -182,7 +183,18 @@ class Specialisation:
             self._layout.build(outputs[:n]),
             outputs[n],
             pytree.tree_unflatten(aux, self._aux_spec) if aux else None,
+            Checked(outputs[n]),
+            self.graph(call),
         )
+
+    def graph(self, call: Call) -> Graph:
+        """The tensors that the parts of a step depend on, as graphs of their own."""
+        graph = Graph(())
+        for part, indices in self.parts.items():
+            made = call.hyper if part == "hyper" else []
+            roots = (*made, *(call.fixed[i] for i in indices))
+            graph.roots[part] = [x for x in roots if x.requires_grad]
+        return graph
 
     def vjp(
         self, call: Call, drawn: Sequence[Tensor], cotangent: Cotangent, loss: Tensor | None
@@ -322,21 +334,20 @@ def _parts(call: Call) -> dict[Part, list[int]]:
     captured = Captured()
     captured.offer(call.fixed)
     places = {end_of(x): i for i, x in enumerate(call.fixed) if x.requires_grad}
-    since = present_sequence()
-    found: dict[Part, list[int]] = {}
+    step = call.bound(hyper, traced=False)
+    linearization = step.linearize(call.layout.build(call.state), call.t)
+    graph = linearization.graph
 
-    def watch(part: Part, roots: Iterable[Tensor], own: Iterable[Tensor]) -> None:
-        ends = captured.walk(roots, [*own, *hyper], since, set())
+    def ends_of(roots: Iterable[Tensor]) -> list[int]:
+        ends = captured.walk(roots, [*graph.own, *hyper]).captured
         if any(end not in places for end in ends):
             raise Untraceable(
                 "it uses a tensor that requires grad and was not found by looking through what "
                 "loss_fn and grad_transform see: pass it inside the batch"
             )
-        found[part] = sorted(places[end] for end in ends)
+        return sorted(places[end] for end in ends)
 
-    step = call.bound(hyper, traced=False)
-    linearization = step.linearize(call.layout.build(call.state), call.t, watch)
-    linearization.advance(watch)
-    if not {*found["gradient"]} <= {*found["loss"], *found["transform"]}:
+    parts = {part: ends_of(roots) for part, roots in graph.roots.items()}
+    if not {*ends_of(present(linearization.raw).values())} <= {*parts["loss"]}:
         raise Untraceable("the gradient of the loss depends on a tensor that the loss does not")
-    return found
+    return parts

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffopt._loop.loop import CapturedSum, Loop
 from diffopt._loop.snapshots import Layer, Snapshot, Snapshots
-from diffopt._step.step import Linearization
+from diffopt._step.linearization import Linearization
 from diffopt._values.state import Cotangent, State
 from diffopt.schedule import Plan
 

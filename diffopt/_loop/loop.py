@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
+from torch.autograd.graph import saved_tensors_hooks
 
+from diffopt._loop.check import Check
 from diffopt._loop.losses import Losses
 from diffopt._loop.progress import Progress
 from diffopt._loop.snapshots import Snapshot
 from diffopt._loop.verify import Ledger
 from diffopt._model.modes import Modes
 from diffopt._model.standing import standing
-from diffopt._step.capture import Captured, End, Part, TensorsSeen, present_sequence
+from diffopt._step.capture import Captured, Graph, Part
 from diffopt._step.generators import Generators
-from diffopt._step.step import InnerStep, Linearization, StepResult, Watch
+from diffopt._step.linearization import Linearization
+from diffopt._step.observe import Observer, present_sequence
+from diffopt._step.result import Checked, StepResult
+from diffopt._step.step import InnerStep
+from diffopt._torch.engine import saves_through_hooks
 from diffopt._values.state import Cotangent, State
 from diffopt._values.tree import Path, add, map_tensors
 
@@ -41,6 +46,8 @@ class Loop:
         steps: T, how many steps there are; positions in the loop run from 0 to T.
         step: the pure inner step.
         captured: the tensors that the steps use without being given them; filled by ``first``.
+        observer: sees what the steps of the first pass use.
+        check: compares steps computed again with the first pass; None where nothing is to be.
         generators: the random generators, which the forward pass advances.
         losses: those of the steps taken so far, cut from the graph.
         aux: the user's extras, one per step, cut from the graph.
@@ -55,19 +62,24 @@ class Loop:
         start: State,
         steps: int,
         *,
-        captured: Captured | None,
+        captured: Captured,
+        observer: Observer,
         generators: Generators,
         modes: Modes,
         progress: Progress,
+        connected: bool = True,
         max_cotangent_norm: float | None = None,
         tasks: int | None = None,
         ledger: Ledger | None = None,
     ) -> None:
         self.step = step
         self.start = start.detach()
+        step.loss.buffers.tracked.update(n for n, x in start.buffers.items() if x.requires_grad)
         self.inputs: Mapping[Path, Tensor] = step.differentiable(start)
         self.steps = steps
-        self.captured = captured if captured is not None else Captured()
+        self.captured = captured
+        self.observer = observer
+        self.check = Check(_roughness(step, modes)) if connected else None
         self.generators = generators
         self.progress = progress
         self.max_cotangent_norm = max_cotangent_norm
@@ -75,9 +87,7 @@ class Loop:
         self.ledger = ledger
         self.losses = Losses(steps)
         self.aux: list[Any] = []
-        self._watching = captured is not None
         self._session = _Session(step, modes, progress)
-        self._on_cpu = all(x.device.type == "cpu" for x in start.params.values())
 
     def session(self) -> AbstractContextManager[None]:
         """Where steps may be taken: the module and the modes are the call's, and put back.
@@ -109,6 +119,7 @@ class Loop:
         """This loop for steps without consequences: what they give and use is noted apart."""
         loop = copy(self)
         loop.captured = self.captured.apart()
+        loop.check = Check(0.0)
         loop.losses, loop.aux = Losses(self.steps), []
         loop.progress, loop.ledger = Progress(0, shown=False), None
         return loop
@@ -124,47 +135,56 @@ class Loop:
         self.generators.set(snapshot.generators)
         return snapshot.state
 
-    # The first pass: every step is taken once, in order, and its captured tensors are found.
+    # The first pass: every step is taken once, in order, and is observed.
 
     def first(self, state: State, t: int) -> State:
         """Take step ``t`` for the first time, without keeping a graph."""
-        with self._noting(state, t) as watch, torch.no_grad():
-            result = self.step(state, t, watch)
+        since = present_sequence()
+        with torch.no_grad():
+            result = self.step(state, t, self.observer)
+        self._note(state, t, result, since)
         if self.ledger is not None:
             self.ledger.note(self.step.first_step + t, result.state, result.loss)
-        self._refuse_originals(state, t, result)
         return self._collect(state, t, result)
 
     def pass_over(self, state: State, t: int) -> State:
         """Take step ``t`` for its result alone: nothing that it uses is to get a gradient."""
         with torch.no_grad():
-            result = self.step(state, t)
+            result = self.step(state, t, self.observer)
         return self._collect(state, t, result)
 
     def first_recorded(self, state: State, t: int) -> tuple[Linearization, State]:
         """Take step ``t`` for the first time and keep its graph."""
-        with self._noting(state, t) as watch:
-            linearization = self.step.linearize(state, t, watch)
-            result = linearization.advance(watch)
+        since = present_sequence()
+        linearization = self.step.linearize(state, t, self.observer)
+        result = linearization.advance()
         linearization.drop_gradients()
+        self._note(state, t, result, since)
         # Of first order, the graph will not be kept and the step may be computed again.
         if self.ledger is not None and self.step.first_order:
             self.ledger.note(self.step.first_step + t, result.state, result.loss)
-        self._refuse_originals(state, t, result)
         return linearization, self._collect(state, t, result)
 
-    def _refuse_originals(self, before: State, t: int, result: StepResult) -> None:
-        """Refuse a loss that uses a parameter's original where it should use the present value."""
-        if not self._watching:
+    def _note(self, before: State, t: int, result: StepResult, since: int) -> None:
+        self._refuse_originals(before, t, result)
+        if self.check is None:
             return
-        used = {self.captured.tensors[i] for i in self.captured.at(t)}
-        for name, x in self.step.loss.slots.inner.items() if used else ():
-            if x in used and result.state.params[name].data_ptr() == before.params[name].data_ptr():
+        twice = not self.step.first_order
+        self.captured.note(result.graph, self.observer, since, twice)
+        self.check.first(self.step.first_step + t, result.checked)
+
+    def _refuse_originals(self, before: State, t: int, result: StepResult) -> None:
+        """Refuse a step that uses a parameter's original where it should use the present value."""
+        slots = self.step.loss.slots
+        for name in self.observer.originals_used:
+            unused = result.state.params[name].data_ptr() == before.params[name].data_ptr()
+            if unused or slots.holds_apart:
                 raise NotImplementedError(
-                    f"the loss of step {self.step.first_step + t} uses the model's own parameter "
-                    f"{name!r} and not the value that it has in the unroll, which stands in the "
-                    "module: do not keep parameters in a list, a closure or a global, but take "
-                    "them from the module (an nn.ParameterList holds a list)"
+                    f"step {self.step.first_step + t} uses the model's own parameter {name!r} and "
+                    "not the value that it has in the unroll, which stands in the module: do not "
+                    "keep parameters in a list, a closure or a global, but take them from the "
+                    "module (an nn.ParameterList holds a list). Where its initial value is meant, "
+                    "keep that outside of the model"
                 )
 
     def _collect(self, before: State, t: int, result: StepResult) -> State:
@@ -173,47 +193,6 @@ class Loop:
         self.progress.forward()
         # What the caller is given is the caller's to change, and no snapshot's memory.
         return result.state.apart_from(before) if t + 1 == self.steps else result.state
-
-    @contextmanager
-    def _noting(self, state: State, t: int) -> Iterator[Watch | None]:
-        if not self._watching:
-            yield None
-            return
-        captured = self.captured
-        found: dict[Part, set[End]] = {}
-        walk = self._walker(found)
-        yield walk
-        unknown = {end for ends in found.values() for end in ends if not captured.is_known(end)}
-        if unknown:
-            self._find(unknown, state, t)
-        captured.note(found)
-
-    def _walker(self, found: dict[Part, set[End]]) -> Watch:
-        """Notes in ``found`` where each part of a step's graph ends."""
-        since = present_sequence()
-        loss_nodes: set[Node] = set()
-
-        def watch(part: Part, roots: Iterable[Tensor], own: Iterable[Tensor]) -> None:
-            passed = loss_nodes if part in ("loss", "gradient") else set[Node]()
-            # An accelerator's gradients are made on a thread of their own, and numbered there.
-            start = since if part != "gradient" or self._on_cpu else 0
-            twice = part == "loss" and not self.step.first_order
-            found[part] = self.captured.walk(roots, own, start, passed, before_gradient=twice)
-
-        return watch
-
-    def _find(self, ends: Iterable[End], state: State, t: int) -> None:
-        """Find the tensors at ``ends``, by taking the step once more and looking on."""
-        edges = {end for end in ends if not isinstance(end, Tensor)}
-        with self.generators.undisturbed(), torch.no_grad(), TensorsSeen(edges) as seen:
-            self.step(state, t)
-        self.captured.offer(seen.found.values())
-        for edge in edges - seen.found.keys():
-            raise NotImplementedError(
-                f"step {self.step.first_step + t} uses a tensor made by {edge[0].name()} before "
-                "that step, which could not be found to deliver its gradient to: pass it to "
-                "loss_fn inside the batch, or detach it if it is from an earlier step"
-            )
 
     # On the way back.
 
@@ -233,7 +212,12 @@ class Loop:
         if self.ledger is not None:
             with self.generators.undisturbed():
                 self.again(state, t)
-        return self.step.linearize(state, t, self.checked(t), values=values)
+        linearization = self.step.linearize(state, t)
+        self._compare(t, linearization.checked)
+        self._refuse_others(t, linearization.graph)
+        if not values:
+            linearization.drop_gradients()
+        return linearization
 
     def recorded(self, state: State, t: int) -> tuple[Linearization, State]:
         """``linearize``, and the state after the step."""
@@ -243,41 +227,46 @@ class Loop:
         else:
             # A gradient that is to be differentiated may differ from another in the last bit.
             with self.generators.undisturbed():
-                linearization = self.step.linearize(state, t, self.checked(t))
+                linearization = self.step.linearize(state, t)
             after = self.again(state, t)
         linearization.drop_gradients()
         return linearization, after
 
+    def connected(self, state: State, t: int) -> StepResult:
+        """Take step ``t`` again, as a differentiable function where grad mode is on."""
+        result = self.step(state, t)
+        self._compare(t, result.checked)
+        self.settle()
+        if torch.is_grad_enabled():
+            self._refuse_others(t, result.graph)
+        return result
+
     def compare(self, t: int, result: StepResult) -> None:
-        """Raise where step ``t`` gives something else than it gave first, if that is to be seen."""
+        """Compare what step ``t`` gives with what it gave first."""
+        self._compare(t, result.checked)
         if self.ledger is not None:
             self.ledger.check(self.step.first_step + t, result.state, result.loss)
 
-    def checked(self, t: int) -> Watch:
-        """Shown step ``t`` computed again, raises where it uses other tensors than before."""
-        found: dict[Part, set[End]] = {}
-        walk = self._walker(found)
+    def settle(self) -> None:
+        """Raise where a step that was computed again gave something else than at first."""
+        if self.check is not None:
+            self.check.settle()
 
-        def watch(part: Part, roots: Iterable[Tensor], own: Iterable[Tensor]) -> None:
-            walk(part, roots, own)
-            if self.captured.same(t, part, found[part]):
-                return
-            n = self.step.first_step + t
-            if part == "gradient":
-                raise RuntimeError(
-                    f"the gradient of the loss of step {n} depends on a tensor that requires grad "
-                    "and that the loss itself does not depend on, such as one used in a hook: add "
-                    "0 * tensor.sum() to the loss, so that it is found in the forward pass"
-                )
+    def _compare(self, t: int, checked: Checked | None) -> None:
+        if self.check is not None and checked is not None:
+            self.check.again(self.step.first_step + t, checked)
+
+    def _refuse_others(self, t: int, graph: Graph) -> None:
+        """Refuse a step that uses other tensors than it used at first."""
+        part = self.captured.missing(t, graph)
+        if part is not None:
             raise RuntimeError(
-                f"step {n} does not use the tensors that require grad of the forward pass again, "
-                f"in its {_NAMES[part]}: was a variable bound to a new tensor since, or does it "
+                f"step {self.step.first_step + t} does not use the tensors that require grad of "
+                f"the forward pass again, in its {_NAMES[part]}: was a variable bound to a new tensor since, or does it "
                 "keep tensors from step to step, or return in aux one that it made require grad? "
                 "Call backward before that, pass the tensor inside the batch, or detach what is "
                 "kept"
             )
-
-        return watch
 
     def vjp(
         self,
@@ -348,11 +337,24 @@ class _Session:
         step = self._step
         with standing(step.loss.slots, self._modes, step.hooks, as_at_call=True):
             self._active = True
+            # What is saved for the steps' own graphs is no matter of hooks around the unroll.
+            hooks = saved_tensors_hooks(_same, _same) if saves_through_hooks() else nullcontext()
             try:
-                yield
+                with hooks:
+                    yield
             finally:
                 self._active = False
                 self._progress.close()
+
+
+def _roughness(step: InnerStep, modes: Modes) -> float:
+    """The largest machine epsilon among the dtypes that a step is known to compute in."""
+    used = {*step.loss.precision.dtypes, *modes.autocast_dtypes}
+    return max((torch.finfo(dtype).eps for dtype in used), default=0.0)
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
 
 
 class CapturedSum:

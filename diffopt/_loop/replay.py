@@ -92,7 +92,7 @@ def _replayed(
     def function(*values: Tensor) -> tuple[Tensor | None, ...]:
         loop.generators.set(generators)
         given = constant.replace(dict(zip(inputs, values, strict=True)))
-        result = loop.step(given, t, loop.checked(t))
+        result = loop.connected(given, t)
         if not template:
             template.append(result.state.detach())
             loop.compare(t, result)

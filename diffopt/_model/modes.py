@@ -7,6 +7,7 @@ at the call, and entered again.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -29,9 +30,15 @@ class Modes:
             if torch.amp.is_autocast_available(kind)
         }
         self._recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
-        self._compiled = any(map(_is_compiled, model.modules()))
+        # Where that is imported, the loss may call something compiled as well.
+        self._compiled = "torch._dynamo" in sys.modules or any(map(_is_compiled, model.modules()))
         self._dtype = torch.get_default_dtype()
         self._device = torch.get_default_device()
+
+    @property
+    def autocast_dtypes(self) -> set[torch.dtype]:
+        """The dtypes that operations are cast to."""
+        return {dtype for dtype in self._autocast.values() if dtype is not None}
 
     @contextmanager
     def active(self) -> Iterator[None]:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from diffopt._values.state import State
 
-_LOW = (torch.bfloat16, torch.float16)
+#: The dtypes of low precision.
+LOW = (torch.bfloat16, torch.float16)
 
 
 class Precision:
@@ -27,7 +28,12 @@ class Precision:
     """
 
     def __init__(self, params: Mapping[str, Tensor]) -> None:
-        self._low = {name: x.dtype for name, x in params.items() if x.dtype in _LOW}
+        self._low = {name: x.dtype for name, x in params.items() if x.dtype in LOW}
+
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        """The dtypes of low precision that parameters have."""
+        return set(self._low.values())
 
     def widened(self, state: State) -> State:
         """The same state as the loop holds it."""
@@ -64,4 +70,4 @@ class Precision:
 
 
 def _wide(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in _LOW else x
+    return x.float() if x.dtype in LOW else x

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
+
+from diffopt._model.held import holds_apart
 
 Slot = tuple[dict[str, Any], str]
 Values = Mapping[str, Tensor]
@@ -22,7 +25,8 @@ class ModuleSlots:
 
     Args:
         model: the module; nothing is changed by building this.
-        inner: names (as ``named_parameters()`` gives them) of the parameters to be replaced.
+        inner: the parameters to be replaced, by name as ``named_parameters()`` gives them.
+        moving: parameters that are not trained and that calls of the module change: as buffers.
 
     Attributes:
         inner: the tensors that the module holds for those names itself.
@@ -31,19 +35,20 @@ class ModuleSlots:
     """
 
     loaded: tuple[Values, Values] | None = None
+    #: Attributes in which a kind of module keeps its parameters of its own accord.
+    _own_attributes: Collection[str] = ()
     changing: Collection[str] | None = None
 
-    def __init__(self, model: nn.Module, inner: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, model: nn.Module, inner: Mapping[str, Tensor], moving: Mapping[str, Tensor]
+    ) -> None:
         self._model = model
         self._modules = list(model.modules())
         self.inner = dict(inner)
-        self._params: list[tuple[str, list[Slot]]] = [
-            (name, self._places("_parameters", x)) for name, x in inner.items()
-        ]
-        self.buffers: dict[str, Tensor] = dict(model.named_buffers())
-        self._buffers: list[tuple[str, list[Slot]]] = [
-            (name, self._places("_buffers", x)) for name, x in self.buffers.items()
-        ]
+        places = _places(self._modules)
+        self._params = [(name, places[id(x)]) for name, x in inner.items()]
+        self.buffers: dict[str, Tensor] = {**dict(model.named_buffers()), **moving}
+        self._buffers = [(name, places[id(x)]) for name, x in self.buffers.items()]
         self._at_call = _contents(self._modules)
 
     @property
@@ -55,14 +60,6 @@ class ModuleSlots:
     def modules(self) -> list[nn.Module]:
         """It and its submodules, each once, however many names it has."""
         return self._modules
-
-    def _places(self, table: str, x: Tensor) -> list[Slot]:
-        return [
-            (module.__dict__[table], key)
-            for module in self._modules
-            for key, held in module.__dict__[table].items()
-            if held is x
-        ]
 
     def load(self, params: Values, buffers: Values) -> None:
         """Stand the values in their places. Only inside ``unchanged()``."""
@@ -105,6 +102,11 @@ class ModuleSlots:
             _put_back(before)
             self.loaded = loaded
 
+    @cached_property
+    def holds_apart(self) -> bool:
+        """Whether the module holds an inner parameter in another way than by registering it."""
+        return holds_apart(self._modules, self.inner.values(), self._own_attributes)
+
     def as_at_call(self) -> None:
         """Make the module what it was when this was built. Only inside ``unchanged()``.
 
@@ -112,6 +114,17 @@ class ModuleSlots:
         ``model.eval()`` or removed a hook since.
         """
         _put_back(self._at_call)
+
+
+def _places(modules: list[nn.Module]) -> dict[int, list[Slot]]:
+    """Where the modules hold each parameter and buffer, by its id."""
+    places: dict[int, list[Slot]] = {}
+    for module in modules:
+        for table in (module.__dict__["_parameters"], module.__dict__["_buffers"]):
+            for key, held in table.items():
+                if held is not None:
+                    places.setdefault(id(held), []).append((table, key))
+    return places
 
 
 #: The tables that every module has: parameters, buffers, submodules and the many kinds of hooks.

@@ -36,6 +36,7 @@ class InnerHooks:
 
     def __init__(self) -> None:
         self._acting = False
+        self.registered = False  # whether any was
 
     def __enter__(self) -> None:
         self._acting = True
@@ -45,6 +46,7 @@ class InnerHooks:
 
     def only_here(self, hook: Hook) -> Hook:
         """``hook``, doing nothing in other backward passes."""
+        self.registered = True
         return lambda *args: hook(*args) if self._acting else None
 
 

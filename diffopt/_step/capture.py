@@ -1,44 +1,62 @@
-"""Finding the tensors that a step uses without being given them.
+"""The tensors that the steps use without being given them, and that require grad.
 
 ``loss_fn``, ``grad_transform`` and hyperparameter callables may use any tensor they can see: a
-closure's, a module's, a global. The graph of what they compute ends at those tensors, so a walk
-finds them, and nothing needs declaring. Two kinds of end exist:
+closure's, a module's, a global. The graph of what they compute ends there, so a walk over the graph
+tells which tensors a step depends on. Two kinds of end exist:
 
 * a *leaf* that requires grad: its ``AccumulateGrad`` node knows the tensor;
-* a *non-leaf* made before the step, ``lr = log_lr.exp()``: the walk comes to a node that is
-  older than the step and that none of the step's own variables reaches. Only its gradient edge
-  is known, and the tensor is found by looking at what the step hands to PyTorch's functions.
+* a *non-leaf* made before the step, ``lr = log_lr.exp()``: the graph only knows its gradient edge,
+  and an ``Observer`` (``observe``) has seen the tensor at that edge.
 
-The walk stops there; what lies behind belongs to the caller's graph.
+The walk stops at both; what lies behind belongs to the caller's graph.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
-from torch.overrides import TorchFunctionMode
 
 from diffopt._derivatives.table import WRONG, WRONG_BEYOND
-from diffopt._values.tree import tensors_in
+from diffopt._step.observe import Edge, Observer, edge_of
 
-Edge = tuple[Node, int]
 End = Edge | Tensor
 
-#: A step's graph in parts: the loss; its gradient; ``grad_transform``; hyperparameters; the update.
-Part = Literal["loss", "gradient", "transform", "hyper", "update"]
-#: Whose ends are the same in the first pass and in every recomputation.
-REPEATED: tuple[Part, ...] = ("loss", "transform", "hyper")
+#: A step's graph in parts: the loss; ``grad_transform``; hyperparameters; the update.
+Part = Literal["loss", "transform", "hyper", "update"]
 
 
-def present_sequence() -> int:
-    """A number that every autograd node made on this thread from now on reaches or exceeds."""
-    return int(torch._C._autograd._get_sequence_nr())
+@dataclass(slots=True)
+class Graph:
+    """Where a step's graph begins, and the step's own tensors, where it ends.
+
+    Attributes:
+        own: parameters, and what else of the state requires grad.
+        roots: what each part computes.
+        in_gradient: tensors that require grad and that hooks use while the gradient is taken.
+    """
+
+    own: Sequence[Tensor]
+    roots: dict[Part, Sequence[Tensor]] = field(default_factory=dict)
+    in_gradient: Collection[Tensor] = ()
+
+
+@dataclass(slots=True)
+class Ends:
+    """Where a graph ends.
+
+    Attributes:
+        captured: at tensors that are not the step's own.
+        own: whether it ends at the step's own tensors, too.
+    """
+
+    captured: set[End] = field(default_factory=set)
+    own: bool = False
 
 
 class Captured:
@@ -49,20 +67,19 @@ class Captured:
         self._at: list[tuple[int, ...]] = []
         self._parts: list[dict[Part, frozenset[int]]] = []
         self._index: dict[End, int] = {}  # tensors and nodes hash by identity
-        self._offered: dict[Edge, Tensor] = {}
-        self._older: set[Node] = set()  # nodes known to lie outside the steps
-        self._behind: set[Tensor] = set()  # leaves behind a captured non-leaf
+        self._edges: dict[Edge, Tensor] = {}
+        self._overlap: tuple[int, bool] = (0, False)
 
     def offer(self, tensors: Iterable[Tensor]) -> None:
-        """Name non-leaf tensors that a step may use, so that they need no search."""
+        """Name non-leaf tensors that a step may use."""
         for x in tensors:
             if x.requires_grad and not x.is_leaf:
-                self._offered[_edge(x)] = x
+                self._edges[edge_of(x)] = x
 
     def apart(self) -> Captured:
         """Another, of which nothing is known but the tensors that were offered."""
         other = Captured()
-        other._offered.update(self._offered)
+        other._edges.update(self._edges)
         return other
 
     def include(self, tensors: Iterable[Tensor]) -> list[int]:
@@ -71,108 +88,99 @@ class Captured:
         self.offer(tensors)
         return [self._position(end_of(x)) for x in tensors]
 
-    def is_known(self, end: End) -> bool:
-        """Whether the tensor at this end is known: a leaf always is, a non-leaf once offered."""
-        return isinstance(end, Tensor) or end in self._offered
-
     def walk(
         self,
         roots: Iterable[Tensor],
         own: Iterable[Tensor],
-        since: int,
-        passed: set[Node],
         *,
-        before_gradient: bool = False,
-    ) -> set[End]:
+        twice: bool = False,
+        since: int = 0,
+        observer: Observer | None = None,
+    ) -> Ends:
         """Find the ends of the graph behind ``roots``.
 
         Args:
-            roots: what a step computed.
-            own: the step's own tensors, where the walk stops without noting anything.
-            since: ``present_sequence()`` before the step.
-            passed: nodes to leave out; those walked over are added.
-            before_gradient: this graph is going to be differentiated twice, not once.
+            own: the step's own tensors, where the walk stops.
+            twice: this graph is going to be differentiated twice, not once.
+            since: the least sequence number of the step's nodes.
+            observer: has seen the step.
 
         Raises:
-            NotImplementedError: an operation in the graph has a wrong second derivative.
+            NotImplementedError: an operation in the graph has a wrong second derivative; or the
+                step was given a tensor of the caller's where nobody could see that.
         """
-        wrong = WRONG_BEYOND if before_gradient else WRONG
-        edges: list[Any] = [_edge(x) for x in roots if x.requires_grad]
-        ends: set[End] = set()
+        ends = Ends()
+        edges: list[Any] = [edge_of(x) for x in roots if x.requires_grad]
         if not edges:
             return ends
-        own = set(own)
-        stops = {_edge(x) for x in own if not x.is_leaf}
+        wrong = WRONG_BEYOND if twice else WRONG
+        seen = {} if observer is None else observer.edges
+        leaves = {id(x) for x in own if x.is_leaf}
+        stops = {edge_of(x) for x in own if not x.is_leaf}
+        passed: set[Node] = set()
         while edges:
             edge = edges.pop()
             node = edge[0]
-            if node is None or node in passed or edge in stops:
+            if node is None or node in passed:
                 continue
-            kind = type(node)
-            if kind is _ACCUMULATE_GRAD:
+            if edge in stops:
+                ends.own = True
+            elif type(node) is _ACCUMULATE_GRAD:
                 passed.add(node)
-                if _references(node) > _REFERENCES_OF_A_GRAPH and node.variable not in own:
-                    ends.add(node.variable)
-            elif self._is_captured(edge, own, since):
-                ends.add(edge)
+                leaf = node.variable
+                if id(leaf) in leaves:
+                    ends.own = True
+                elif observer is None or not observer.is_made(leaf):
+                    ends.captured.add(leaf)
+            elif edge in self._edges:
+                ends.captured.add(edge)
+            elif edge in seen:
+                self._edges[edge] = seen[edge]
+                ends.captured.add(edge)
             else:
-                if kind.__name__ in wrong:
-                    raise NotImplementedError(wrong[kind.__name__])
+                name = type(node).__name__
+                if name in wrong:
+                    raise NotImplementedError(wrong[name])
+                if node._sequence_nr() < since and not _comes_to(node, leaves, stops, observer):
+                    raise NotImplementedError(
+                        f"a step uses a tensor made by {name} before that step and given where "
+                        "it cannot be seen, such as to a TorchScript function, so that no "
+                        "gradient can be delivered to the tensor: pass it to loss_fn inside the "
+                        "batch, or detach it"
+                    )
                 passed.add(node)
                 edges.extend(node.next_functions)
         return ends
 
-    def note(self, parts: Mapping[Part, Iterable[End]]) -> None:
-        """Note the ends that the next step uses."""
-        indices = {part: frozenset(map(self._position, ends)) for part, ends in parts.items()}
-        self._parts.append(indices)
-        self._at.append(tuple(sorted(frozenset().union(*indices.values()))))
+    def note(self, graph: Graph, observer: Observer, since: int, twice: bool) -> None:
+        """Note what the next step uses, which ``observer`` has seen."""
+        parts: dict[Part, frozenset[int]] = {}
+        self.offer(graph.in_gradient)
+        used: set[int] = {self._position(end_of(x)) for x in graph.in_gradient}
+        for part, roots in graph.roots.items():
+            ends = self.walk(
+                roots, graph.own, twice=twice and part == "loss", since=since, observer=observer
+            )
+            unsure = {x for x in ends.captured if _may_be_made(x, observer)}
+            parts[part] = frozenset(map(self._position, ends.captured - unsure))
+            used |= parts[part] | set(map(self._position, unsure))
+        self._parts.append(parts)
+        self._at.append(tuple(sorted(used)))
 
-    def same(self, step: int, part: Part, ends: Iterable[End]) -> bool:
-        """Whether a step computed again ends where it ended at the first time."""
-        indices = {self._index.get(end, -1) for end in ends}
-        if part in REPEATED:
-            return indices == self._parts[step].get(part, frozenset())
-        return indices <= set(self._at[step])
+    def missing(self, step: int, graph: Graph) -> Part | None:
+        """The part of a step computed again that misses a tensor which it used at first."""
+        for part, expected in self._parts[step].items():
+            if expected and part in graph.roots:
+                ends = self.walk(graph.roots[part], graph.own)
+                if not expected <= {self._index.get(end, -1) for end in ends.captured}:
+                    return part
+        return None
 
-    def _position(self, end: Edge | Tensor) -> int:
+    def _position(self, end: End) -> int:
         if end not in self._index:
             self._index[end] = len(self.tensors)
-            self.tensors.append(end if isinstance(end, Tensor) else self._offered[end])
+            self.tensors.append(end if isinstance(end, Tensor) else self._edges[end])
         return self._index[end]
-
-    def _is_captured(self, edge: Edge, own: Collection[Tensor], since: int) -> bool:
-        """Whether the tensor at ``edge`` was there before the step."""
-        node = edge[0]
-        if node in self._older:
-            return True
-        if edge in self._offered or node._sequence_nr() < since:
-            return self._is_older(node, own)
-        return False
-
-    def _is_older(self, node: Node, own: Collection[Tensor]) -> bool:
-        """Whether no variable of the step is behind ``node``.
-
-        Sequence numbers alone do not say: they count per thread, and nodes made during a backward
-        pass on an accelerator are made on another one.
-        """
-        region, stack = {node}, [node]
-        leaves: set[Tensor] = set()
-        while stack:
-            for following, _ in stack.pop().next_functions:
-                if following is None or following in region or following in self._older:
-                    continue
-                leaf = getattr(following, "variable", None)
-                if leaf is None:
-                    region.add(following)
-                    stack.append(following)
-                elif leaf in own:
-                    return False
-                else:
-                    leaves.add(leaf)
-        self._older |= region
-        self._behind |= leaves
-        return True
 
     def at(self, step: int) -> tuple[int, ...]:
         """Indices into ``tensors`` of what the step uses (position in the loop, from 0)."""
@@ -180,8 +188,7 @@ class Captured:
 
     def used_after_loss(self, step: int) -> bool:
         """Whether the step uses any of the tensors outside its loss and the gradient of that."""
-        parts = self._parts[step]
-        return any(parts[part] for part in parts.keys() - {"loss", "gradient"})
+        return any(used for part, used in self._parts[step].items() if part != "loss")
 
     def edges(self, step: int) -> list[Tensor | GradientEdge]:
         """What to differentiate a step's graph with respect to, in the order of ``at``."""
@@ -199,7 +206,7 @@ class Captured:
         """
         chosen = [self.tensors[i] for i in self._at[step]]
         nodes = {get_gradient_edge(x).node for x in chosen if not x.is_leaf}
-        if len(nodes) == 1 and not any(x in self._behind for x in chosen):
+        if nodes and not self._overlaps():
             nodes.clear()
         retaining = [(x, x.grad) for x in chosen if x.retains_grad]
         hooked = [(h, dict(h)) for x in chosen if (h := x._backward_hooks)]
@@ -216,32 +223,31 @@ class Captured:
             for x, grad in retaining:
                 x.grad = grad
 
-
-class TensorsSeen(TorchFunctionMode):
-    """Finds the non-leaf tensors at some edges among those handed to PyTorch's functions."""
-
-    def __init__(self, edges: Iterable[Edge]) -> None:
-        super().__init__()
-        self.found: dict[Edge, Tensor] = {}
-        self._wanted = set(edges)
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        for x in tensors_in((args, kwargs or {})):
-            if x.requires_grad and not x.is_leaf and (edge := _edge(x)) in self._wanted:
-                self.found[edge] = x
-        return func(*args, **(kwargs or {}))
+    def _overlaps(self) -> bool:
+        """Whether any captured tensor was computed from another one, or together with it."""
+        count, overlap = self._overlap
+        if count != len(self.tensors):
+            nodes = [edge_of(x)[0] for x in self.tensors]
+            passed: set[Node] = set()
+            stack = [n for node in nodes for n, _ in node.next_functions]
+            while stack:
+                node = stack.pop()
+                if node is not None and node not in passed:
+                    passed.add(node)
+                    stack.extend(n for n, _ in node.next_functions)
+            overlap = len(set(nodes)) < len(nodes) or not passed.isdisjoint(nodes)
+            self._overlap = len(self.tensors), overlap
+        return overlap
 
 
 def end_of(x: Tensor) -> End:
     """Where a walk that comes to ``x`` ends."""
-    return x if x.is_leaf else _edge(x)
+    return x if x.is_leaf else edge_of(x)
 
 
 def is_same(x: Tensor, y: Tensor) -> bool:
     """Whether a walk ends in the same way at both."""
-    return x is y or (not x.is_leaf and not y.is_leaf and _edge(x) == _edge(y))
+    return x is y or (not x.is_leaf and not y.is_leaf and edge_of(x) == edge_of(y))
 
 
 def first_behind(x: Tensor, tensors: Sequence[Tensor]) -> int | None:
@@ -249,13 +255,13 @@ def first_behind(x: Tensor, tensors: Sequence[Tensor]) -> int | None:
     index = {end_of(y): i for i, y in enumerate(tensors)}
     if x.is_leaf or end_of(x) in index:
         return None
-    seen: set[Any] = set()
+    passed: set[Any] = set()
     edges: list[Any] = list(get_gradient_edge(x).node.next_functions)
     while edges:
         edge = edges.pop()
-        if edge[0] is None or edge in seen:
+        if edge[0] is None or edge in passed:
             continue
-        seen.add(edge)
+        passed.add(edge)
         end = getattr(edge[0], "variable", edge)
         if end in index:
             return index[end]
@@ -263,16 +269,52 @@ def first_behind(x: Tensor, tensors: Sequence[Tensor]) -> int | None:
     return None
 
 
-def _edge(x: Tensor) -> Edge:
-    if x.grad_fn is not None:
-        return x.grad_fn, x.output_nr
-    edge = get_gradient_edge(x)
-    return edge.node, edge.output_nr
+def comes_to(roots: Iterable[Tensor], own: Iterable[Tensor], since: int) -> bool:
+    """Whether the graph behind ``roots``, of nodes numbered from ``since`` on, ends at ``own``."""
+    leaves = {id(x) for x in own}
+    stack = [x.grad_fn for x in roots if x.grad_fn is not None]
+    passed: set[Any] = set()
+    while stack:
+        node = stack.pop()
+        if node in passed or node._sequence_nr() < since:
+            continue
+        passed.add(node)
+        for following, _ in node.next_functions:
+            if following is None:
+                continue
+            if id(getattr(following, "variable", None)) in leaves:
+                return True
+            stack.append(following)
+    return False
 
 
-def _references(node: Any) -> int:
-    """How many refer to the leaf that an ``AccumulateGrad`` node belongs to."""
-    return sys.getrefcount(node.variable)
+def _may_be_made(end: End, observer: Observer) -> bool:
+    return isinstance(end, Tensor) and observer.may_be_made(end)
+
+
+def _comes_to(
+    node: Any, leaves: Collection[int], stops: Collection[Edge], observer: Observer | None
+) -> bool:
+    """Whether a tensor of the step is behind ``node``.
+
+    Sequence numbers alone do not tell: they count per thread, and nodes made during a backward
+    pass on an accelerator are made on another one.
+    """
+    passed, stack = {node}, [node]
+    while stack:
+        for edge in stack.pop().next_functions:
+            following = edge[0]
+            if following is None or following in passed:
+                continue
+            leaf = getattr(following, "variable", None)
+            if edge in stops or (
+                leaf is not None
+                and (id(leaf) in leaves or (observer is not None and observer.is_made(leaf)))
+            ):
+                return True
+            passed.add(following)
+            stack.append(following)
+    return False
 
 
 def _leafs_node() -> Any:
@@ -283,7 +325,3 @@ def _leafs_node() -> Any:
 
 #: The type of the nodes at leaves, and of no others.
 _ACCUMULATE_GRAD = type(_leafs_node())
-
-#: What that is where only graphs do. Such a leaf is one that the step made and dropped, as in
-#: ``x.requires_grad_()`` for a gradient penalty: nobody can ask for its gradient.
-_REFERENCES_OF_A_GRAPH = _references(_leafs_node())

@@ -1,44 +1,81 @@
-"""The random number generators a step may draw from, read and set back together.
+"""The random number generators that steps draw from, read and set back together.
 
 A recomputed step has to see the random numbers of the first pass (dropout masks, noise), so the
-generators' states are kept beside each snapshot.
+generators' states are kept beside each snapshot. A generator of the user's own is met where a step
+hands it to PyTorch for the first time, before it draws: its state there is its state at the start.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+#: The state of each generator, as byte tensors on the CPU (5 kB for the CPU's).
+States = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """A generator: how to read and to set its state, and the state in which it was met."""
+
+    get: Callable[[], Tensor]
+    set: Callable[[Tensor], object]
+    start: Tensor
+
 
 class Generators:
-    """The CPU's generator, one per accelerator in use, and those that the user has made."""
+    """The CPU's generator, one per accelerator in use, and those of the user's that were met.
 
-    def __init__(self, devices: Iterable[torch.device], own: Iterable[torch.Generator]) -> None:
-        used = {(d.type, d.index or 0) for d in devices if d.type not in ("cpu", "meta")}
-        modules = [(torch.get_device_module(kind), index) for kind, index in sorted(used)]
-        self._accelerators = [(m, index) for m, index in modules if hasattr(m, "get_rng_state")]
-        self._own = list({id(g): g for g in own}.values())
+    Args:
+        devices: those in use.
+    """
 
-    def get(self) -> tuple[Tensor, ...]:
-        """The present states, as byte tensors on the CPU (5 kB each for the CPU's generator)."""
-        return (
-            torch.get_rng_state(),
-            *(module.get_rng_state(index) for module, index in self._accelerators),
-            *(generator.get_state() for generator in self._own),
-        )
+    def __init__(self, devices: Iterable[torch.device]) -> None:
+        self._sources: list[_Source] = []
+        self._met: set[object] = {"meta", torch.default_generator}
+        for device in (torch.device("cpu"), *devices):
+            self.meet_device(device)
 
-    def set(self, states: tuple[Tensor, ...]) -> None:
-        """Put the generators where they were when ``states`` was read."""
-        cpu, *rest = states
-        torch.set_rng_state(cpu)
-        count = len(self._accelerators)
-        for (module, index), state in zip(self._accelerators, rest[:count], strict=True):
-            module.set_rng_state(state, index)
-        for generator, state in zip(self._own, rest[count:], strict=True):
-            generator.set_state(state)
+    def meet(self, generator: torch.Generator) -> None:
+        """Take note of a generator that a step is about to draw from."""
+        if generator not in self._met:
+            self._add(generator, generator.get_state, generator.set_state)
+
+    def meet_device(self, device: torch.device) -> None:
+        """Take note of a device that a step may draw on."""
+        key = device.type if device.type in ("cpu", "meta") else (device.type, device.index or 0)
+        if key in self._met:
+            return
+        if key == "cpu":
+            self._add(key, torch.get_rng_state, torch.set_rng_state)
+            return
+        module, index = torch.get_device_module(device.type), device.index or 0
+        if hasattr(module, "get_rng_state"):
+            self._add(
+                key,
+                lambda: module.get_rng_state(index),
+                lambda state: module.set_rng_state(state, index),
+            )
+
+    def _add(self, key: object, get: Callable[[], Tensor], set: Callable[[Tensor], object]) -> None:
+        self._met.add(key)
+        self._sources.append(_Source(get, set, get()))
+
+    def get(self) -> States:
+        """The present states."""
+        return tuple([source.get() for source in self._sources])
+
+    def set(self, states: States) -> None:
+        """Put the generators where they were when ``states`` was read.
+
+        Those that were met only afterwards had not been drawn from, and begin anew.
+        """
+        for i, source in enumerate(self._sources):
+            source.set(states[i] if i < len(states) else source.start)
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""One inner training step as a pure function of the state, and its derivative.
+"""One inner training step as a pure function of the state.
 
 A step maps the state ``s = (params, optimizer state, buffers)`` to the next one,
 
@@ -6,64 +6,38 @@ A step maps the state ``s = (params, optimizer state, buffers)`` to the next one
     s' = update(params, g, optimizer state; hyperparameters at t),
 
 and yields the loss L before the update. ``loss_fn`` sees the user's own module, holding the
-values of ``s``.
+values of ``s``. Its derivative is a ``Linearization``.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from copy import copy
-from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from diffopt._derivatives.table import Evaluation, beyond_second_derivatives, refuse_missing
-from diffopt._model.standing import InnerHooks, load_again
-from diffopt._step.capture import Part
+from diffopt._derivatives.table import beyond_second_derivatives, refuse_missing
+from diffopt._model.precision import LOW
+from diffopt._model.standing import InnerHooks
+from diffopt._step.capture import Graph, comes_to
+from diffopt._step.linearization import Linearization, Split, Whole
 from diffopt._step.loss import InnerLoss
-from diffopt._values.state import Cotangent, State
-from diffopt._values.tree import Path, add
+from diffopt._step.observe import Observer, present_sequence
+from diffopt._step.result import Checked, Evaluated, StepResult, present
+from diffopt._torch.engine import gradient
+from diffopt._values.state import State
+from diffopt._values.tree import Path
 from diffopt.optim import Optimizer
+from diffopt.optim.base import is_scheduled
 from diffopt.optim.terms import Hyper, tensors_of
-from diffopt.optim.vjp import reads_gradients, update_vjp
+from diffopt.optim.vjp import states_own_vjp
 
-GradTransform = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
-
-#: ``watch(part, roots, own)``: shown what a step computes, before a graph is freed. Below ``own``,
-#: the step's own tensors, nothing of interest follows.
-Watch = Callable[[Part, Iterable[Tensor], Iterable[Tensor]], None]
-
-
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """What one step gives: the next state, the loss before the update, and the user's extras."""
-
-    state: State
-    loss: Tensor
-    aux: Any
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluated:
-    """A loss at a state, and what the update is made of besides.
-
-    Attributes:
-        loss: before the update.
-        aux: the user's extras.
-        buffers: as the evaluation left them.
-        hyper: the hyperparameters of the step, by param group.
-        grads: the gradients, by parameter name; None where the loss does not depend on it.
-    """
-
-    loss: Tensor
-    aux: Any
-    buffers: dict[str, Tensor]
-    hyper: list[Hyper]
-    grads: dict[str, Tensor | None]
+#: ``f(grads)``, or ``f(grads, model, batch)``, to the gradients that the update is given.
+GradTransform = Callable[..., Mapping[str, Tensor]]
 
 
 class InnerStep:
@@ -94,6 +68,13 @@ class InnerStep:
         self.grad_transform = grad_transform
         self.first_order = first_order
         self.hooks = InnerHooks()
+        self._takes_model = grad_transform is not None and arguments_of(grad_transform) == 3
+        self._called = [
+            (i, key)
+            for i, group in enumerate(opt.param_groups)
+            for key in opt.defaults
+            if is_scheduled(group[key])
+        ]
 
     def of_first_order(self) -> InnerStep:
         """This step with its inner gradients taken as constants."""
@@ -108,7 +89,7 @@ class InnerStep:
         step.first_step = self.first_step + by
         return step
 
-    def __call__(self, state: State, t: int, watch: Watch | None = None) -> StepResult:
+    def __call__(self, state: State, t: int, observer: Observer | None = None) -> StepResult:
         """Take step ``t``. The result carries a graph exactly where grad mode is enabled."""
         connected = torch.is_grad_enabled()
         # An alias, so that a hook that the loss registers on a parameter stays within the step.
@@ -117,110 +98,101 @@ class InnerStep:
             for name, x in state.params.items()
         }
         own = [*params.values(), *(x for x in state.tensors().values() if x.requires_grad)]
+        state = State(params, state.opt, state.buffers)
         with beyond_second_derivatives(connected):
-            found = self.evaluate(State(params, state.opt, state.buffers), t, own, connected, watch)
+            found = self.evaluate(state, t, own, connected, observer)
         if not connected:
             params = {name: x.detach() for name, x in params.items()}
-        with torch.set_grad_enabled(connected or watch is not None):
-            grads = self.prepared(found, params, own, watch)
-            new_params, new_opt = self.update(found.hyper, params, grads, state.opt)
-            if watch is not None:
-                own += [*_present(grads).values(), *tensors_of(found.hyper)]
-                watch("update", _values(new_params, new_opt), own)
+        shown = observer is not None and not self._is_known(found.hyper)
+        with torch.set_grad_enabled(connected or shown), observer or nullcontext():
+            new_params, new_opt = self.update(found.hyper, params, found.grads, state.opt)
         new = State(new_params, new_opt, found.buffers)
+        if shown:
+            found.graph.roots["update"] = _learning(new.tensors().values())
         if connected:
-            return StepResult(new, found.loss, found.aux)
-        return StepResult(new.detach(), found.loss.detach(), found.aux)
+            return StepResult(new, found.loss, found.aux, found.checked, found.graph)
+        return StepResult(new.detach(), found.loss.detach(), found.aux, found.checked, found.graph)
 
     def evaluate(
         self,
         state: State,
         t: int,
-        own: Iterable[Tensor],
+        own: Sequence[Tensor],
         connected: bool,
-        watch: Watch | None = None,
-        evaluation: Evaluation | None = None,
+        observer: Observer | None = None,
     ) -> Evaluated:
-        """The loss and its gradients, with their graph if ``connected``.
-
-        With ``evaluation`` the gradients are wanted for their graph. If the derivative of the
-        update reads no values, they need not have any.
-        """
-        with self.hooks, torch.enable_grad():
-            with nullcontext() if evaluation is None else evaluation.of_loss():
-                loss, aux, left = self.loss(state.params, state.buffers, t)
-            if watch is not None:
-                watch("loss", [loss, *left.values()], own)
-            hyper: list[Hyper] = [*self.opt.hyperparameters(self.first_step + t)]
-            if evaluation is not None:
-                evaluation.unread = not self.reads_gradients(state.params, state.opt, hyper)
-            grads = self._gradients(loss, state.params, t, connected, evaluation)
-        return Evaluated(loss, aux, left, hyper, grads)
+        """The loss and its gradients, with their graph if ``connected``."""
+        number = self.first_step + t
+        used: Mapping[int, Tensor] = {}
+        if observer is not None:
+            observer.begin(number, own, present_sequence())
+        with self.hooks, torch.enable_grad(), observer or nullcontext():
+            loss, aux, left = self.loss(state.params, state.buffers, t)
+            hyper: list[Hyper] = [*self.opt.hyperparameters(number)]
+            with nullcontext() if observer is None else observer.gradient() as used:
+                raw = self._gradients(loss, state.params, number, connected)
+            grads = self._transformed(raw, state.params, left, t)
+        graph = Graph(own, in_gradient=[*(used or {}).values()])
+        graph.roots["loss"] = [loss, *_learning(left.values())]
+        graph.roots["hyper"] = _learning(tensors_of(hyper))
+        if self.grad_transform is not None:
+            graph.roots["transform"] = _learning(present(grads).values())
+        checked = self._checked(loss, hyper, grads)
+        return Evaluated(loss, aux, left, hyper, raw, grads, checked, graph)
 
     def _gradients(
-        self,
-        loss: Tensor,
-        params: Mapping[str, Tensor],
-        t: int,
-        connected: bool,
-        evaluation: Evaluation | None,
+        self, loss: Tensor, params: Mapping[str, Tensor], number: int, connected: bool
     ) -> dict[str, Tensor | None]:
         found: Sequence[Tensor | None] = ()
         if loss.requires_grad:
-            total = self.loss.total(loss)
             try:
-                with nullcontext() if evaluation is None else evaluation.of_gradient(total):
-                    found = torch.autograd.grad(
-                        total,
-                        list(params.values()),
-                        create_graph=connected and not self.first_order,
-                        retain_graph=connected,
-                        allow_unused=True,
-                    )
+                found = gradient(
+                    self.loss.total(loss),
+                    list(params.values()),
+                    create_graph=connected and not self.first_order,
+                    # A transform may take gradients of what the loss has computed.
+                    retain_graph=connected or self.grad_transform is not None,
+                )
             except RuntimeError as error:
-                refuse_missing(error, self.first_step + t)
+                refuse_missing(error, number)
                 raise
         if all(g is None for g in found):
             raise ValueError(
-                f"the loss of step {self.first_step + t} does not depend on any inner variable: "
-                "compute it with the module that loss_fn is given, whose parameters are being "
-                "trained, and do not detach it"
+                f"the loss of step {number} does not depend on any inner variable: compute it "
+                "with the module that loss_fn is given, whose parameters are being trained, and "
+                "do not detach it"
             )
         return dict(zip(params, found, strict=True))
 
-    def reads_gradients(
+    def _transformed(
         self,
-        given: Mapping[str, Tensor],
-        opt_state: Mapping[str, Mapping[str, Tensor]],
-        hyper: Sequence[Hyper],
-    ) -> bool:
-        """Whether the derivative of the update reads the gradients of the parameters given."""
-        return reads_gradients(self.opt, given, opt_state, hyper=hyper, groups=self.groups)
-
-    def prepared(
-        self,
-        found: Evaluated,
+        grads: Mapping[str, Tensor | None],
         params: Mapping[str, Tensor],
-        own: Iterable[Tensor] = (),
-        watch: Watch | None = None,
+        buffers: Mapping[str, Tensor],
+        t: int,
     ) -> Mapping[str, Tensor | None]:
         """The gradients as the update is given them."""
-        grads = self._transformed(found.grads, params)
-        if watch is not None:
-            own, raw = list(own), _present(found.grads).values()
-            watch("gradient", raw, own)
-            changed = () if self.grad_transform is None else _present(grads).values()
-            watch("transform", changed, [*own, *raw])
-            watch("hyper", tensors_of(found.hyper), own)
-        return grads
-
-    def _transformed(
-        self, grads: Mapping[str, Tensor | None], params: Mapping[str, Tensor]
-    ) -> Mapping[str, Tensor | None]:
         if self.grad_transform is None:
             return grads
-        changed = self.loss.transform_grads(self.grad_transform, _present(grads))
+        if self._takes_model:
+            changed = self.loss.transform_with_model(
+                self.grad_transform, present(grads), params, buffers, t
+            )
+        else:
+            changed = self.loss.transform_grads(self.grad_transform, present(grads))
         return _checked_grads(changed, params)
+
+    def _is_known(self, hyper: Sequence[Hyper]) -> bool:
+        """Whether the rule is a function of its arguments alone, whose derivative is known."""
+        return self.opt.is_pure or (states_own_vjp(type(self.opt)) and not tensors_of(hyper))
+
+    def _checked(
+        self, loss: Tensor, hyper: Sequence[Hyper], grads: Mapping[str, Tensor | None]
+    ) -> Checked:
+        norm = None
+        if self.grad_transform is not None or self.hooks.registered or not self.opt.is_pure:
+            norm = _norm([g.detach() for g in present(grads).values()])
+        return Checked(loss.detach(), [_small(hyper[i][key]) for i, key in self._called], norm)
 
     def update(
         self,
@@ -245,192 +217,59 @@ class InnerStep:
             if path[0] != "buffers" or path[1] in self.loss.buffers.tracked
         }
 
-    def linearize(
-        self, state: State, t: int, watch: Watch | None = None, *, values: bool = True
-    ) -> Linearization:
-        """Evaluate the gradients of step ``t`` and keep their graph, for vector-Jacobian products.
-
-        Args:
-            watch: shown all but the update: see ``Linearization.advance`` for that.
-            values: False where ``vjp`` alone is going to be called. What it does not read is left
-                out then.
-        """
-        leaves = {
-            path: x.detach().requires_grad_()
-            for path, x in self.differentiable(state).items()
-            if path[0] != "opt"
-        }
+    def linearize(self, state: State, t: int, observer: Observer | None = None) -> Linearization:
+        """Evaluate step ``t`` and keep its graph, for vector-Jacobian products."""
+        flowing = self.differentiable(state)
+        leaves = {path: _leaf(x) for path, x in flowing.items() if path[0] != "opt"}
         state = state.replace(leaves)
-        own = leaves.values()
-        evaluation = None if values or self.grad_transform is not None else Evaluation()
-        found = self.evaluate(state, t, own, True, watch, evaluation)
-        with torch.enable_grad():
-            grads = self.prepared(found, state.params, own, watch)
-        linearization = Linearization(self, self.first_step + t, state, leaves, found, grads)
-        if not values:
-            linearization.drop_gradients()
-        return linearization
+        own = list(leaves.values())
+        since, number = present_sequence(), self.first_step + t
+        found = self.evaluate(state, t, own, True, observer)
+        known = self._is_known(found.hyper)
+        if known and not comes_to(found.graph.roots["hyper"], own, since):
+            return Split(self, number, state, leaves, found)
+        opt = {path: _leaf(x) for path, x in flowing.items() if path[0] == "opt"}
+        with observer or nullcontext():
+            whole = Whole(self, number, state.replace(opt), leaves | opt, found)
+        if not known:
+            found.graph.roots["update"] = _learning(whole.after.tensors().values())
+        return whole
 
 
-class Linearization:
-    """A step whose gradients were evaluated with their graph kept: one step's graph is its cost.
-
-    Its derivative has two parts. The update of the optimizer is differentiated on its own, from
-    the values of the gradients; what flows to them goes back through the graph of the loss, which
-    is differentiated a second time.
-
-    Attributes:
-        inner_grads: the gradients of the loss, by name, with their graph.
-        grads: what the update is given: the same after ``grad_transform``.
-        hyper: the hyperparameters at the step.
-    """
-
-    def __init__(
-        self,
-        step: InnerStep,
-        number: int,
-        state: State,
-        leaves: dict[Path, Tensor],
-        found: Evaluated,
-        grads: Mapping[str, Tensor | None],
-    ) -> None:
-        self._step = step
-        self._number = number
-        self._state = state
-        self._leaves = leaves
-        self._loss = found.loss
-        self.hyper: Sequence[Hyper] = found.hyper
-        self.inner_grads: Mapping[str, Tensor | None] = found.grads
-        self.grads = grads
-        self._ends: Mapping[str, Tensor | GradientEdge | None] = grads
-        self._buffers = found.buffers
-        self._aux = found.aux
-        self._loaded = step.loss.slots.loaded
-
-    def advance(self, watch: Watch | None = None) -> StepResult:
-        """What the step gives, cut from the graph. ``watch`` is shown the graph of the update."""
-        params = {name: x.detach() for name, x in self._state.params.items()}
-        grads = {name: g if g is None else g.detach() for name, g in self.grads.items()}
-        with torch.set_grad_enabled(watch is not None):
-            new_params, new_opt = self._step.update(self.hyper, params, grads, self._state.opt)
-            if watch is not None:
-                watch("update", _values(new_params, new_opt), tensors_of(self.hyper))
-        new = State(new_params, new_opt, self._buffers)
-        return StepResult(new.detach(), self._loss.detach(), self._aux)
-
-    def drop_gradients(self) -> None:
-        """Keep the graph of the gradients without their values, where ``vjp`` reads none.
-
-        Those are as large as the parameters. ``grads`` and ``inner_grads`` are gone then.
-        """
-        present = _present(self.grads)
-        if self._step.reads_gradients(present, self._state.opt, self.hyper):
-            return
-        self._ends = {n: get_gradient_edge(g) for n, g in present.items() if g.requires_grad}
-        self.grads = {name: self._state.params[name] for name in present}  # their shapes alone
-        self.inner_grads = {}
-
-    def vjp(
-        self,
-        state_cotangent: Cotangent,
-        loss_cotangent: Tensor | None,
-        captured: Sequence[Any],
-        *,
-        retain_graph: bool = False,
-    ) -> tuple[Cotangent, list[Tensor | None]]:
-        """Pull cotangents of the next state and of the loss back through the step.
-
-        Args:
-            captured: further tensors or gradient edges to differentiate with respect to.
-
-        Returns:
-            the cotangent of the state the step started from, and those of ``captured``, None
-            where there is no influence.
-        """
-        by_kind: dict[str, dict[Any, Any]] = {"params": {}, "buffers": {}, "opt": {}}
-        for (kind, name, *key), c in state_cotangent.items():
-            if kind == "opt":
-                by_kind[kind].setdefault(name, {})[key[0]] = c
-            else:
-                by_kind[kind][name] = c
-        update = update_vjp(
-            self._step.opt,
-            self._state.params,
-            self.grads,
-            self._state.opt,
-            by_kind["params"],
-            by_kind["opt"],
-            hyper=self.hyper,
-            groups=self._step.groups,
-            seen=captured,
-            retain_graph=retain_graph,
-        )
-        before: Cotangent = {("params", name): c for name, c in update.params.items()}
-        for name, entries in update.state.items():
-            before.update({("opt", name, key): c for key, c in entries.items()})
-        candidates: list[tuple[Tensor | GradientEdge | None, Tensor | None]] = [
-            (self._ends.get(name), c) for name, c in update.grads.items()
-        ]
-        candidates += [(x, by_kind["buffers"].get(name)) for name, x in self._buffers.items()]
-        candidates += [(self._loss, loss_cotangent)]
-        found, seen = self._pulled(candidates, captured, retain_graph)
-        for path, c in found.items():
-            total = add(before.get(path), c)
-            assert total is not None
-            before[path] = total
-        return before, [add(a, b) for a, b in zip(update.seen, seen, strict=True)]
-
-    def gradient_vjp(
-        self, cotangents: Mapping[str, Tensor], captured: Sequence[Any] = ()
-    ) -> tuple[dict[str, Tensor], list[Tensor | None]]:
-        """Pull cotangents of ``inner_grads`` back through the graph of the loss, which is kept.
-
-        Returns:
-            the product of the loss's Hessian with ``cotangents``, by parameter name, and the
-            cotangents of ``captured``.
-        """
-        candidates = [(self.inner_grads[name], c) for name, c in cotangents.items()]
-        found, seen = self._pulled(candidates, captured, retain_graph=True)
-        return {path[1]: c for path, c in found.items() if path[0] == "params"}, seen
-
-    def _pulled(
-        self,
-        candidates: Iterable[tuple[Tensor | GradientEdge | None, Tensor | None]],
-        captured: Sequence[Any],
-        retain_graph: bool,
-    ) -> tuple[Cotangent, list[Tensor | None]]:
-        """The cotangents of the leaves and of ``captured``, from results and their cotangents."""
-        pairs: list[tuple[Any, Tensor]] = [
-            (x, c) for x, c in candidates if c is not None and _is_connected(x)
-        ]
-        if not pairs:
-            return {}, [None] * len(captured)
-        load_again(self._step.loss.slots, self._loaded)  # for what reads the module on the way back
-        try:
-            found = torch.autograd.grad(
-                [x for x, _ in pairs],
-                [*self._leaves.values(), *captured],
-                [c for _, c in pairs],
-                retain_graph=retain_graph,
-                allow_unused=True,
-            )
-        except RuntimeError as error:
-            refuse_missing(error, self._number)
-            raise
-        cotangents = zip(self._leaves, found, strict=False)
-        return {p: c for p, c in cotangents if c is not None}, list(found[len(self._leaves) :])
+def arguments_of(function: Callable[..., Any]) -> int:
+    """How many arguments a function has to be given; 1 where there is no telling."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return 1
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(p.kind in positional and p.default is p.empty for p in parameters)
 
 
-def _present(grads: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
-    return {name: g for name, g in grads.items() if g is not None}
+def _leaf(x: Tensor) -> Tensor:
+    return x.detach().requires_grad_()
 
 
-def _is_connected(x: Tensor | GradientEdge | None) -> bool:
-    return isinstance(x, GradientEdge) or (x is not None and x.requires_grad)
+def _learning(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return [x for x in tensors if x.requires_grad]
 
 
-def _values(params: Mapping[str, Tensor], opt: Mapping[str, Mapping[str, Tensor]]) -> list[Tensor]:
-    return [*params.values(), *(x for entries in opt.values() for x in entries.values())]
+def _norm(tensors: Sequence[Tensor]) -> Tensor:
+    norms = torch._foreach_norm([x.float() if x.dtype in LOW else x for x in tensors])
+    device = norms[0].device
+    return torch.linalg.vector_norm(
+        torch.stack([norm.to(device, norms[0].dtype) for norm in norms])
+    )
+
+
+def _small(value: Any) -> Any:
+    """A hyperparameter, or its norm where it is a large tensor, to be kept for every step."""
+    if isinstance(value, tuple):
+        return tuple(map(_small, value))
+    if not isinstance(value, Tensor):
+        return value
+    value = value.detach()
+    return value if value.numel() == 1 else torch.linalg.vector_norm(value)
 
 
 def _checked_grads(

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
-from diffopt._step.capture import Captured, end_of, present_sequence
+from diffopt._step.capture import Captured, end_of
 from diffopt._step.step import InnerStep
 from diffopt._values.state import Cotangent, State
 from diffopt._values.tree import Path, map_tensors, tensors_in
@@ -44,7 +44,6 @@ def pushed(
             sight, as a compiled or scripted function does.
     """
     _load_decompositions()
-    since = present_sequence()
     with forward_ad.dual_level(), torch.enable_grad():
         substitutes = {x: _dual(x, dx) for x, dx in captured.items()}
         given = {
@@ -55,10 +54,9 @@ def pushed(
         with _Substitution(substitutes) as substitution:
             own = [*start.params.values(), *given.values(), *substitutes.values()]
             found = step.evaluate(start, t, own, False)
-            loss, buffers = found.loss, found.buffers
-            grads = step.prepared(found, start.params)
+            loss, buffers, grads = found.loss, found.buffers, found.grads
             hyper = [map_tensors(substitution.replaced, options) for options in found.hyper]
-            _check_all_replaced(captured, _walkable([loss, buffers, grads, hyper]), own, since)
+            _check_all_replaced(captured, _walkable([loss, buffers, grads, hyper]), own)
             with torch.no_grad():
                 params, opt = step.update(hyper, start.params, grads, start.opt)
         result = State(params, opt, buffers).tensors()
@@ -136,15 +134,13 @@ def _walkable(tree: Any) -> list[Tensor]:
     return [x for x in tensors_in(tree) if x.requires_grad]
 
 
-def _check_all_replaced(
-    captured: ByTensor, roots: Iterable[Tensor], own: Iterable[Tensor], since: int
-) -> None:
+def _check_all_replaced(captured: ByTensor, roots: Iterable[Tensor], own: Iterable[Tensor]) -> None:
     """Raise where a captured tensor itself is in the graph, and not the one in its place."""
     if not captured:
         return
     walk = Captured()
     walk.offer(captured)
-    if walk.walk(roots, own, since, set()) & {end_of(x) for x in captured}:
+    if walk.walk(roots, own).captured & {end_of(x) for x in captured}:
         raise RuntimeError("a captured tensor was used out of sight")
 
 

@@ -3,45 +3,60 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffopt._compile.environment import Unchanged
 from diffopt._loop.loop import Loop
+from diffopt._step.observe import Unchanged
+from diffopt._torch.engine import keeps_graph
 from diffopt._values.state import State
 from diffopt._values.tree import Path
 from diffopt.adjoint import Adjoint
 
 
-def run_connected(
-    loop: Loop, adjoint: Adjoint, guarded: Sequence[Tensor], seen: Unchanged
-) -> tuple[State, Tensor]:
+@dataclass
+class _Run:
+    """A loop that has been run; a node has none once what it needs has been used up.
+
+    Attributes:
+        loop, adjoint: what was run, and how its derivative is computed.
+        kept: what the adjoint needs for that.
+        paths: of the tensors of the final state. Not the tensors, which hold this object.
+        used: tensors that the steps may read again.
+    """
+
+    loop: Loop
+    adjoint: Adjoint
+    kept: Any
+    paths: list[Path]
+    used: Unchanged
+
+
+def run_connected(loop: Loop, adjoint: Adjoint, guarded: Sequence[Tensor]) -> tuple[State, Tensor]:
     """Run ``loop`` and connect its results to the caller's graph.
 
     Args:
         guarded: further tensors that the way back will read again: that they were not changed in
             place meanwhile is checked, as for every input.
-        seen: tensors that the steps may read again; those that they change themselves are left
-            alone.
 
     Returns:
         the final state and the losses, shape (T,).
     """
     with loop.session():
         final, kept = adjoint.forward(loop)
-    seen.settle()
+    used = loop.observer.end()
     final = _owned(final, loop)
-    losses = _losses(loop)
     values = final.tensors()
+    run = _Run(loop, adjoint, kept, list(values), used)
+    flowing = loop.step.differentiable(final).keys()
     results = _Unrolling.apply(  # type: ignore[no-untyped-call]
-        loop,
-        adjoint,
-        kept,
-        list(loop.inputs),
-        (list(values), (losses, *values.values()), set(loop.step.differentiable(final))),
-        (list(guarded), seen),
+        run,
+        list(guarded),
+        [_losses(loop), *values.values()],
+        [x for path, x in values.items() if path not in flowing],
         *loop.inputs.values(),
         *loop.captured.tensors,
     )
@@ -55,12 +70,13 @@ def run_detached(loop: Loop) -> tuple[State, Tensor]:
     with loop.session():
         for t in range(loop.steps):
             state = loop.first(state, t)
+    loop.observer.end()
     return _owned(state, loop), _losses(loop)
 
 
 def _losses(loop: Loop) -> Tensor:
     losses = loop.losses.all()
-    return next(iter(loop.start.params.values())).new_zeros(0) if losses is None else losses
+    return next(iter(loop.start.params.values())).new_zeros(0) if losses is None else losses.clone()
 
 
 def _owned(final: State, loop: Loop) -> State:
@@ -72,60 +88,51 @@ class _Unrolling(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        loop: Loop,
-        adjoint: Adjoint,
-        kept: Any,
-        start_paths: list[Path],
-        outcome: tuple[list[Path], tuple[Tensor, ...], set[Path]],
-        guards: tuple[list[Tensor], Unchanged],
+        run: _Run,
+        guarded: list[Tensor],
+        results: list[Tensor],
+        constants: list[Tensor],
         *inputs: Tensor,
     ) -> tuple[Tensor, ...]:
-        paths, results, differentiable = outcome
-        ctx.loop, ctx.adjoint, ctx.kept = loop, adjoint, kept
-        ctx.start_paths, ctx.paths = start_paths, paths
-        ctx.inputs = len(inputs)
-        guarded, ctx.seen = guards
+        ctx.run, ctx.inputs = run, len(inputs)
         ctx.save_for_backward(*inputs, *guarded)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(
-            *(x for path, x in zip(paths, results[1:], strict=True) if path not in differentiable)
-        )
-        return results
+        ctx.mark_non_differentiable(*constants)
+        return tuple(results)
 
     @staticmethod
     def backward(ctx: Any, losses: Tensor | None, *cotangents: Tensor | None) -> Any:
         inputs = ctx.saved_tensors[: ctx.inputs]  # also checks that nothing was changed in place
-        ctx.seen.check()
-        loop, adjoint, n, kept = ctx.loop, ctx.adjoint, len(ctx.start_paths), ctx.kept
-        if kept is None:
+        run: _Run | None = ctx.run
+        if run is None:
             raise RuntimeError(
                 "a backward pass through this unroll was interrupted, and what it needs is partly "
                 "used up: call diffopt.unroll again, or backward(retain_graph=True) the first time"
             )
-        cotangent = {
-            path: g for path, g in zip(ctx.paths, cotangents, strict=True) if g is not None
-        }
-        if torch.is_grad_enabled():
-            before, captured = adjoint.differentiable_backward(
-                loop,
-                kept,
-                dict(zip(ctx.start_paths, inputs[:n], strict=True)),
-                inputs[n:],
-                cotangent,
-                losses,
-            )
-        else:
-            keep = _keeps_graph()
-            if not keep:
-                ctx.loop = ctx.kept = None  # as autograd frees what it saved
-            with loop.session(), loop.generators.undisturbed():
-                before, captured = adjoint.backward(loop, kept, cotangent, losses, keep=keep)
-        return (*(None,) * 6, *(before.get(path) for path in ctx.start_paths), *captured)
-
-
-def _keeps_graph() -> bool:
-    """Whether the backward pass now running was asked to retain the graph."""
-    try:
-        return bool(torch._C._autograd._get_current_graph_task_keep_graph())
-    except AttributeError:  # pragma: no cover - a PyTorch without it: keep, to be safe
-        return True
+        run.used.check()
+        loop, adjoint = run.loop, run.adjoint
+        cotangent = {p: g for p, g in zip(run.paths, cotangents, strict=True) if g is not None}
+        try:
+            if torch.is_grad_enabled():
+                n = len(loop.inputs)
+                before, captured = adjoint.differentiable_backward(
+                    loop,
+                    run.kept,
+                    dict(zip(loop.inputs, inputs[:n], strict=True)),
+                    inputs[n:],
+                    cotangent,
+                    losses,
+                )
+            else:
+                keep = keeps_graph()
+                if not keep:
+                    ctx.run = None  # as autograd frees what it saved
+                with loop.session(), loop.generators.undisturbed():
+                    before, captured = adjoint.backward(
+                        loop, run.kept, cotangent, losses, keep=keep
+                    )
+        except Exception:
+            loop.settle()  # a step that is not what it was is the better reason
+            raise
+        loop.settle()
+        return (*(None,) * 4, *(before.get(path) for path in loop.inputs), *captured)

@@ -68,9 +68,14 @@ class InnerProblem:
         """``groups`` without the parameters that do not require grad."""
         return [[name for name in names if name in self.inner] for names in self.groups]
 
-    def slots(self) -> ModuleSlots:
-        """Where the module holds the trained parameters and the buffers."""
-        return ModuleSlots(self.model, self.inner)
+    @property
+    def constants(self) -> dict[str, Tensor]:
+        """The parameters that are not trained."""
+        return {name: x for name, x in self.params.items() if name not in self.inner}
+
+    def slots(self, moving: Mapping[str, Tensor]) -> ModuleSlots:
+        """Where the module holds the trained parameters, the buffers, and what moves like them."""
+        return ModuleSlots(self.model, self.inner, moving)
 
     def deliver(self, result: Unrolled) -> None:
         """Hand the result to the objects the caller passed. PyTorch's own stay as they were."""

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from diffopt._compile.compiled import CompiledStep
-from diffopt._compile.environment import Environment, Unchanged, functions_of
 from diffopt._loop import progress as _progress
 from diffopt._loop.loop import Loop
 from diffopt._loop.verify import Ledger
@@ -20,6 +19,7 @@ from diffopt._model.slots import ModuleSlots
 from diffopt._step.capture import Captured
 from diffopt._step.generators import Generators
 from diffopt._step.loss import InnerLoss, TaskLosses
+from diffopt._step.observe import Observer
 from diffopt._step.step import GradTransform, InnerStep
 from diffopt._unroll.arguments import (
     LossFn,
@@ -30,12 +30,13 @@ from diffopt._unroll.arguments import (
     own_loss_without_batch,
     plain_int,
 )
+from diffopt._unroll.moving import with_moving
 from diffopt._unroll.node import run_connected, run_detached
 from diffopt._unroll.problem import inner_problem
 from diffopt._unroll.start import Initial, start_state
 from diffopt._unroll.unrolled import Unrolled
 from diffopt._values.state import State
-from diffopt._values.tree import generators_in, map_tensors, tensors_in
+from diffopt._values.tree import map_tensors, tensors_in
 from diffopt.adjoint import Adjoint
 
 
@@ -135,72 +136,69 @@ def unroll(
     adjoint = chosen_adjoint(segment, adjoint)
     check_options(loss_fn, grad_transform, max_cotangent_norm, verify, tasks, compile, progress)
     problem = inner_problem(model, opt, tasks)
-    slots = problem.slots()
-    start = start_state(problem, slots.buffers, initial, tasks)
-    first_step = initial.step if isinstance(initial, Unrolled) else problem.first_step
     steps = plain_int(steps)
     batches = batches_of(steps)
     count = steps if isinstance(steps, int) else len(batches)
+    first_step = initial.step if isinstance(initial, Unrolled) else problem.first_step
     inputs = [x for batch in _distinct(batches) for x in tensors_in(batch)]
-    hyper = [x for group in problem.opt.param_groups for x in tensors_in(_options(group))]
-    constants = [x for name, x in problem.params.items() if name not in problem.inner]
-    devices = {x.device for x in (*problem.params.values(), *slots.buffers.values(), *inputs)}
-
-    transform = grad_transform or problem.grad_transform
-    environment = Environment(
-        slots.model,
-        *(loss_fn, transform, *map(_options, problem.opt.param_groups)),
-        *(problem.opt, *functions_of(type(problem.opt))),
-        given=[*problem.inner.values(), *slots.buffers.values()],
-        containers=(list, tuple, set, dict),
-        most=1000,
-    )
-    own_generators = [g for batch in _distinct(batches) for g in generators_in(batch)]
-    own_generators += environment.generators
-
+    devices = {x.device for x in (*problem.params.values(), *problem.model.buffers(), *inputs)}
     connected = torch.is_grad_enabled() and problem.connected
-    captured = None
-    if connected:
+    modes = Modes(model, devices)
+    if max_cotangent_norm == math.inf:
+        max_cotangent_norm = None
+
+    def run(moving: Mapping[str, Tensor]) -> Unrolled:
+        slots = problem.slots(moving)
+        start = start_state(problem, slots.buffers, initial, tasks)
+        constants = {n: x for n, x in problem.constants.items() if n not in moving}
+        hyper = [x for group in problem.opt.param_groups for x in tensors_in(_options(group))]
+        generators = Generators(devices)
+        observer = Observer(generators, problem.inner, constants)
         captured = Captured()
-        captured.offer([*inputs, *hyper, *constants, *problem.inner.values()])
-    generators = Generators(devices, own_generators)
-    loss = _inner_loss(slots, loss_fn, steps, batches, first_step, tasks)
-    step = InnerStep(
-        loss, problem.opt, problem.inner_groups, first_step=first_step, grad_transform=transform
-    )
-    if compile:
-        compiled = CompiledStep(
-            step,
-            generators=generators,
-            counted=isinstance(steps, int),
-            given=[*problem.inner.values(), *slots.buffers.values()],
+        captured.offer([*inputs, *hyper, *constants.values(), *problem.inner.values()])
+        step = InnerStep(
+            _inner_loss(slots, loss_fn, steps, batches, first_step, tasks),
+            problem.opt,
+            problem.inner_groups,
+            first_step=first_step,
+            grad_transform=grad_transform or problem.grad_transform,
         )
-        if captured is not None:
-            captured.offer(compiled.environment)
-        step = compiled
-    loop = Loop(
-        step,
-        start,
-        count,
-        captured=captured,
-        generators=generators,
-        modes=Modes(model, devices),
-        progress=_progress.Progress(count, progress),
-        max_cotangent_norm=None if max_cotangent_norm == math.inf else max_cotangent_norm,
-        tasks=tasks,
-        ledger=Ledger() if verify and connected else None,
-    )
-    if connected:
-        guarded = [*inputs, *hyper, *constants]
-        final, losses = run_connected(loop, adjoint, guarded, Unchanged(environment.tensors))
-    else:
-        final, losses = run_detached(loop)
-    final = State(step.loss.precision.narrowed(final.params), final.opt, final.buffers)
-    chosen = set(chain.from_iterable(problem.groups))
-    given = {name: x for name, x in problem.params.items() if name in chosen}
-    if tasks is not None:
-        losses = losses.T if count else losses.new_zeros(tasks, 0)
-    result = Unrolled(slots, final, given, losses, loop.aux, first_step + count, tasks)
+        if compile:
+            step = CompiledStep(
+                step,
+                generators=generators,
+                counted=isinstance(steps, int),
+                given=[*problem.inner.values(), *slots.buffers.values()],
+            )
+            captured.offer(step.environment)
+            observer.watch(step.environment)
+        loop = Loop(
+            step,
+            start,
+            count,
+            captured=captured,
+            observer=observer,
+            generators=generators,
+            modes=modes,
+            progress=_progress.Progress(count, progress),
+            connected=connected,
+            max_cotangent_norm=max_cotangent_norm,
+            tasks=tasks,
+            ledger=Ledger() if verify and connected else None,
+        )
+        if connected:
+            final, losses = run_connected(loop, adjoint, [*inputs, *hyper, *constants.values()])
+        else:
+            final, losses = run_detached(loop)
+        final = State(step.loss.precision.narrowed(final.params), final.opt, final.buffers)
+        chosen = set(chain.from_iterable(problem.groups))
+        given = {name: x for name, x in problem.params.items() if name in chosen}
+        if tasks is not None:
+            losses = losses.T if count else losses.new_zeros(tasks, 0)
+        return Unrolled(slots, final, given, losses, loop.aux, first_step + count, tasks)
+
+    known = isinstance(initial, Unrolled) and initial.buffers.keys()
+    result = with_moving(problem, known or (), devices, run)
     problem.deliver(result)
     return result
 

@@ -16,7 +16,7 @@ from diffopt._loop.executor import Kept, run_backward
 from diffopt._loop.loop import Loop, clip_norm
 from diffopt._loop.replay import differentiable_backward
 from diffopt._loop.snapshots import Snapshots
-from diffopt._step.step import Linearization
+from diffopt._step.linearization import Linearization
 from diffopt._values.state import Cotangent, State
 from diffopt._values.tree import Path
 from diffopt.adjoint._base import Adjoint

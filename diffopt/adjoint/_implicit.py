@@ -106,8 +106,8 @@ class Implicit(Adjoint):
         _refuse_all_but_params(cotangent, loss_cotangents)
         last, snapshot = kept
         # Not the last step again, which a check for that would refuse, but its loss at the end.
-        linearization = last.step.linearize(last.restored(snapshot), 0, last.checked(0))
-        gradient = {n: g for n, g in linearization.inner_grads.items() if g is not None}
+        linearization = last.step.linearize(last.restored(snapshot), 0)
+        gradient = {n: g for n, g in linearization.raw.items() if g is not None}
         self._check_stationary(gradient.values())
 
         def product(v: Vector) -> Vector:

@@ -204,8 +204,8 @@ class _PatchedProblem(InnerProblem):
         if dopt._grad_callback is not None:
             self.grad_transform = _transform(dopt._grad_callback, self._fast_names)
 
-    def slots(self) -> ModuleSlots:
-        return FastSlots(self.model, self.inner, self._fast_names)
+    def slots(self, moving: Mapping[str, Tensor]) -> ModuleSlots:
+        return FastSlots(self.model, self.inner, moving, self._fast_names)
 
     def deliver(self, result: Unrolled) -> None:
         """Leave ``fmodel`` and ``dopt`` as a loop of ``dopt.step`` would have."""
@@ -215,7 +215,7 @@ class _PatchedProblem(InnerProblem):
                 final[name] = final[name].detach().requires_grad_()
         self.model.update_params([final[name] for name in self._fast_names])
         final_buffers = {name: x.clone() for name, x in result.buffers.items()}
-        ModuleSlots(self.model, {}).write_buffers(final_buffers)
+        ModuleSlots(self.model, {}, {}).write_buffers(final_buffers)
         ours = isinstance(self._dopt, DifferentiableOptimizer)
         groups = zip(self._dopt.param_groups, self._dopt.state, self.groups, strict=True)
         for group, held, names in groups:

@@ -25,6 +25,8 @@ class EarlierAdam(Adam):
     θ ← θ − γ √(1 − β₂ᵗ) / (1 − β₁ᵗ) · m / (√v + ε), which is Adam with ε / √(1 − β₂ᵗ) for ε.
     """
 
+    is_pure = True
+
     def _update(
         self, hyper: Hyper, params: Tensors, grads: Tensors, states: list[Entries]
     ) -> tuple[Tensors, list[Entries]]:

@@ -28,10 +28,18 @@ class FastSlots(ModuleSlots):
     unroll stay ahead of it: ``parameters(time=0)`` is what it was.
     """
 
-    def __init__(self, fmodel: Any, inner: Mapping[str, Tensor], fast_names: list[str]) -> None:
+    _own_attributes = ("_fast_params",)
+
+    def __init__(
+        self,
+        fmodel: Any,
+        inner: Mapping[str, Tensor],
+        moving: Mapping[str, Tensor],
+        fast_names: list[str],
+    ) -> None:
         # Before all else, as the constructor notes the attributes that it finds.
         self._weights: list[list[Tensor]] = list(fmodel._fast_params)
-        super().__init__(_copied_modules(fmodel, self._weights), inner)
+        super().__init__(_copied_modules(fmodel, self._weights), inner, moving)
         self._original = weakref.ref(fmodel)
         self._newest = dict(zip(fast_names, fmodel.fast_params, strict=True))
         self._past = list(fmodel._fast_params) if fmodel.track_higher_grads else []
@@ -57,7 +65,7 @@ class FastSlots(ModuleSlots):
     def unchanged(self) -> Iterator[None]:
         box, weights = self._box[0], list(self._weights)
         original = self._original()
-        own = nullcontext() if original is None else ModuleSlots(original, {}).unchanged()
+        own = nullcontext() if original is None else ModuleSlots(original, {}, {}).unchanged()
         with super().unchanged(), own:
             self._lend(lambda key: key in ("_parameters", "_buffers", "_fast_params"))
             try:

@@ -96,6 +96,15 @@ class Optimizer(torch.optim.Optimizer):
         """Whether ``_vjp`` needs more of the gradients than their shapes, or returns None."""
         return True
 
+    @property
+    def is_pure(self) -> bool:
+        """Whether the rule depends on nothing but its arguments, as all of this package's do.
+
+        Of another class's rule, the graph of a whole step is kept for its derivative.
+        """
+        methods = (type(self)._update, type(self).update, type(self).hyperparameters)
+        return all((method.__module__ or "").startswith("diffopt.optim.") for method in methods)
+
     # The rule as a pure function of dicts by name.
 
     def hyperparameters(self, step: int) -> list[dict[str, Any]]:
@@ -407,6 +416,11 @@ def _at(value: Any, step: int) -> Any:
     value = value(step) if callable(value) else value
     # NumPy scalars are real numbers, but not all of them floats.
     return value if isinstance(value, (Tensor, int, float)) else _number(value)
+
+
+def is_scheduled(value: Any) -> bool:
+    """Whether an option, or an entry of it, is a callable of the step number."""
+    return any(map(callable, value)) if isinstance(value, (tuple, list)) else callable(value)
 
 
 def _number(value: Any) -> Any:

@@ -72,7 +72,7 @@ def reads_gradients(
     groups: Sequence[Sequence[str]],
 ) -> bool:
     """Whether ``update_vjp`` looks at the values of the gradients."""
-    return not _states_own_vjp(type(opt)) or any(
+    return not states_own_vjp(type(opt)) or any(
         tensors_of([options]) or opt._vjp_reads_gradients([state[n] for n in names if n in grads])
         for names, options in zip(groups, hyper, strict=True)
     )
@@ -88,7 +88,7 @@ def _by_hand(
     options: Sequence[Hyper],
     groups: Sequence[Sequence[str]],
 ) -> UpdateCotangents | None:
-    if not _states_own_vjp(type(opt)):
+    if not states_own_vjp(type(opt)):
         return None
     found = UpdateCotangents(dict(cot_params), {}, {n: dict(s) for n, s in cot_state.items()}, [])
     for names, hyper in zip(groups, options, strict=True):
@@ -114,7 +114,7 @@ def _by_hand(
     return found
 
 
-def _states_own_vjp(rule: type) -> bool:
+def states_own_vjp(rule: type) -> bool:
     """Whether ``_vjp`` belongs to the rule, not to another one that it inherits from."""
     for cls in rule.__mro__:
         if "_vjp" in cls.__dict__:

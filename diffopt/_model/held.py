@@ -1,0 +1,56 @@
+"""Whether a module holds a parameter in another way than by registering it.
+
+``self.tied = [self.encoder.weight]`` holds the original, and goes on holding it while another value
+stands in the place of ``encoder.weight``. Asked only when a step was seen to use an original.
+"""
+
+from __future__ import annotations
+
+import gc
+import types
+from collections.abc import Collection, Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+#: More objects than that behind a module's attributes are not looked through.
+MOST = 200_000
+
+_TABLES = {"_parameters", "_buffers", "_modules"}
+_FLAT = {"_flat_weights", "_flat_weight_refs"}  # of recurrent layers, made anew by each call
+_APART = (type, types.ModuleType, types.FrameType, types.CodeType, nn.Module, str, int, float)
+
+
+def holds_apart(
+    modules: Iterable[nn.Module], tensors: Collection[Tensor], but: Collection[str] = ()
+) -> bool:
+    """Whether any of ``tensors`` is behind an attribute of ``modules``, in whatever container.
+
+    Args:
+        but: attributes that are left out.
+
+    The answer is yes, too, where too much is behind the attributes to tell.
+    """
+    wanted = {id(x) for x in tensors}
+    passed: set[int] = set()
+    stack: list[Any] = []
+    for module in modules:
+        skipped = {*but, *_TABLES, *(_FLAT if isinstance(module, nn.RNNBase) else ())}
+        stack += [value for key, value in vars(module).items() if key not in skipped]
+    while stack:
+        x = stack.pop()
+        if id(x) in wanted:
+            return True
+        if id(x) in passed or isinstance(x, (*_APART, Tensor)):
+            continue
+        passed.add(id(x))
+        if len(passed) > MOST:
+            return True
+        stack += _behind(x)
+    return False
+
+
+def _behind(x: Any) -> list[Any]:
+    if isinstance(x, types.FunctionType):
+        return [*(x.__closure__ or ()), x.__defaults__, x.__kwdefaults__]
+    return gc.get_referents(x)

@@ -1,0 +1,248 @@
+"""A step whose graph is kept: its vector-Jacobian products.
+
+Two ways: ``Split`` differentiates the update of a known rule on its own, from the values of the
+gradients, and takes what flows to these through the graph of the loss. ``Whole`` keeps the graph of
+the whole step, for rules that may use more than they are given.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from diffopt._derivatives.table import refuse_missing
+from diffopt._model.standing import load_again
+from diffopt._step.result import Checked, Evaluated, StepResult, present
+from diffopt._values.state import Cotangent, State
+from diffopt._values.tree import Path, add
+from diffopt.optim.vjp import reads_gradients, update_vjp
+
+if TYPE_CHECKING:
+    from diffopt._step.step import InnerStep
+
+#: A tensor, or the edge of the graph where one was.
+_Root = Tensor | GradientEdge | None
+
+
+class Linearization(ABC):
+    """A step whose gradients were evaluated with their graph kept: one step's graph is its cost.
+
+    Attributes:
+        raw: the gradients of the loss, by name, with their graph.
+        grads: what the update is given: the same after ``grad_transform``.
+        hyper: the hyperparameters at the step.
+        checked: what is compared when the step is computed again; None where it is not known yet.
+        graph: where the graph begins.
+    """
+
+    def __init__(
+        self,
+        step: InnerStep,
+        number: int,
+        state: State,
+        leaves: dict[Path, Tensor],
+        found: Evaluated,
+    ) -> None:
+        self._step = step
+        self._number = number
+        self._state = state
+        self._leaves = leaves
+        self._loss = found.loss
+        self._buffers = found.buffers
+        self._aux = found.aux
+        self._loaded = step.loss.slots.loaded
+        self.hyper = found.hyper
+        self.raw = found.raw
+        self.grads = found.grads
+        self.checked: Checked | None = found.checked
+        self.graph = found.graph
+
+    @abstractmethod
+    def advance(self) -> StepResult:
+        """What the step gives, cut from the graph."""
+
+    @abstractmethod
+    def drop_gradients(self) -> None:
+        """Keep no values of gradients that ``vjp`` does not read."""
+
+    @abstractmethod
+    def vjp(
+        self,
+        state_cotangent: Cotangent,
+        loss_cotangent: Tensor | None,
+        captured: Sequence[Any],
+        *,
+        retain_graph: bool = False,
+    ) -> tuple[Cotangent, list[Tensor | None]]:
+        """Pull cotangents of the next state and of the loss back through the step.
+
+        Args:
+            captured: further tensors or gradient edges to differentiate with respect to.
+
+        Returns:
+            the cotangent of the state the step started from, and those of ``captured``, None
+            where there is no influence.
+        """
+
+    def gradient_vjp(
+        self, cotangents: Mapping[str, Tensor], captured: Sequence[Any] = ()
+    ) -> tuple[dict[str, Tensor], list[Tensor | None]]:
+        """Pull cotangents of ``raw`` back through the graph of the loss, which is kept.
+
+        Returns:
+            the product of the loss's Hessian with ``cotangents``, by parameter name, and the
+            cotangents of ``captured``.
+        """
+        roots = [(self.raw[name], c) for name, c in cotangents.items()]
+        found, others = self._pulled(roots, captured, retain_graph=True)
+        return {path[1]: c for path, c in found.items() if path[0] == "params"}, others
+
+    def _result(self, state: State) -> StepResult:
+        assert self.checked is not None
+        return StepResult(state.detach(), self._loss.detach(), self._aux, self.checked, self.graph)
+
+    def _pulled(
+        self,
+        roots: Iterable[tuple[_Root, Tensor | None]],
+        captured: Sequence[Any],
+        retain_graph: bool,
+    ) -> tuple[Cotangent, list[Tensor | None]]:
+        """The cotangents of the leaves and of ``captured``, from results and their cotangents."""
+        pairs: list[tuple[Any, Tensor]] = [
+            (x, c) for x, c in roots if c is not None and _is_connected(x)
+        ]
+        if not pairs:
+            return {}, [None] * len(captured)
+        load_again(self._step.loss.slots, self._loaded)  # for what reads the module on the way back
+        try:
+            found = torch.autograd.grad(
+                [x for x, _ in pairs],
+                [*self._leaves.values(), *captured],
+                [c for _, c in pairs],
+                retain_graph=retain_graph,
+                allow_unused=True,
+            )
+        except RuntimeError as error:
+            refuse_missing(error, self._number)
+            raise
+        cotangents = zip(self._leaves, found, strict=False)
+        return {p: c for p, c in cotangents if c is not None}, list(found[len(self._leaves) :])
+
+
+class Split(Linearization):
+    """The update apart from the loss."""
+
+    def __init__(
+        self,
+        step: InnerStep,
+        number: int,
+        state: State,
+        leaves: dict[Path, Tensor],
+        found: Evaluated,
+    ) -> None:
+        super().__init__(step, number, state, leaves, found)
+        self._ends: Mapping[str, _Root] = found.grads
+
+    def advance(self) -> StepResult:
+        params = {name: x.detach() for name, x in self._state.params.items()}
+        grads = {name: g if g is None else g.detach() for name, g in self.grads.items()}
+        with torch.no_grad():
+            new_params, new_opt = self._step.update(self.hyper, params, grads, self._state.opt)
+        return self._result(State(new_params, new_opt, self._buffers))
+
+    def drop_gradients(self) -> None:
+        """Keep the graph of the gradients without their values, where ``vjp`` reads none.
+
+        Those are as large as the parameters. ``grads`` and ``raw`` are gone then.
+        """
+        given, step = present(self.grads), self._step
+        if reads_gradients(step.opt, given, self._state.opt, hyper=self.hyper, groups=step.groups):
+            return
+        self._ends = {n: get_gradient_edge(g) for n, g in given.items() if g.requires_grad}
+        self.grads = {name: self._state.params[name] for name in given}  # their shapes alone
+        self.raw = {}
+
+    def vjp(
+        self,
+        state_cotangent: Cotangent,
+        loss_cotangent: Tensor | None,
+        captured: Sequence[Any],
+        *,
+        retain_graph: bool = False,
+    ) -> tuple[Cotangent, list[Tensor | None]]:
+        by_kind: dict[str, dict[Any, Any]] = {"params": {}, "buffers": {}, "opt": {}}
+        for (kind, name, *key), c in state_cotangent.items():
+            if kind == "opt":
+                by_kind[kind].setdefault(name, {})[key[0]] = c
+            else:
+                by_kind[kind][name] = c
+        update = update_vjp(
+            self._step.opt,
+            self._state.params,
+            self.grads,
+            self._state.opt,
+            by_kind["params"],
+            by_kind["opt"],
+            hyper=self.hyper,
+            groups=self._step.groups,
+            seen=captured,
+            retain_graph=retain_graph,
+        )
+        before: Cotangent = {("params", name): c for name, c in update.params.items()}
+        for name, entries in update.state.items():
+            before.update({("opt", name, key): c for key, c in entries.items()})
+        roots: list[tuple[_Root, Tensor | None]] = [
+            (self._ends.get(name), c) for name, c in update.grads.items()
+        ]
+        roots += [(x, by_kind["buffers"].get(name)) for name, x in self._buffers.items()]
+        roots += [(self._loss, loss_cotangent)]
+        found, others = self._pulled(roots, captured, retain_graph)
+        for path, c in found.items():
+            total = add(before.get(path), c)
+            assert total is not None
+            before[path] = total
+        return before, [add(a, b) for a, b in zip(update.seen, others, strict=True)]
+
+
+class Whole(Linearization):
+    """The step as one graph."""
+
+    def __init__(
+        self,
+        step: InnerStep,
+        number: int,
+        state: State,
+        leaves: dict[Path, Tensor],
+        found: Evaluated,
+    ) -> None:
+        super().__init__(step, number, state, leaves, found)
+        with torch.enable_grad():
+            params, opt = step.update(found.hyper, state.params, found.grads, state.opt)
+        self.after = State(params, opt, found.buffers)
+
+    def advance(self) -> StepResult:
+        return self._result(self.after)
+
+    def drop_gradients(self) -> None:
+        """Nothing: their values are part of the graph."""
+
+    def vjp(
+        self,
+        state_cotangent: Cotangent,
+        loss_cotangent: Tensor | None,
+        captured: Sequence[Any],
+        *,
+        retain_graph: bool = False,
+    ) -> tuple[Cotangent, list[Tensor | None]]:
+        after = self.after.tensors()
+        roots = [(after[path], c) for path, c in state_cotangent.items()]
+        return self._pulled([*roots, (self._loss, loss_cotangent)], captured, retain_graph)
+
+
+def _is_connected(x: _Root) -> bool:
+    return isinstance(x, GradientEdge) or (x is not None and x.requires_grad)

@@ -1,0 +1,336 @@
+"""Seeing what a step uses while it runs.
+
+A step may use anything that Python lets it see: a closure's tensor, a generator in a dataclass, a
+parameter behind three attributes. Whatever it is called and wherever it is kept, to have an effect
+it is handed to PyTorch, and there an ``Observer`` sees it. Nothing is looked for.
+
+Limits: what is handed to TorchScript, to compiled code or to an extension in C++ is not seen. The
+graph of a step is therefore walked as well (``Captured.walk``): a leaf that the observer did not
+see is found there, and any other tensor from before the step that it did not see is an error.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node, get_gradient_edge
+from torch.overrides import TorchFunctionMode
+
+from diffopt._step.generators import Generators
+from diffopt._values.tree import tensors_in
+
+Edge = tuple[Node, int]
+_Ref = weakref.ref[Tensor]
+
+
+class Moved(BaseException):
+    """A step is about to change a parameter in place that is not trained: it has to be restarted.
+
+    Attributes:
+        name: the parameter's.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+
+class Observer(TorchFunctionMode):
+    """Sees the tensors and generators that the steps of a first pass hand to PyTorch.
+
+    Args:
+        generators: is told of each generator before it draws.
+        originals: the module's own inner parameters, by name, in whose place others stand.
+        constants: the module's other parameters, by name.
+
+    Attributes:
+        edges: tensors with a history that were there before the step that used them, by edge.
+        originals_used: names of the inner parameters whose originals were handed to PyTorch.
+
+    Cost: about a microsecond for each function of PyTorch that a step calls.
+    """
+
+    def __init__(
+        self,
+        generators: Generators,
+        originals: Mapping[str, Tensor],
+        constants: Mapping[str, Tensor],
+    ) -> None:
+        super().__init__()
+        self.edges: dict[Edge, Tensor] = {}
+        self.originals_used: set[str] = set()
+        self._generators = generators
+        self._originals = {id(x): name for name, x in originals.items()}
+        self._memory = _Memory(originals, constants)
+        self._before = {
+            n: (x, x._version, x.data_ptr()) for n, x in constants.items() if not x.is_inference()
+        }
+        self._step = 0
+        self._since = 0
+        self._in_gradient: dict[int, Tensor] | None = None
+        self._known: dict[int, Tensor] = {}  # used by the step; held, so that no id is used again
+        self._plain: set[int] = set()  # those that did not require grad when they were met
+        self._made: dict[int, _Ref] = {}  # by the step
+        self._earlier: dict[int, _Ref] = {}  # by a step before, and still there
+        self._fresh: set[int] = set()  # addresses of memory that the step took
+        self._used: dict[int, tuple[_Ref, int]] = {}  # by any step, and how it was then
+
+    def begin(self, step: int, own: Iterable[Tensor], since: int) -> None:
+        """Step ``step`` begins, on its ``own`` tensors.
+
+        Args:
+            since: the least sequence number of the nodes that it makes.
+        """
+        self._step, self._since = step, since
+        self._earlier |= {key: ref for key, ref in self._made.items() if ref() is not None}
+        self._known = {id(x): x for x in own}
+        for noted in (self._made, self._plain, self._fresh, self.originals_used):
+            noted.clear()
+
+    @contextmanager
+    def gradient(self) -> Iterator[dict[int, Tensor]]:
+        """Where the gradient of the loss is taken: yields the tensors that hooks use there."""
+        known, uses = self._known, dict[int, Tensor]()
+        self._known, self._in_gradient = {}, uses
+        try:
+            yield uses
+        finally:
+            self._known, self._in_gradient = known | self._known, None
+
+    def is_made(self, x: Tensor) -> bool:
+        """Whether a step was seen to make ``x``."""
+        return _holds(self._made, x) or _holds(self._earlier, x)
+
+    def may_be_made(self, x: Tensor) -> bool:
+        """Whether the step may have made the leaf ``x``, in a way that was not seen."""
+        return id(x) in self._plain or x.data_ptr() in self._fresh
+
+    def watch(self, tensors: Iterable[Tensor]) -> None:
+        """Take note of tensors that steps use unseen."""
+        for x in tensors:
+            if not x.is_inference() and id(x) not in self._used:
+                self._used[id(x)] = weakref.ref(x), x._version
+
+    def end(self) -> Unchanged:
+        """The last step has been taken: gives what the steps used and neither made nor changed.
+
+        Raises:
+            NotImplementedError: a step has changed a parameter in place that is not trained, and
+                that was not seen.
+        """
+        for name, (x, version, address) in self._before.items():
+            if x._version != version or x.data_ptr() != address:
+                raise NotImplementedError(
+                    f"a step changed the parameter {name!r}, which is not trained, in place and "
+                    "in a way that cannot be seen, such as from TorchScript: change it by "
+                    "PyTorch's own functions, or make it a buffer"
+                )
+        used = Unchanged(self._used.values())
+        for noted in (self._known, self._made, self._earlier, self._used, self.edges):
+            noted.clear()
+        return used
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        kind = _KINDS.get(func)
+        if kind is None:
+            kind = _KINDS[func] = _Kind(func)
+        if kind.inspects:
+            return func(*args, **kwargs)
+        self._see_all(args)
+        if kwargs:
+            self._see_all(kwargs.values())
+        if kind.writes or "out" in kwargs:
+            self._check_writing(kwargs.get("out", args[0] if args else None))
+        result = func(*args, **kwargs)
+        if isinstance(result, Tensor):
+            self._make(result, args)
+        elif type(result) in (tuple, list):
+            for x in result:
+                if isinstance(x, Tensor):
+                    self._make(x, args)
+        return result
+
+    def _see_all(self, values: Iterable[Any]) -> None:
+        for x in values:
+            if isinstance(x, Tensor):
+                key = id(x)
+                if key not in self._known and not _holds(self._made, x):
+                    self._meet(x)
+            elif isinstance(x, (list, tuple)):
+                self._see_all(x)
+            elif isinstance(x, dict):
+                self._see_all(x.values())
+            elif isinstance(x, torch.Generator):
+                self._generators.meet(x)
+
+    def _meet(self, x: Tensor) -> None:
+        """Take note of a tensor that the step uses for the first time and did not make."""
+        key = id(x)
+        if torch._C._functorch.is_functorch_wrapped_tensor(x):
+            self._known[key] = x
+            return
+        if x.requires_grad and not x.is_leaf:
+            if _holds(self._earlier, x):
+                raise NotImplementedError(
+                    f"step {self._step} uses a tensor of shape {tuple(x.shape)} that an earlier "
+                    "step made and that requires grad: from step to step, derivatives go by way "
+                    "of the parameters, the optimizer's state and the buffers alone. Keep it in a "
+                    "buffer of the model, or detach it"
+                )
+            edge = edge_of(x)
+            if self._since <= edge[0]._sequence_nr() < present_sequence():
+                self._made[key] = weakref.ref(x)  # by a function that modes are not shown
+                return
+            self.edges[edge] = x
+        self._known[key] = x
+        if not x.requires_grad:
+            self._plain.add(key)
+        elif self._in_gradient is not None:
+            self._in_gradient[key] = x
+        if key in self._originals:
+            self.originals_used.add(self._originals[key])
+        if not x.is_inference():
+            self.watch([x])
+            self._generators.meet_device(x.device)
+
+    def _make(self, x: Tensor, args: tuple[Any, ...]) -> None:
+        key = id(x)
+        if key in self._known:
+            return
+        self._made[key] = weakref.ref(x)
+        if not x.requires_grad and self._in_gradient is None and _has_memory(x):
+            address = x.data_ptr()
+            if all(y.data_ptr() != address for y in tensors_in(args) if _has_memory(y)):
+                self._fresh.add(address)
+
+    def _check_writing(self, target: Any) -> None:
+        for x in tensors_in(target):
+            found = self._memory.owner(x) if _has_memory(x) else None
+            if found is not None and found.inner:
+                raise changed_in_place(found.name, self._step)
+            if found is not None:
+                raise Moved(found.name)
+
+
+def changed_in_place(name: str, step: int) -> NotImplementedError:
+    """The error for a loss that changes an inner parameter in place."""
+    return NotImplementedError(
+        f"the loss of step {step} changes parameter {name!r} in place, which has no derivative: "
+        "compute what it needs from the parameter, as a parametrization does"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Owner:
+    """A parameter of the module.
+
+    Attributes:
+        name: as ``named_parameters()`` gives it.
+        inner: whether it is trained.
+    """
+
+    name: str
+    inner: bool
+
+
+class _Memory:
+    """Which memory belongs to which parameter of the module."""
+
+    def __init__(self, inner: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> None:
+        self._inner, self._constants = inner, constants
+        self._owners: dict[int, _Owner] | None = None
+
+    def owner(self, x: Tensor) -> _Owner | None:
+        """The parameter in whose memory ``x`` lies."""
+        if self._owners is None:
+            self._owners = {
+                y.untyped_storage().data_ptr(): _Owner(name, values is self._inner)
+                for values in (self._constants, self._inner)
+                for name, y in values.items()
+                if _has_memory(y)
+            }
+        return self._owners.get(x.untyped_storage().data_ptr())
+
+
+class Unchanged:
+    """Watches tensors for changes in place, of which autograd keeps count, without holding them.
+
+    Args:
+        seen: the tensors and the count at which each was seen; what has changed since is left out.
+    """
+
+    def __init__(self, seen: Iterable[tuple[_Ref, int]]) -> None:
+        self._seen = [(r, v) for r, v in seen if (x := r()) is not None and x._version == v]
+
+    def check(self) -> None:
+        """Raise where one of them has been changed since."""
+        for ref, version in self._seen:
+            x = ref()
+            if x is not None and x._version != version:
+                raise RuntimeError(
+                    f"a tensor of shape {tuple(x.shape)} that the steps of this unroll use has "
+                    "been changed in place since, and now they are computed again: call backward "
+                    "before that, or put a new tensor in its place"
+                )
+
+
+class _Kind:
+    """What an observer has to know of a function.
+
+    Attributes:
+        inspects: whether it only says something about a tensor, such as its shape.
+        writes: whether it may change its first argument in place, going by its name.
+    """
+
+    __slots__ = ("inspects", "writes")
+
+    def __init__(self, function: Any) -> None:
+        name = getattr(function, "__name__", "")
+        attribute = getattr(function, "__self__", None)
+        self.inspects = name in _INSPECTING or (name == "__get__" and attribute not in _VIEWS)
+        self.writes = (
+            (name.endswith("_") and not name.startswith("__") and name not in _HARMLESS)
+            or name in ("__setitem__", "__setstate__")
+            or (name == "__set__" and attribute is Tensor.data)
+        )
+
+
+_VIEWS = [Tensor.data, Tensor.grad, Tensor.T, Tensor.mT, Tensor.H, Tensor.mH, Tensor.real]
+_VIEWS += [Tensor.imag]
+_INSPECTING = {"dim", "ndimension", "size", "numel", "nelement", "stride", "is_contiguous"}
+_INSPECTING |= {"element_size", "storage_offset", "data_ptr", "get_device", "is_floating_point"}
+_INSPECTING |= {"is_complex", "is_signed", "is_inference", "__len__", "__hash__", "has_names"}
+_INSPECTING |= {"untyped_storage", "is_pinned", "is_shared", "_is_view", "is_same_size"}
+_HARMLESS = {"requires_grad_", "detach_"}
+_KINDS: dict[Any, _Kind] = {}
+
+
+def present_sequence() -> int:
+    """A number that every autograd node made on this thread from now on reaches or exceeds."""
+    return int(torch._C._autograd._get_sequence_nr())
+
+
+def edge_of(x: Tensor) -> Edge:
+    """Where the graph behind ``x`` begins."""
+    if x.grad_fn is not None:
+        return x.grad_fn, x.output_nr
+    edge = get_gradient_edge(x)
+    return edge.node, edge.output_nr
+
+
+def _holds(refs: Mapping[int, _Ref], x: Tensor) -> bool:
+    ref = refs.get(id(x))
+    return ref is not None and ref() is x
+
+
+def _has_memory(x: Tensor) -> bool:
+    return x.layout is torch.strided and not torch._C._functorch.is_functorch_wrapped_tensor(x)

@@ -1,0 +1,75 @@
+"""What a step gives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from diffopt._step.capture import Graph
+from diffopt._values.state import State
+from diffopt.optim.terms import Hyper
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What a step has to give again when it is computed again.
+
+    Attributes:
+        loss: before the update.
+        hyper: the hyperparameters that callables gave, in order.
+        grads: the norm of the gradients that the update was given, where functions of the user's
+            take part in them; otherwise None.
+    """
+
+    loss: Tensor
+    hyper: Sequence[float | Tensor] = ()
+    grads: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """The next state, the loss before the update, and the user's extras.
+
+    Attributes:
+        checked: what the step has to give again when it is computed again.
+        graph: where the graph of the step begins and ends.
+    """
+
+    state: State
+    loss: Tensor
+    aux: Any
+    checked: Checked
+    graph: Graph
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """A loss at a state, and what the update is made of besides.
+
+    Attributes:
+        loss: before the update.
+        aux: the user's extras.
+        buffers: as the evaluation left them.
+        hyper: the hyperparameters of the step, by param group.
+        raw: the gradients of the loss, by parameter name; None where it does not depend on it.
+        grads: those that the update is given.
+        checked: what is compared when the step is computed again.
+        graph: where the graph of all that begins.
+    """
+
+    loss: Tensor
+    aux: Any
+    buffers: dict[str, Tensor]
+    hyper: Sequence[Hyper]
+    raw: Mapping[str, Tensor | None]
+    grads: Mapping[str, Tensor | None]
+    checked: Checked
+    graph: Graph
+
+
+def present(grads: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    """The gradients that there are."""
+    return {name: g for name, g in grads.items() if g is not None}

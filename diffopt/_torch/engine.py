@@ -1,0 +1,38 @@
+"""Autograd's engine without ``torch.autograd.grad`` around it.
+
+A ``TorchFunctionMode`` is handed a call of ``torch.autograd.grad`` and is off while that runs. So
+what hooks and custom Functions do in a backward pass would not be shown to the mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import graph as _graph
+
+
+def gradient(
+    loss: Tensor, inputs: Sequence[Tensor], *, retain_graph: bool, create_graph: bool
+) -> Sequence[Tensor | None]:
+    """The gradient of a scalar, with the modes that are active here active in the backward pass."""
+    with torch._C.DisableTorchFunction():
+        ones = torch.ones_like(loss, memory_format=torch.preserve_format)
+    found: Sequence[Tensor | None] = _graph._engine_run_backward(
+        (loss,), (ones,), retain_graph, create_graph, tuple(inputs), True, accumulate_grad=False
+    )
+    return found
+
+
+def saves_through_hooks() -> bool:
+    """Whether what autograd saves goes through ``saved_tensors_hooks`` of the caller's."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+def keeps_graph() -> bool:
+    """Whether the backward pass now running was asked to retain the graph."""
+    try:
+        return bool(torch._C._autograd._get_current_graph_task_keep_graph())
+    except AttributeError:  # pragma: no cover - a PyTorch without it: keep, to be safe
+        return True
