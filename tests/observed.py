@@ -1,0 +1,484 @@
+"""Experiments that are solved twice: by ``diffopt`` and by a plain training loop.
+
+An experiment is a function of ``train``. It builds everything anew, trains, and gives the outer
+loss and the tensors whose gradients are wanted. ``outcome`` runs it with the plain loop below, which
+shares no code with diffopt and keeps every graph, and with ``diffopt.unroll``, and knows two
+outcomes: the same gradient, or an error whose message names the cause. Either way the model is
+afterwards what it was before.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextvars
+import dataclasses
+import functools
+import random
+import re
+import types
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import count
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import diffopt
+
+ADJOINTS: dict[str, diffopt.Adjoint] = {
+    "store-all": diffopt.StoreAll(),
+    "segmented-1": diffopt.Segmented(1),
+    "segmented-2": diffopt.Segmented(2),
+    "segmented": diffopt.Segmented(),
+    "binomial-2": diffopt.Binomial(2),
+    "memory-budget": diffopt.MemoryBudget("1GiB"),
+}
+every_adjoint = pytest.mark.parametrize("adjoint", ADJOINTS)
+
+#: Those that may keep the graph of a step, so that a step of theirs runs once.
+KEEPING = ("store-all", "memory-budget")
+
+REFUSALS = (RuntimeError, ValueError, NotImplementedError, TypeError)
+Expected = Literal["exact", "refused", "either"]
+Inputs = Sequence[Tensor]
+Experiment = Callable[["Train"], tuple[Tensor, Inputs]]
+
+#: What the check of recomputed steps has to say.
+CHANGED = r"step \d|step number|changed|verify=True|another|other tensor|in place"
+
+
+def impure(adjoint: str) -> Expected:
+    """What a step that is another when computed again has to give."""
+    return {"store-all": "exact", "memory-budget": "either"}.get(adjoint, "refused")
+
+
+def small() -> nn.Sequential:
+    """17 float64 parameters, smooth in all of them."""
+    return nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2)).double()
+
+
+def data(rows: int = 4, columns: int = 2) -> Tensor:
+    return torch.randn(rows, columns, dtype=torch.double)
+
+
+def learned(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.double, requires_grad=True)
+
+
+def squares(x: Tensor) -> Tensor:
+    return x.square().mean()
+
+
+def ids(table: Iterable[str]) -> list[str]:
+    return [name.replace(" ", "-") for name in table]
+
+
+def cases(name: str, table: Mapping[str, Any]) -> Any:
+    """Parametrize over the values of a table, with its keys as names."""
+    return pytest.mark.parametrize(name, list(table.values()), ids=ids(table))
+
+
+# The plain loop.
+
+
+@contextmanager
+def standing(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Put tensors into the places of parameters and buffers, and all places back afterwards."""
+    modules = list(model.modules())
+    before = [(m, dict(m._parameters), dict(m._buffers)) for m in modules]
+    same: dict[int, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        same.setdefault(id(p), []).append(name)
+    names = {group[0]: group for group in same.values()}
+    for name, x in values.items():
+        for alias in names.get(name, [name]):
+            prefix, _, key = alias.rpartition(".")
+            owner = model.get_submodule(prefix)
+            places: Any = owner._parameters if key in owner._parameters else owner._buffers
+            places[key] = x
+    try:
+        yield
+    finally:
+        for module, params, buffers in before:
+            module._parameters.clear()
+            module._parameters.update(params)
+            module._buffers.clear()
+            module._buffers.update(buffers)
+
+
+class Plain:
+    """What the plain loop gives, under the names that ``Unrolled`` has."""
+
+    def __init__(self, model: nn.Module, params: dict[str, Tensor], rest: dict[str, Tensor]) -> None:
+        self.model, self.params, self.rest = model, params, rest
+        self.losses = torch.zeros(0)
+
+    @property
+    def buffers(self) -> dict[str, Tensor]:
+        return self.rest
+
+    def apply(self, fn: Callable[..., Any], *args: Any) -> Any:
+        with standing(self.model, {**self.params, **_copies(self.rest)}):
+            return fn(self.model, *args)
+
+    def __call__(self, *args: Any) -> Any:
+        return self.apply(lambda model: model(*args))
+
+
+def _copies(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: x.clone() for name, x in values.items()}
+
+
+class Train:
+    """``train(model, steps, loss_fn, lr=...)``: gradient descent, by one of two ways."""
+
+    #: Whether ``diffopt`` trains.
+    ours = False
+
+    def __call__(
+        self,
+        model: nn.Module,
+        steps: int | Iterable[Any],
+        loss_fn: Callable[..., Any],
+        *,
+        lr: Any = 0.3,
+        inner: str = "",
+        by: Callable[[list[Any]], Any] | None = None,
+        rule: Callable[[dict[str, Tensor], dict[str, Tensor], int], dict[str, Tensor]] | None = None,
+        **more: Any,
+    ) -> Any:
+        """Train the parameters whose names begin with ``inner``.
+
+        ``by`` makes the optimizer that diffopt takes, where it is not SGD with ``lr``; ``rule``
+        says in the plain loop what it does.
+        """
+        raise NotImplementedError
+
+
+class ByHand(Train):
+    """A loop with ``autograd.grad(create_graph=True)`` that moves the module itself along."""
+
+    def __call__(
+        self,
+        model: nn.Module,
+        steps: Any,
+        loss_fn: Any,
+        *,
+        lr: Any = 0.3,
+        inner: str = "",
+        by: Any = None,
+        rule: Any = None,
+        grad_transform: Any = None,
+        initial: Any = None,
+    ) -> Plain:
+        named = dict(model.named_parameters())
+        chosen = [n for n, p in named.items() if p.requires_grad and n.startswith(inner)]
+        if initial is None:
+            rest = {n: p for n, p in named.items() if n not in chosen}
+            result = Plain(model, {n: named[n] for n in chosen}, rest)
+            result.rest.update(model.named_buffers())
+        else:
+            result = Plain(model, dict(initial.params), dict(initial.rest))
+        losses = []
+        for t, item in enumerate(range(steps) if isinstance(steps, int) else steps):
+            # Aliases: a weight's other uses are constants of the inner gradient.
+            params = {name: x.view_as(x) for name, x in result.params.items()}
+            places = {**params, **_copies(result.rest)}
+            with standing(model, places):
+                loss = loss_fn(model, item)
+                losses.append(loss)
+                after = {n: x for n, x in model.named_parameters() if n not in chosen}
+                after.update(model.named_buffers())
+            found = torch.autograd.grad(
+                loss, list(params.values()), create_graph=True, allow_unused=True
+            )
+            grads = {n: g for n, g in zip(params, found, strict=True) if g is not None}
+            if grad_transform is not None:
+                grads = dict(grad_transform(grads))
+            if rule is not None:
+                new = rule(params, grads, t)
+            else:
+                rate = lr(t) if callable(lr) else lr
+                new = {n: params[n] - rate * g for n, g in grads.items()}
+            result.params, result.rest = {**result.params, **new}, after
+        result.losses = torch.stack(losses) if losses else result.losses
+        return result
+
+
+class Guard:
+    """What a module was like, to be compared later."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.tensors = self._tensors()
+        self.values = {name: x.detach().clone() for name, x in self.tensors.items()}
+        self.flags = self._flags()
+
+    def check(self, when: str) -> None:
+        now = self._tensors()
+        assert now.keys() == self.tensors.keys(), f"other parameters or buffers after {when}"
+        for name, x in now.items():
+            assert x is self.tensors[name], f"{name} is another tensor after {when}"
+            same = torch.equal(x.detach(), self.values[name])
+            assert same, f"the caller's {name} was changed by {when}"
+            assert x.grad is None, f"{name}.grad was filled by {when}"
+        assert self._flags() == self.flags, f"flags were changed by {when}"
+
+    def _tensors(self) -> dict[str, Tensor]:
+        found = dict(self.model.named_parameters(remove_duplicate=False))
+        found.update(self.model.named_buffers(remove_duplicate=False))
+        return found
+
+    def _flags(self) -> list[Any]:
+        requires = [x.requires_grad for x in self._tensors().values()]
+        places = [(list(m._parameters), list(m._buffers)) for m in self.model.modules()]
+        return [requires, places, [m.training for m in self.model.modules()]]
+
+
+class Ours(Train):
+    """``diffopt.unroll``, watched: the model must be the same after the call and after backward."""
+
+    ours = True
+
+    def __init__(self, adjoint: diffopt.Adjoint, **more: Any) -> None:
+        self.adjoint, self.more = adjoint, more
+        self.guards: list[Guard] = []
+
+    def __call__(
+        self,
+        model: nn.Module,
+        steps: Any,
+        loss_fn: Any,
+        *,
+        lr: Any = 0.3,
+        inner: str = "",
+        by: Any = None,
+        rule: Any = None,
+        **more: Any,
+    ) -> diffopt.Unrolled:
+        named = [
+            (n, p) for n, p in model.named_parameters() if p.requires_grad and n.startswith(inner)
+        ]
+        opt = diffopt.SGD(named, lr=lr) if by is None else by(named)
+        guard = Guard(model)
+        self.guards.append(guard)
+        options = {"adjoint": self.adjoint, **self.more, **more}
+        try:
+            return diffopt.unroll(model, opt, steps, loss_fn, **options)
+        finally:
+            guard.check("the call")
+
+    def check(self) -> None:
+        for guard in self.guards:
+            guard.check("the backward pass")
+
+
+def seed(number: int = 0) -> None:
+    torch.manual_seed(number)
+    random.seed(number)
+    np.random.seed(number)
+
+
+def gradients(outer: Tensor, inputs: Inputs) -> list[Tensor]:
+    found = torch.autograd.grad(outer, list(inputs), allow_unused=True)
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True)]
+
+
+def outcome(
+    experiment: Experiment,
+    adjoint: str,
+    expected: Expected = "exact",
+    words: str = CHANGED,
+    **more: Any,
+) -> str:
+    """Compare diffopt with the plain loop; returns "exact" or "refused".
+
+    Args:
+        words: a regular expression that the message of an error has to match.
+        more: further arguments of ``diffopt.unroll``.
+    """
+    want: list[Tensor] = []
+    if expected != "refused":
+        seed()
+        outer, inputs = experiment(ByHand())
+        want = [outer.detach(), *gradients(outer, inputs)]
+        assert any(bool(g.abs().sum() > 0) for g in want[1:]), "the experiment has no gradient"
+    seed()
+    ours = Ours(ADJOINTS[adjoint], **more)
+    try:
+        outer, inputs = experiment(ours)
+        got = [outer.detach(), *gradients(outer, inputs)]
+    except REFUSALS as error:
+        ours.check()
+        if expected == "exact":
+            raise
+        assert re.search(words, str(error)), f"the message does not name the cause: {error}"
+        return "refused"
+    ours.check()
+    assert expected != "refused", "no error was raised"
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+    return "exact"
+
+
+# Holders: where a program keeps what a step uses, and how the name is bound anew.
+
+Read = Callable[[], Any]
+Bind = Callable[[Any], None]
+
+
+@dataclasses.dataclass(slots=True)
+class Slotted:
+    value: Any
+
+
+class ClassHolder:
+    value: Any = None
+
+
+class Bound:
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def read(self) -> Any:
+        return self.value
+
+
+class Key:
+    """Something that can be a key, weakly."""
+
+
+_VARIABLE: contextvars.ContextVar[Any] = contextvars.ContextVar("_VARIABLE")
+_GLOBAL: Any = None
+
+
+def _closure(value: Any) -> tuple[Read, Bind]:
+    def bind(new: Any) -> None:
+        nonlocal value
+        value = new
+
+    return lambda: value, bind
+
+
+def _global(value: Any) -> tuple[Read, Bind]:
+    def bind(new: Any) -> None:
+        global _GLOBAL
+        _GLOBAL = new
+
+    bind(value)
+    return lambda: _GLOBAL, bind
+
+
+def _entry(make: Callable[[Any], Any], key: Any) -> Callable[[Any], tuple[Read, Bind]]:
+    def holder(value: Any) -> tuple[Read, Bind]:
+        held = make(value)
+        return lambda: held[key], lambda new: held.__setitem__(key, new)
+
+    return holder
+
+
+def _attribute(make: Callable[[Any], Any], name: str = "value") -> Callable[[Any], Any]:
+    def holder(value: Any) -> tuple[Read, Bind]:
+        held = make(value)
+        setattr(held, name, value)
+        return lambda: getattr(held, name), lambda new: setattr(held, name, new)
+
+    return holder
+
+
+def _default(value: Any) -> tuple[Read, Bind]:
+    def read(held: Any = value) -> Any:
+        return held
+
+    return read, lambda new: setattr(read, "__defaults__", (new,))
+
+
+def _keyword_default(value: Any) -> tuple[Read, Bind]:
+    def read(*, held: Any = value) -> Any:
+        return held
+
+    return read, lambda new: setattr(read, "__kwdefaults__", {"held": new})
+
+
+def _partial(value: Any) -> tuple[Read, Bind]:
+    read = functools.partial(lambda held: held, held=value)
+    return read, lambda new: read.keywords.__setitem__("held", new)
+
+
+def _bound_method(value: Any) -> tuple[Read, Bind]:
+    held = Bound(value)
+    return held.read, lambda new: setattr(held, "value", new)
+
+
+def _context_variable(value: Any) -> tuple[Read, Bind]:
+    _VARIABLE.set(value)
+    return _VARIABLE.get, lambda new: (_VARIABLE.set(new), None)[1]
+
+
+def _weak_dictionary(value: Any) -> tuple[Read, Bind]:
+    key, held = Key(), weakref.WeakKeyDictionary[Key, Any]()
+    held[key] = value
+    return lambda: held[key], lambda new: held.__setitem__(key, new)
+
+
+def _class_attribute(value: Any) -> tuple[Read, Bind]:
+    ClassHolder.value = value
+    return lambda: ClassHolder.value, lambda new: setattr(ClassHolder, "value", new)
+
+
+def _function_attribute(value: Any) -> tuple[Read, Bind]:
+    def read() -> Any:
+        return read.value  # type: ignore[attr-defined]
+
+    read.value = value  # type: ignore[attr-defined]
+    return read, lambda new: setattr(read, "value", new)
+
+
+def _inner_function(value: Any) -> tuple[Read, Bind]:
+    read, bind = _closure(value)
+    return lambda: (lambda: read())(), bind
+
+
+def _cell(value: Any) -> tuple[Read, Bind]:
+    cell = types.CellType(value)
+    return lambda: cell.cell_contents, lambda new: setattr(cell, "cell_contents", new)
+
+
+HOLDERS: dict[str, Callable[[Any], tuple[Read, Bind]]] = {
+    "closure": _closure,
+    "global": _global,
+    "dict entry": _entry(lambda v: {"k": v}, "k"),
+    "list entry": _entry(lambda v: [v], 0),
+    "entry 64 of a list": _entry(lambda v: [None] * 64 + [v], 64),
+    "deque": _entry(lambda v: collections.deque([v]), 0),
+    "UserDict": _entry(lambda v: collections.UserDict({"k": v}), "k"),
+    "ordered dict in a dict": _entry(lambda v: collections.OrderedDict(k=v), "k"),
+    "ChainMap": _entry(lambda v: collections.ChainMap({}, {"k": v}), "k"),
+    "mapping of defaults": _entry(lambda v: collections.defaultdict(lambda: v), "k"),
+    "UserList": _entry(lambda v: collections.UserList([v]), 0),
+    "SimpleNamespace": _attribute(lambda v: types.SimpleNamespace()),
+    "slots dataclass": _attribute(Slotted),
+    "class attribute": _class_attribute,
+    "attribute of a module object": _attribute(lambda v: types.ModuleType("held")),
+    "attribute of a loose nn.Module": _attribute(lambda v: nn.Module()),
+    "function attribute": _function_attribute,
+    "default argument": _default,
+    "keyword default": _keyword_default,
+    "partial": _partial,
+    "bound method": _bound_method,
+    "context variable": _context_variable,
+    "weak dictionary": _weak_dictionary,
+    "inner function": _inner_function,
+    "cell": _cell,
+}
+
+every_holder = cases("holder", HOLDERS)
+
+
+def counter() -> Callable[[], int]:
+    numbers = count()
+    return lambda: next(numbers)
