@@ -48,7 +48,7 @@ Inputs = Sequence[Tensor]
 Experiment = Callable[["Train"], tuple[Tensor, Inputs]]
 
 #: What the check of recomputed steps has to say.
-CHANGED = r"step \d|step number|changed|verify=True|another|other tensor|in place"
+CHANGED = r"step \d|step number|changed|verify=True|another|other tensor|in ?place"
 
 
 def impure(adjoint: str) -> Expected:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.observed import (
+from observed import (
     CHANGED,
     HOLDERS,
     Inputs,
@@ -305,8 +305,8 @@ def _method_replaced(train: Train) -> tuple[Tensor, Inputs]:
 
 
 def _dtype_by_default(train: Train) -> tuple[Tensor, Inputs]:
-    model, x = small(), data()
     torch.set_default_dtype(torch.float32)
+    model, x = small(), data()
     fast = train(model, STEPS, lambda m, t: squares(m(x) - torch.full((), 1 / 3)))
     outer = squares(fast(x))
     torch.set_default_dtype(torch.float64)
@@ -335,7 +335,6 @@ BETWEEN = {
 @cases("experiment", BETWEEN)
 @every_adjoint
 def test_changed_between_call_and_backward(adjoint: str, experiment: Any) -> None:
-    # A loss of the default dtype differs in float32's digits.
     outcome(experiment, adjoint, "either", CHANGED)
 
 
