@@ -387,7 +387,6 @@ def _dropout_in_grad_transform(train: Train) -> tuple[Tensor, Inputs]:
 SETTINGS = {
     "sampler in a closure": _sampler_in_a_holder,
     "only at later steps": _only_at_a_later_step,
-    "made at the first step": _made_at_the_first_step,
     "seeded at every step": _seeded_at_every_step,
     "two and the global one": _two_and_the_global_one,
     "fork_rng": _fork_rng_inside,
@@ -402,6 +401,11 @@ SETTINGS = {
 @every_adjoint
 def test_random_numbers_in_other_parts(adjoint: str, experiment: Any) -> None:
     outcome(experiment, adjoint)
+
+
+@every_adjoint
+def test_generator_made_at_the_first_step(adjoint: str) -> None:
+    outcome(_made_at_the_first_step, adjoint, "either", CHANGED)
 
 
 # A rule with random numbers.
