@@ -104,12 +104,6 @@ def _transposed(m: Any) -> Any:
     return lambda: held.t()
 
 
-def _data(m: Any) -> Any:
-    """A constant in ``torch.optim``'s loop, that follows the weight: no gradient flows."""
-    held = m.enc.weight
-    return lambda: held * 1.0
-
-
 def _optimizer(m: Any) -> Any:
     held = torch.optim.SGD([m.enc.weight], lr=0.1)
     return lambda: held.param_groups[0]["params"][0]
@@ -146,7 +140,6 @@ WAYS: dict[str, Way] = {
     "__setattr__": _dunder,
     "view": _view,
     "transposed": _transposed,
-    "product": _data,
     "param_groups": _optimizer,
     "class attribute": _class_attribute,
     "module in a list": _module_without_registration,

@@ -457,6 +457,7 @@ def _dual_attribute(m: Any, x: Tensor) -> Any:
     return _unrolled(m, STEPS, lambda m, t: squares(m(x) - m.shift))
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
 @cases("call", DUALS)
 @every_adjoint
 def test_dual_numbers_are_refused(adjoint: str, call: Any) -> None:
@@ -505,6 +506,7 @@ TRANSFORMS: dict[str, Any] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
 @cases("transform", TRANSFORMS)
 @every_adjoint
 def test_transforms_around_an_unroll_are_refused(adjoint: str, transform: Any) -> None:
