@@ -113,7 +113,9 @@ def standing(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
 class Plain:
     """What the plain loop gives, under the names that ``Unrolled`` has."""
 
-    def __init__(self, model: nn.Module, params: dict[str, Tensor], rest: dict[str, Tensor]) -> None:
+    def __init__(
+        self, model: nn.Module, params: dict[str, Tensor], rest: dict[str, Tensor]
+    ) -> None:
         self.model, self.params, self.rest = model, params, rest
         self.losses = torch.zeros(0)
 
@@ -148,7 +150,8 @@ class Train:
         lr: Any = 0.3,
         inner: str = "",
         by: Callable[[list[Any]], Any] | None = None,
-        rule: Callable[[dict[str, Tensor], dict[str, Tensor], int], dict[str, Tensor]] | None = None,
+        rule: Callable[[dict[str, Tensor], dict[str, Tensor], int], dict[str, Tensor]]
+        | None = None,
         **more: Any,
     ) -> Any:
         """Train the parameters whose names begin with ``inner``.

@@ -489,7 +489,9 @@ def test_odd_objects_are_no_fault(adjoint: str, where: str, make: Any) -> None:
         model: Any = WithOdd(held) if where == "model" else small()
         x = data()
 
-        def loss_fn(m: nn.Module, b: Any, odd: Any = held if where == "argument" else None) -> Tensor:
+        def loss_fn(
+            m: nn.Module, b: Any, odd: Any = held if where == "argument" else None
+        ) -> Tensor:
             kept = held if where == "closure" else odd
             return squares(m(x) - 1) + (0 if kept is None else 0.0)
 

@@ -399,9 +399,7 @@ def _unused_numbers(train: Train) -> tuple[Tensor, Inputs]:
 
 def _seeded_numpy(train: Train) -> tuple[Tensor, Inputs]:
     model, x = small(), data()
-    fast = train(
-        model, STEPS, lambda m, t: squares(m(x) - np.random.default_rng(t).normal())
-    )
+    fast = train(model, STEPS, lambda m, t: squares(m(x) - np.random.default_rng(t).normal()))
     return squares(fast(x)), list(model.parameters())
 
 

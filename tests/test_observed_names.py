@@ -163,8 +163,6 @@ def test_captured_tensor_in_any_holder(adjoint: str, holder: Any) -> None:
 # What else may be changed in between.
 
 
-
-
 def _the_first_example(train: Train) -> tuple[Tensor, Inputs]:
     """As in the README of many a meta-learner: support and query under the same names."""
     model = small()

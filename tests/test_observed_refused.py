@@ -352,9 +352,7 @@ CHANGES = {
 @pytest.mark.parametrize("maker", [diffopt.SGD, torch.optim.SGD], ids=["ours", "torch"])
 @cases("change", CHANGES)
 @pytest.mark.parametrize("adjoint", ["store-all", "segmented-2", "memory-budget"])
-def test_rates_that_change_during_a_step(
-    adjoint: str, change: Any, maker: Any, where: str
-) -> None:
+def test_rates_that_change_during_a_step(adjoint: str, change: Any, maker: Any, where: str) -> None:
     def experiment(train: Train) -> tuple[Tensor, Inputs]:
         model, x = small(), data()
         made: list[Any] = []

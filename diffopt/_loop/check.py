@@ -1,9 +1,9 @@
 """Comparing what steps give when they are computed again with what they gave first.
 
 A step that is computed again must be the same function of the same values. Whether it was is seen
-from what it gives: its loss, the hyperparameters that callables gave, and the norm of the gradients
-where functions of the user's take part in them. They are there anyway, and are compared up to
-rounding, once at the end of a backward pass, so that no step waits for an accelerator.
+from what it gives: its loss, the hyperparameters that callables gave, and the norm of the
+gradients. They are there anyway, and are compared up to rounding, once at the end of a backward
+pass, so that no step waits for an accelerator.
 
 Limit: a step that changes none of these is not told apart. ``verify=True`` compares every bit of
 the state.
@@ -96,8 +96,12 @@ def _values(checked: Checked) -> Iterator[tuple[str, _Value]]:
     yield "loss", _value([checked.loss])
     if checked.hyper:
         yield "hyperparameter", _value(checked.hyper)
-    if checked.grads is not None:
-        yield "gradient", _value([checked.grads])
+    if checked.grads:
+        norms = _value(checked.grads)
+        if isinstance(norms, tuple):
+            yield "gradient", (math.hypot(*norms),)
+        else:
+            yield "gradient", torch.linalg.vector_norm(norms).reshape(1)
 
 
 def _value(values: Sequence[Any]) -> _Value:

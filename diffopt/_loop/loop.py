@@ -176,9 +176,9 @@ class Loop:
     def _refuse_originals(self, before: State, t: int, result: StepResult) -> None:
         """Refuse a step that uses a parameter's original where it should use the present value."""
         slots = self.step.loss.slots
-        for name in self.observer.originals_used:
+        for name, x in self.observer.originals_used.items():
             unused = result.state.params[name].data_ptr() == before.params[name].data_ptr()
-            if unused or slots.holds_apart:
+            if unused or slots.holds_apart(x):
                 raise NotImplementedError(
                     f"step {self.step.first_step + t} uses the model's own parameter {name!r} and "
                     "not the value that it has in the unroll, which stands in the module: do not "
@@ -262,8 +262,8 @@ class Loop:
         if part is not None:
             raise RuntimeError(
                 f"step {self.step.first_step + t} does not use the tensors that require grad of "
-                f"the forward pass again, in its {_NAMES[part]}: was a variable bound to a new tensor since, or does it "
-                "keep tensors from step to step, or return in aux one that it made require grad? "
+                f"the forward pass again, in its {_NAMES[part]}: was a variable bound to a new "
+                "tensor since, or does it keep tensors from step to step, or return in aux one that it made require grad? "
                 "Call backward before that, pass the tensor inside the batch, or detach what is "
                 "kept"
             )

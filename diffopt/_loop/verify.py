@@ -60,7 +60,10 @@ def digest(x: Tensor) -> Tensor:
 
     Cost: about a dozen passes over the tensor, in pieces of 2 MiB.
     """
-    data = x.detach().contiguous().flatten().view(torch.uint8)
+    data = x.detach().contiguous().flatten()
+    if data.stride() != (1,):  # a single number may have any
+        data = data.new_empty(data.shape).copy_(data)
+    data = data.view(torch.uint8)
     if len(data) % 8:
         data = torch.nn.functional.pad(data, (0, -len(data) % 8))
     words = data.view(torch.int64)

@@ -57,7 +57,9 @@ class BufferStandIns:
         """
         found, unclear = dict(left), []
         for name, x in left.items():
-            if x is not stand_ins[name] or x.requires_grad or name in self._changing:
+            if x is not stand_ins.get(name) or x.requires_grad or name in self._changing:
+                if name not in stand_ins:
+                    self._changing.add(name)
                 if x.requires_grad:
                     self.tracked.add(name)
             else:

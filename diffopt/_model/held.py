@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import types
+import weakref
 from collections.abc import Collection, Iterable
 from typing import Any
 
@@ -21,25 +22,25 @@ _FLAT = {"_flat_weights", "_flat_weight_refs"}  # of recurrent layers, made anew
 _APART = (type, types.ModuleType, types.FrameType, types.CodeType, nn.Module, str, int, float)
 
 
-def holds_apart(
-    modules: Iterable[nn.Module], tensors: Collection[Tensor], but: Collection[str] = ()
-) -> bool:
-    """Whether any of ``tensors`` is behind an attribute of ``modules``, in whatever container.
+def holds_apart(modules: Iterable[nn.Module], tensor: Tensor, but: Collection[str] = ()) -> bool:
+    """Whether ``tensor`` is behind an attribute of ``modules``, in whatever container.
 
     Args:
         but: attributes that are left out.
 
     The answer is yes, too, where too much is behind the attributes to tell.
     """
-    wanted = {id(x) for x in tensors}
     passed: set[int] = set()
     stack: list[Any] = []
     for module in modules:
         skipped = {*but, *_TABLES, *(_FLAT if isinstance(module, nn.RNNBase) else ())}
         stack += [value for key, value in vars(module).items() if key not in skipped]
+        for cls in type(module).__mro__:
+            if not (cls.__module__ or "").startswith("torch."):
+                stack += vars(cls).values()
     while stack:
         x = stack.pop()
-        if id(x) in wanted:
+        if x is tensor:
             return True
         if id(x) in passed or isinstance(x, (*_APART, Tensor)):
             continue
@@ -51,6 +52,8 @@ def holds_apart(
 
 
 def _behind(x: Any) -> list[Any]:
+    if isinstance(x, weakref.ref):
+        return [x()]
     if isinstance(x, types.FunctionType):
         return [*(x.__closure__ or ()), x.__defaults__, x.__kwdefaults__]
     return gc.get_referents(x)

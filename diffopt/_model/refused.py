@@ -46,7 +46,8 @@ def _reasons(module: nn.Module) -> Iterator[str]:
         )
     if _SHARDED & {base.__name__ for base in type(module).__mro__}:
         yield "is sharded by FSDP, and other weights cannot stand in it: pass it unsharded"
-    if isinstance(module, torch.jit.ScriptModule):
+    scripted = isinstance(module, torch.jit.ScriptModule)
+    if scripted and any(True for _ in chain(module.parameters(), module.buffers())):
         yield (
             f"is a {name}, which holds its parameters where no others can stand: pass the module "
             "it was scripted from"

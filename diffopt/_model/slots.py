@@ -7,11 +7,11 @@ is reachable by two names once. Whatever happens in between, the module is after
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from diffopt._model.held import holds_apart
@@ -27,6 +27,7 @@ class ModuleSlots:
         model: the module; nothing is changed by building this.
         inner: the parameters to be replaced, by name as ``named_parameters()`` gives them.
         moving: parameters that are not trained and that calls of the module change: as buffers.
+        late: names of buffers that the module does not have yet: calls of it register or fill them.
 
     Attributes:
         inner: the tensors that the module holds for those names itself.
@@ -40,7 +41,11 @@ class ModuleSlots:
     changing: Collection[str] | None = None
 
     def __init__(
-        self, model: nn.Module, inner: Mapping[str, Tensor], moving: Mapping[str, Tensor]
+        self,
+        model: nn.Module,
+        inner: Mapping[str, Tensor],
+        moving: Mapping[str, Tensor],
+        late: Iterable[str] = (),
     ) -> None:
         self._model = model
         self._modules = list(model.modules())
@@ -48,7 +53,19 @@ class ModuleSlots:
         places = _places(self._modules)
         self._params = [(name, places[id(x)]) for name, x in inner.items()]
         self.buffers: dict[str, Tensor] = {**dict(model.named_buffers()), **moving}
-        self._buffers = [(name, places[id(x)]) for name, x in self.buffers.items()]
+        self._buffers = {name: places[id(x)] for name, x in self.buffers.items()}
+        self._tables = [(name, m.__dict__["_buffers"]) for name, m in _named(model)]
+        self._entries = sum(len(table) for _, table in self._tables)
+        self._empty = {
+            _joined(name, key): (table, key)
+            for name, table in self._tables
+            for key, held in table.items()
+            if held is None
+        }
+        self._deleted: set[str] = set()  # buffers whose absence is that of their entry
+        for name in late:
+            self._add_late(name)
+        self._apart: dict[int, bool] = {}
         self._at_call = _contents(self._modules)
 
     @property
@@ -70,10 +87,14 @@ class ModuleSlots:
         self.loaded = params, buffers
 
     def write_buffers(self, buffers: Mapping[str, Tensor]) -> None:
-        """Put other tensors in the places of the buffers."""
-        for name, slots in self._buffers:
+        """Put other tensors in the places of the buffers; those that are missing are not there."""
+        for name, slots in self._buffers.items():
+            x = buffers.get(name)
             for table, key in slots:
-                table[key] = buffers[name]
+                if x is None and name in self._deleted:
+                    table.pop(key, None)
+                else:
+                    table[key] = x
 
     def training(self) -> list[bool]:
         """The training flag of each submodule."""
@@ -85,8 +106,39 @@ class ModuleSlots:
             module.training = flag
 
     def read_buffers(self) -> dict[str, Tensor]:
-        """The buffers as the last call of the module left them (changed in place or replaced)."""
-        return {name: slots[0][0][slots[0][1]] for name, slots in self._buffers}
+        """The buffers as the last call of the module left them.
+
+        Changed in place, replaced, registered or filled for the first time, removed.
+        """
+        filled = [n for n, (table, key) in self._empty.items() if table.get(key) is not None]
+        if filled or sum(len(table) for _, table in self._tables) != self._entries:
+            self._find_late()
+        found = {}
+        for name, slots in self._buffers.items():
+            table, key = slots[0]
+            x = table.get(key)
+            if x is not None:
+                found[name] = x
+            elif key not in table and name not in self._deleted:
+                self._deleted.add(name)
+        return found
+
+    def _find_late(self) -> None:
+        """Find the buffers that came to be since the module was looked at."""
+        for name, table in self._tables:
+            for key, x in table.items():
+                if x is not None and _joined(name, key) not in self._buffers:
+                    self._add_late(_joined(name, key))
+
+    def _add_late(self, name: str) -> None:
+        where, _, key = name.rpartition(".")
+        table = dict(self._tables).get(where)
+        if table is None or name in self._buffers:
+            return
+        if name not in self._empty:
+            self._deleted.add(name)
+        self._empty.pop(name, None)
+        self._buffers[name] = [(table, key)]
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:
@@ -102,10 +154,11 @@ class ModuleSlots:
             _put_back(before)
             self.loaded = loaded
 
-    @cached_property
-    def holds_apart(self) -> bool:
-        """Whether the module holds an inner parameter in another way than by registering it."""
-        return holds_apart(self._modules, self.inner.values(), self._own_attributes)
+    def holds_apart(self, x: Tensor) -> bool:
+        """Whether the module holds ``x`` in another way than as a parameter or buffer."""
+        if id(x) not in self._apart:  # of what is alive as long as this is asked for
+            self._apart[id(x)] = holds_apart(self._modules, x, self._own_attributes)
+        return self._apart[id(x)]
 
     def as_at_call(self) -> None:
         """Make the module what it was when this was built. Only inside ``unchanged()``.
@@ -116,10 +169,22 @@ class ModuleSlots:
         _put_back(self._at_call)
 
 
+def _named(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        if not isinstance(module, torch.jit.ScriptModule):
+            yield name, module
+
+
+def _joined(module: str, key: str) -> str:
+    return f"{module}.{key}" if module else key
+
+
 def _places(modules: list[nn.Module]) -> dict[int, list[Slot]]:
     """Where the modules hold each parameter and buffer, by its id."""
     places: dict[int, list[Slot]] = {}
     for module in modules:
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
         for table in (module.__dict__["_parameters"], module.__dict__["_buffers"]):
             for key, held in table.items():
                 if held is not None:
@@ -137,6 +202,8 @@ def _contents(modules: list[nn.Module]) -> Contents:
     """Each dict that holds part of a module, with a shallow copy of it."""
     held = []
     for module in modules:
+        if isinstance(module, torch.jit.ScriptModule):
+            continue  # has no parameters and buffers, or was refused
         held.append(module.__dict__)
         held += [table for key in _TABLES if (table := module.__dict__.get(key)) is not None]
     return [(table, dict(table)) for table in held]

@@ -51,7 +51,7 @@ class Observer(TorchFunctionMode):
 
     Attributes:
         edges: tensors with a history that were there before the step that used them, by edge.
-        originals_used: names of the inner parameters whose originals were handed to PyTorch.
+        originals_used: what the step used of the originals' memory, by parameter name.
 
     Cost: about a microsecond for each function of PyTorch that a step calls.
     """
@@ -64,9 +64,8 @@ class Observer(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.edges: dict[Edge, Tensor] = {}
-        self.originals_used: set[str] = set()
+        self.originals_used: dict[str, Tensor] = {}
         self._generators = generators
-        self._originals = {id(x): name for name, x in originals.items()}
         self._memory = _Memory(originals, constants)
         self._before = {
             n: (x, x._version, x.data_ptr()) for n, x in constants.items() if not x.is_inference()
@@ -196,8 +195,9 @@ class Observer(TorchFunctionMode):
             self._plain.add(key)
         elif self._in_gradient is not None:
             self._in_gradient[key] = x
-        if key in self._originals:
-            self.originals_used.add(self._originals[key])
+        owner = self._memory.owner(x)
+        if owner is not None and owner.inner:
+            self.originals_used[owner.name] = x
         if not x.is_inference():
             self.watch([x])
             self._generators.meet_device(x.device)
@@ -214,7 +214,7 @@ class Observer(TorchFunctionMode):
 
     def _check_writing(self, target: Any) -> None:
         for x in tensors_in(target):
-            found = self._memory.owner(x) if _has_memory(x) else None
+            found = self._memory.owner(x)
             if found is not None and found.inner:
                 raise changed_in_place(found.name, self._step)
             if found is not None:
@@ -236,29 +236,33 @@ class _Owner:
     Attributes:
         name: as ``named_parameters()`` gives it.
         inner: whether it is trained.
+        start, stop: the addresses between which its memory lies.
     """
 
     name: str
     inner: bool
+    start: int
+    stop: int
 
 
 class _Memory:
     """Which memory belongs to which parameter of the module."""
 
     def __init__(self, inner: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> None:
-        self._inner, self._constants = inner, constants
-        self._owners: dict[int, _Owner] | None = None
+        self._owners: dict[int, list[_Owner]] = {}
+        for values in (inner, constants):
+            for name, x in values.items():
+                if _has_memory(x):
+                    owner = _Owner(name, values is inner, *_extent(x))
+                    self._owners.setdefault(x.untyped_storage().data_ptr(), []).append(owner)
 
     def owner(self, x: Tensor) -> _Owner | None:
         """The parameter in whose memory ``x`` lies."""
-        if self._owners is None:
-            self._owners = {
-                y.untyped_storage().data_ptr(): _Owner(name, values is self._inner)
-                for values in (self._constants, self._inner)
-                for name, y in values.items()
-                if _has_memory(y)
-            }
-        return self._owners.get(x.untyped_storage().data_ptr())
+        owners = self._owners.get(x.untyped_storage().data_ptr()) if _has_memory(x) else None
+        if owners is None or not x.numel():
+            return None
+        start, stop = _extent(x)
+        return next((o for o in owners if o.start < stop and start < o.stop), None)
 
 
 class Unchanged:
@@ -325,6 +329,12 @@ def edge_of(x: Tensor) -> Edge:
         return x.grad_fn, x.output_nr
     edge = get_gradient_edge(x)
     return edge.node, edge.output_nr
+
+
+def _extent(x: Tensor) -> tuple[int, int]:
+    """The addresses between which the entries of ``x`` lie."""
+    last = sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
 
 
 def _holds(refs: Mapping[int, _Ref], x: Tensor) -> bool:

@@ -20,13 +20,12 @@ class Checked:
     Attributes:
         loss: before the update.
         hyper: the hyperparameters that callables gave, in order.
-        grads: the norm of the gradients that the update was given, where functions of the user's
-            take part in them; otherwise None.
+        grads: the norms of the gradients that the update was given.
     """
 
     loss: Tensor
     hyper: Sequence[float | Tensor] = ()
-    grads: Tensor | None = None
+    grads: Sequence[Tensor] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,13 +15,13 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from copy import copy
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from diffopt._derivatives.table import beyond_second_derivatives, refuse_missing
-from diffopt._model.precision import LOW
 from diffopt._model.standing import InnerHooks
 from diffopt._step.capture import Graph, comes_to
 from diffopt._step.linearization import Linearization, Split, Whole
@@ -101,17 +101,20 @@ class InnerStep:
         state = State(params, state.opt, state.buffers)
         with beyond_second_derivatives(connected):
             found = self.evaluate(state, t, own, connected, observer)
+        grads = found.grads
         if not connected:
             params = {name: x.detach() for name, x in params.items()}
+            grads = {name: g if g is None else g.detach() for name, g in grads.items()}
         shown = observer is not None and not self._is_known(found.hyper)
         with torch.set_grad_enabled(connected or shown), observer or nullcontext():
-            new_params, new_opt = self.update(found.hyper, params, found.grads, state.opt)
+            new_params, new_opt = self.update(found.hyper, params, grads, state.opt)
         new = State(new_params, new_opt, found.buffers)
         if shown:
             found.graph.roots["update"] = _learning(new.tensors().values())
+        checked = self._with_update(found.checked, new)
         if connected:
-            return StepResult(new, found.loss, found.aux, found.checked, found.graph)
-        return StepResult(new.detach(), found.loss.detach(), found.aux, found.checked, found.graph)
+            return StepResult(new, found.loss, found.aux, checked, found.graph)
+        return StepResult(new.detach(), found.loss.detach(), found.aux, checked, found.graph)
 
     def evaluate(
         self,
@@ -131,8 +134,9 @@ class InnerStep:
             hyper: list[Hyper] = [*self.opt.hyperparameters(number)]
             with nullcontext() if observer is None else observer.gradient() as used:
                 raw = self._gradients(loss, state.params, number, connected)
-            grads = self._transformed(raw, state.params, left, t)
-        graph = Graph(own, in_gradient=[*(used or {}).values()])
+            given = _given(raw, connected) if self.grad_transform is not None else {}
+            grads = self._transformed(raw, given, state.params, left, t)
+        graph = Graph([*own, *given.values()], in_gradient=[*(used or {}).values()])
         graph.roots["loss"] = [loss, *_learning(left.values())]
         graph.roots["hyper"] = _learning(tensors_of(hyper))
         if self.grad_transform is not None:
@@ -166,20 +170,19 @@ class InnerStep:
 
     def _transformed(
         self,
-        grads: Mapping[str, Tensor | None],
+        raw: Mapping[str, Tensor | None],
+        given: dict[str, Tensor],
         params: Mapping[str, Tensor],
         buffers: Mapping[str, Tensor],
         t: int,
     ) -> Mapping[str, Tensor | None]:
         """The gradients as the update is given them."""
         if self.grad_transform is None:
-            return grads
+            return raw
         if self._takes_model:
-            changed = self.loss.transform_with_model(
-                self.grad_transform, present(grads), params, buffers, t
-            )
+            changed = self.loss.transform_with_model(self.grad_transform, given, params, buffers, t)
         else:
-            changed = self.loss.transform_grads(self.grad_transform, present(grads))
+            changed = self.loss.transform_grads(self.grad_transform, given)
         return _checked_grads(changed, params)
 
     def _is_known(self, hyper: Sequence[Hyper]) -> bool:
@@ -189,10 +192,16 @@ class InnerStep:
     def _checked(
         self, loss: Tensor, hyper: Sequence[Hyper], grads: Mapping[str, Tensor | None]
     ) -> Checked:
-        norm = None
-        if self.grad_transform is not None or self.hooks.registered or not self.opt.is_pure:
-            norm = _norm([g.detach() for g in present(grads).values()])
-        return Checked(loss.detach(), [_small(hyper[i][key]) for i, key in self._called], norm)
+        given = [g.detach() for g in present(grads).values() if g.layout is torch.strided]
+        norms = torch._foreach_norm(given) if given else ()
+        return Checked(loss.detach(), [_small(hyper[i][key]) for i, key in self._called], norms)
+
+    def _with_update(self, checked: Checked, after: State) -> Checked:
+        """The norms of the new parameters as well, where the rule may use what nobody can see."""
+        if self.opt.is_pure:
+            return checked
+        norms = torch._foreach_norm([x.detach() for x in after.params.values()])
+        return replace(checked, grads=(*checked.grads, *norms))
 
     def update(
         self,
@@ -231,6 +240,7 @@ class InnerStep:
         opt = {path: _leaf(x) for path, x in flowing.items() if path[0] == "opt"}
         with observer or nullcontext():
             whole = Whole(self, number, state.replace(opt), leaves | opt, found)
+        whole.checked = self._with_update(found.checked, whole.after)
         if not known:
             found.graph.roots["update"] = _learning(whole.after.tensors().values())
         return whole
@@ -246,20 +256,18 @@ def arguments_of(function: Callable[..., Any]) -> int:
     return sum(p.kind in positional and p.default is p.empty for p in parameters)
 
 
+def _given(raw: Mapping[str, Tensor | None], connected: bool) -> dict[str, Tensor]:
+    """The gradients that a transform is given: also without their graph it may differentiate."""
+    found = present(raw)
+    return found if connected else {name: _leaf(g) for name, g in found.items()}
+
+
 def _leaf(x: Tensor) -> Tensor:
     return x.detach().requires_grad_()
 
 
 def _learning(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [x for x in tensors if x.requires_grad]
-
-
-def _norm(tensors: Sequence[Tensor]) -> Tensor:
-    norms = torch._foreach_norm([x.float() if x.dtype in LOW else x for x in tensors])
-    device = norms[0].device
-    return torch.linalg.vector_norm(
-        torch.stack([norm.to(device, norms[0].dtype) for norm in norms])
-    )
 
 
 def _small(value: Any) -> Any:

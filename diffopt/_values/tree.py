@@ -54,7 +54,13 @@ def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 def differ(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[bool]:
     """Whether the tensors of two lists differ in value, pair by pair; NaN equals NaN."""
-    flags = [((x != y) & ((x == x) | (y == y))).any() for x, y in zip(a, b, strict=True)]
+    flags = [_differs(x, y) for x, y in zip(a, b, strict=True)]
     if len({flag.device for flag in flags}) == 1:
         return torch.stack(flags).tolist()  # waits for an accelerator once
     return [bool(flag) for flag in flags]
+
+
+def _differs(x: Tensor, y: Tensor) -> Tensor:
+    if x.shape != y.shape:
+        return torch.ones((), dtype=torch.bool, device=x.device)
+    return ((x != y) & ((x == x) | (y == y))).any()

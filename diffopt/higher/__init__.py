@@ -209,7 +209,8 @@ class _PatchedProblem(InnerProblem):
 
     def deliver(self, result: Unrolled) -> None:
         """Leave ``fmodel`` and ``dopt`` as a loop of ``dopt.step`` would have."""
-        final = {**self.params, **result.params}
+        moved = {name: x for name, x in result.buffers.items() if name in self.params}
+        final = {**self.params, **moved, **result.params}
         for name in self.inner:
             if not final[name].requires_grad:
                 final[name] = final[name].detach().requires_grad_()

@@ -58,8 +58,12 @@ class FastSlots(ModuleSlots):
 
     def load(self, params: Values, buffers: Values) -> None:
         super().load(params, buffers)
-        self._weights[:] = [*self._past, list({**self._newest, **params}.values())]
+        self._weights[:] = [*self._past, self._present(params, buffers)]
         self._box[0] = None
+
+    def _present(self, params: Values, buffers: Values) -> list[Tensor]:
+        moved = {name: x for name, x in buffers.items() if name in self._newest}
+        return list({**self._newest, **moved, **params}.values())
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:

@@ -132,9 +132,10 @@ class Optimizer(torch.optim.Optimizer):
             ValueError: the names cannot be assigned to the param groups.
         """
         state: OptState = {}
-        hyper = self.hyperparameters(0)
-        for names, options in zip(self._names(params, groups), hyper, strict=True):
-            self._check_shapes(options, {name: params[name] for name in names})
+        for names, group in zip(self._names(params, groups), self.param_groups, strict=True):
+            options = _AtStart(group)
+            plain = {key: group[key] for key in self.defaults if not is_scheduled(group[key])}
+            self._check_shapes(plain, {name: params[name] for name in names})
             for name in names:
                 _refuse_complex(params[name], name)
                 state[name] = self._init(options, params[name])
@@ -357,8 +358,9 @@ class Optimizer(torch.optim.Optimizer):
 
     def _check_shapes(self, hyper: Hyper, params: Mapping[str, Tensor]) -> None:
         """A tensor hyperparameter must not change the shape of a parameter."""
-        for key in self.defaults:
-            value = hyper[key]
+        for key, value in hyper.items():
+            if key not in self.defaults:
+                continue
             for item in value if isinstance(value, (tuple, list)) else (value,):
                 if not (isinstance(item, Tensor) and item.dim() and item.numel() > 1):
                     continue
@@ -416,6 +418,16 @@ def _at(value: Any, step: int) -> Any:
     value = value(step) if callable(value) else value
     # NumPy scalars are real numbers, but not all of them floats.
     return value if isinstance(value, (Tensor, int, float)) else _number(value)
+
+
+class _AtStart(dict[str, Any]):
+    """Options before the first step: a callable is called where its value is asked for."""
+
+    def __getitem__(self, key: str) -> Any:
+        return _option(super().__getitem__(key), 0)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self[key] if key in self else default  # noqa: SIM401
 
 
 def is_scheduled(value: Any) -> bool:
