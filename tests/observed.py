@@ -113,7 +113,9 @@ def standing(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
 class Plain:
     """What the plain loop gives, under the names that ``Unrolled`` has."""
 
-    def __init__(self, model: nn.Module, params: dict[str, Tensor], rest: dict[str, Tensor]) -> None:
+    def __init__(
+        self, model: nn.Module, params: dict[str, Tensor], rest: dict[str, Tensor]
+    ) -> None:
         self.model, self.params, self.rest = model, params, rest
         self.losses = torch.zeros(0)
 
@@ -148,7 +150,8 @@ class Train:
         lr: Any = 0.3,
         inner: str = "",
         by: Callable[[list[Any]], Any] | None = None,
-        rule: Callable[[dict[str, Tensor], dict[str, Tensor], int], dict[str, Tensor]] | None = None,
+        rule: Callable[[dict[str, Tensor], dict[str, Tensor], int], dict[str, Tensor]]
+        | None = None,
         **more: Any,
     ) -> Any:
         """Train the parameters whose names begin with ``inner``.
@@ -246,7 +249,7 @@ class Ours(Train):
 
     def __init__(self, adjoint: diffopt.Adjoint, **more: Any) -> None:
         self.adjoint, self.more = adjoint, more
-        self.guards: list[Guard] = []
+        self.guards: dict[nn.Module, Guard] = {}  # the model before its first call
 
     def __call__(
         self,
@@ -265,7 +268,7 @@ class Ours(Train):
         ]
         opt = diffopt.SGD(named, lr=lr) if by is None else by(named)
         guard = Guard(model)
-        self.guards.append(guard)
+        self.guards.setdefault(model, guard)
         options = {"adjoint": self.adjoint, **self.more, **more}
         try:
             return diffopt.unroll(model, opt, steps, loss_fn, **options)
@@ -273,7 +276,7 @@ class Ours(Train):
             guard.check("the call")
 
     def check(self) -> None:
-        for guard in self.guards:
+        for guard in self.guards.values():
             guard.check("the backward pass")
 
 

@@ -16,8 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
-
 from observed import (
     ADJOINTS,
     CHANGED,
@@ -33,6 +31,7 @@ from observed import (
     small,
     squares,
 )
+from torch import Tensor, nn
 
 STEPS = 4
 
@@ -399,9 +398,7 @@ def _unused_numbers(train: Train) -> tuple[Tensor, Inputs]:
 
 def _seeded_numpy(train: Train) -> tuple[Tensor, Inputs]:
     model, x = small(), data()
-    fast = train(
-        model, STEPS, lambda m, t: squares(m(x) - np.random.default_rng(t).normal())
-    )
+    fast = train(model, STEPS, lambda m, t: squares(m(x) - np.random.default_rng(t).normal()))
     return squares(fast(x)), list(model.parameters())
 
 

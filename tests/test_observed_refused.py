@@ -6,9 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-
-import diffopt
 from observed import (
     ADJOINTS,
     REFUSALS,
@@ -24,6 +21,9 @@ from observed import (
     small,
     squares,
 )
+from torch import Tensor, nn
+
+import diffopt
 
 STEPS = 4
 Function = torch.autograd.Function
@@ -352,9 +352,7 @@ CHANGES = {
 @pytest.mark.parametrize("maker", [diffopt.SGD, torch.optim.SGD], ids=["ours", "torch"])
 @cases("change", CHANGES)
 @pytest.mark.parametrize("adjoint", ["store-all", "segmented-2", "memory-budget"])
-def test_rates_that_change_during_a_step(
-    adjoint: str, change: Any, maker: Any, where: str
-) -> None:
+def test_rates_that_change_during_a_step(adjoint: str, change: Any, maker: Any, where: str) -> None:
     def experiment(train: Train) -> tuple[Tensor, Inputs]:
         model, x = small(), data()
         made: list[Any] = []

@@ -7,9 +7,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
-import diffopt
 from observed import (
     ADJOINTS,
     ByHand,
@@ -26,6 +23,9 @@ from observed import (
     small,
     squares,
 )
+from torch import Tensor, nn
+
+import diffopt
 
 STEPS = 4
 
@@ -420,9 +420,7 @@ def test_teacher_within_higher(adjoint: str, move: str) -> None:
         before = [p.detach().clone() for p in model.parameters()]
         with higher.innerloop_ctx(model, opt, copy_initial_weights=False) as (fmodel, dopt):
             if ours:
-                diffopt.unroll(
-                    fmodel, dopt, STEPS, lambda m, t: m(x), adjoint=ADJOINTS[adjoint]
-                )
+                diffopt.unroll(fmodel, dopt, STEPS, lambda m, t: m(x), adjoint=ADJOINTS[adjoint])
             else:
                 for _ in range(STEPS):
                     dopt.step(fmodel(x))
