@@ -5,9 +5,8 @@
 
 from __future__ import annotations
 
-import pytest
-
 import fuzz
+import pytest
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -626,5 +626,4 @@ def test_learned_rate_of_a_wrong_sign_is_named_with_its_step() -> None:
     model, x = small(), data()
     inner = diffopt.SGD(model.parameters(), lr=lambda t: rate - 0.2 * (t == 2))
     with pytest.raises(ValueError, match=r"(?s)lr|learning rate"):
-        fast = diffopt.unroll(model, inner, STEPS, lambda m, t: squares(m(x)))
-        squares(fast(x)).backward()
+        squares(diffopt.unroll(model, inner, STEPS, lambda m, t: squares(m(x)))(x)).backward()

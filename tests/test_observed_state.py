@@ -420,7 +420,9 @@ def test_teacher_within_higher(adjoint: str, move: str) -> None:
         before = [p.detach().clone() for p in model.parameters()]
         with higher.innerloop_ctx(model, opt, copy_initial_weights=False) as (fmodel, dopt):
             if ours:
-                diffopt.unroll(fmodel, dopt, STEPS, lambda m, t: m(x), adjoint=ADJOINTS[adjoint])
+                diffopt.unroll(
+                    fmodel, dopt, STEPS, lambda m, t, x=x: m(x), adjoint=ADJOINTS[adjoint]
+                )
             else:
                 for _ in range(STEPS):
                     dopt.step(fmodel(x))
