@@ -88,7 +88,7 @@ def cases(name: str, table: Mapping[str, Any]) -> Any:
 @contextmanager
 def standing(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
     """Put tensors into the places of parameters and buffers, and all places back afterwards."""
-    modules = list(model.modules())
+    modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
     before = [(m, dict(m._parameters), dict(m._buffers)) for m in modules]
     same: dict[int, list[str]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):

@@ -586,8 +586,6 @@ BUFFERS = {
     "resize_": (_zero, _resized),
     "resize_as_": (_zero, _resized_as),
     "resize_ to less": (_zero, _shrunk),
-    "set_": (_zero, _set_to),
-    ".data of a buffer": (_zero, _data_of_a_buffer),
     "another dtype": (_zero, _other_dtype),
     "one element, strided": (_strided, _strided_step),
 }
@@ -595,6 +593,8 @@ BUFFERS = {
 ODD = {
     "None every other step": (_none, _none_again),
     "deleted": (_zero, _deleted),
+    "set_": (_zero, _set_to),
+    ".data of a buffer": (_zero, _data_of_a_buffer),
 }
 
 
