@@ -364,7 +364,33 @@ def _swapped(train: Train) -> tuple[Tensor, Inputs]:
     ]
 
 
+def _with_a_generator(train: Train) -> tuple[Tensor, Inputs]:
+    """Whatever finding out that the teacher moves takes, each number is drawn once."""
+    model, x, drawn = Taught(_lerp), data(), torch.Generator().manual_seed(3)
+
+    def loss_fn(m: nn.Module, t: int) -> Tensor:
+        return m(x + torch.randn(x.shape, generator=drawn, dtype=x.dtype))
+
+    fast = train(model, STEPS, loss_fn, inner="net")
+    after = torch.rand(2, generator=drawn, dtype=x.dtype)
+    return squares(fast.apply(lambda m: m.net(x) - m.teacher(x)) - after), [*model.net.parameters()]
+
+
+def _each_step_runs_once(train: Train) -> tuple[Tensor, Inputs]:
+    model, x, calls = Taught(_lerp), data(), []
+
+    def loss_fn(m: nn.Module, t: int) -> Tensor:
+        calls.append(t)
+        return m(x)
+
+    fast = train(model, STEPS, loss_fn, inner="net")
+    assert calls == list(range(STEPS)), "the first pass runs each step once"
+    return squares(fast.apply(lambda m: m.net(x) - m.teacher(x))), [*model.net.parameters()]
+
+
 TEACHERS = {
+    "with a generator": _with_a_generator,
+    "each step runs once": _each_step_runs_once,
     "moved by the loss": _moved_by_the_loss,
     "only at later steps": _only_at_a_later_step,
     "codebook": _codebook,
