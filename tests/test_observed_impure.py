@@ -16,8 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
-
 from observed import (
     ADJOINTS,
     CHANGED,
@@ -33,6 +31,7 @@ from observed import (
     small,
     squares,
 )
+from torch import Tensor, nn
 
 STEPS = 4
 

@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
 from observed import (
     CHANGED,
     HOLDERS,
@@ -26,6 +24,7 @@ from observed import (
     small,
     squares,
 )
+from torch import Tensor, nn
 
 STEPS = 4
 
@@ -122,7 +121,7 @@ def test_learned_tensor_bound_anew_to_one_of_the_same_value(
     adjoint: str, use: Any, holder: Any
 ) -> None:
     """Every value stays the same: only where the gradient goes differs."""
-    first = second = lambda: learned(0.9)  # noqa: E731
+    first = second = lambda: learned(0.9)
     outcome(rebound(holder, first, second, use), adjoint, "either", CHANGED)
 
 

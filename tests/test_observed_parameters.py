@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-
 from observed import Inputs, Slotted, Train, cases, data, every_adjoint, outcome, small, squares
+from torch import Tensor, nn
 
 STEPS = 4
 Way = Callable[[Any], Callable[[], Tensor]]

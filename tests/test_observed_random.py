@@ -10,10 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-
-import diffopt
-from diffopt.optim import Optimizer
 from observed import (
     CHANGED,
     HOLDERS,
@@ -30,6 +26,10 @@ from observed import (
     small,
     squares,
 )
+from torch import Tensor, nn
+
+import diffopt
+from diffopt.optim import Optimizer
 
 STEPS = 4
 

@@ -8,9 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-
-import diffopt
 from observed import (
     ADJOINTS,
     Inputs,
@@ -23,6 +20,9 @@ from observed import (
     small,
     squares,
 )
+from torch import Tensor, nn
+
+import diffopt
 
 STEPS = 4
 Grads = dict[str, Tensor]
@@ -119,13 +119,34 @@ def test_transform_that_takes_a_gradient(adjoint: str, learns: bool, transform: 
         inputs = [*model.parameters(), *([phi] if learns else [])]
 
         def change(grads: Grads) -> Grads:
-            found: Grads = transform(grads, phi)
+            # An alias: what earlier steps made of φ is a constant of this step's derivative.
+            found: Grads = transform(grads, phi.view_as(phi))
             return found
 
         fast = train(model, STEPS, lambda m, t: squares(m(x) - 1), grad_transform=change)
         return squares(fast(x)), inputs
 
     outcome(experiment, adjoint)
+
+
+@cases("transform", {k: TRANSFORMS[k] for k in ("slope of a norm", "second order")})
+@every_adjoint
+def test_gradient_in_a_captured_leaf_does_not_depend_on_the_adjoint(
+    adjoint: str, transform: Any
+) -> None:
+    """As above, without the alias: earlier steps' weights stay constants of a step's derivative."""
+
+    def experiment(train: Train) -> tuple[Tensor, Inputs]:
+        model, x, phi = small(), data(), learned(0.7)
+
+        def change(grads: Grads) -> Grads:
+            found: Grads = transform(grads, phi if train.ours else phi.view_as(phi))
+            return found
+
+        fast = train(model, STEPS, lambda m, t: squares(m(x) - 1), grad_transform=change)
+        return squares(fast(x)), [*model.parameters(), phi]
+
+    outcome(experiment, adjoint, "either", r"(?i)grad")
 
 
 @every_adjoint
