@@ -447,13 +447,9 @@ def test_teacher_within_higher(adjoint: str, move: str) -> None:
         before = [p.detach().clone() for p in model.parameters()]
         with higher.innerloop_ctx(model, opt, copy_initial_weights=False) as (fmodel, dopt):
             if ours:
-<<<<<<< HEAD
-                diffopt.unroll(fmodel, dopt, STEPS, lambda m, t: m(x), adjoint=ADJOINTS[adjoint])
-=======
                 diffopt.unroll(
                     fmodel, dopt, STEPS, lambda m, t, x=x: m(x), adjoint=ADJOINTS[adjoint]
                 )
->>>>>>> observed
             else:
                 for _ in range(STEPS):
                     dopt.step(fmodel(x))

@@ -82,6 +82,13 @@ def _enabled(grads: Grads, phi: Tensor) -> Grads:
     return {n: phi * g for n, g in grads.items()}
 
 
+def _two_orders(grads: Grads, phi: Tensor) -> Grads:
+    value = (phi**3 * _flat(grads)).sin().sum()
+    (first,) = torch.autograd.grad(value, phi, create_graph=True)
+    (second,) = torch.autograd.grad(first, phi, create_graph=True)
+    return {n: g * (1 + 0.05 * second) for n, g in grads.items()}
+
+
 def _by_a_module(grads: Grads, phi: Tensor) -> Grads:
     """A learned optimizer that is told the slope of its own output."""
     g = _flat(grads)
@@ -105,6 +112,7 @@ TRANSFORMS = {
     "first order": _first_order,
     "torch.func.grad": _by_func,
     "grad mode is on": _enabled,
+    "second order": _two_orders,
     "slope of a module": _by_a_module,
     "no_grad within": _cut,
 }

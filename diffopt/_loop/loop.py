@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from copy import copy
 from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
 from diffopt._loop.check import Check
 from diffopt._loop.losses import Losses
@@ -24,7 +23,7 @@ from diffopt._step.linearization import Linearization
 from diffopt._step.observe import Observer, present_sequence
 from diffopt._step.result import Checked, StepResult
 from diffopt._step.step import InnerStep
-from diffopt._torch.engine import saves_through_hooks
+from diffopt._torch.engine import shielded
 from diffopt._values.state import Cotangent, State
 from diffopt._values.tree import Path, add, map_tensors
 
@@ -263,9 +262,8 @@ class Loop:
             raise RuntimeError(
                 f"step {self.step.first_step + t} does not use the tensors that require grad of "
                 f"the forward pass again, in its {_NAMES[part]}: was a variable bound to a new "
-                "tensor since, or does it keep tensors from step to step, or return in aux one that it made require grad? "
-                "Call backward before that, pass the tensor inside the batch, or detach what is "
-                "kept"
+                "tensor since, or does it keep tensors from step to step? Call backward "
+                "before that, pass the tensor inside the batch, or detach what is kept"
             )
 
     def vjp(
@@ -337,10 +335,8 @@ class _Session:
         step = self._step
         with standing(step.loss.slots, self._modes, step.hooks, as_at_call=True):
             self._active = True
-            # What is saved for the steps' own graphs is no matter of hooks around the unroll.
-            hooks = saved_tensors_hooks(_same, _same) if saves_through_hooks() else nullcontext()
             try:
-                with hooks:
+                with shielded():
                     yield
             finally:
                 self._active = False
@@ -351,10 +347,6 @@ def _roughness(step: InnerStep, modes: Modes) -> float:
     """The largest machine epsilon among the dtypes that a step is known to compute in."""
     used = {*step.loss.precision.dtypes, *modes.autocast_dtypes}
     return max((torch.finfo(dtype).eps for dtype in used), default=0.0)
-
-
-def _same(x: Tensor) -> Tensor:
-    return x
 
 
 class CapturedSum:

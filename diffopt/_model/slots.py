@@ -7,9 +7,11 @@ is reachable by two names once. Whatever happens in between, the module is after
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +28,9 @@ class ModuleSlots:
     Args:
         model: the module; nothing is changed by building this.
         inner: the parameters to be replaced, by name as ``named_parameters()`` gives them.
-        moving: parameters that are not trained and that calls of the module change: as buffers.
-        late: names of buffers that the module does not have yet: calls of it register or fill them.
+        constants: its other parameters, by name.
+        carried: names of more that is state: of buffers that calls of the module register or fill,
+            and of constants that they change.
 
     Attributes:
         inner: the tensors that the module holds for those names itself.
@@ -44,15 +47,17 @@ class ModuleSlots:
         self,
         model: nn.Module,
         inner: Mapping[str, Tensor],
-        moving: Mapping[str, Tensor],
-        late: Iterable[str] = (),
+        constants: Mapping[str, Tensor],
+        carried: Iterable[str] = (),
     ) -> None:
         self._model = model
         self._modules = list(model.modules())
         self.inner = dict(inner)
         places = _places(self._modules)
         self._params = [(name, places[id(x)]) for name, x in inner.items()]
-        self.buffers: dict[str, Tensor] = {**dict(model.named_buffers()), **moving}
+        self._constants = {name: (x, places[id(x)]) for name, x in constants.items()}
+        self._moving: dict[str, Tensor] = {}  # the constants that are state, as the module has them
+        self.buffers: dict[str, Tensor] = dict(model.named_buffers())
         self._buffers = {name: places[id(x)] for name, x in self.buffers.items()}
         self._tables = [(name, m.__dict__["_buffers"]) for name, m in _named(model)]
         self._entries = sum(len(table) for _, table in self._tables)
@@ -63,8 +68,12 @@ class ModuleSlots:
             if held is None
         }
         self._deleted: set[str] = set()  # buffers whose absence is that of their entry
-        for name in late:
-            self._add_late(name)
+        for name in carried:
+            if name in constants:
+                self.buffers[name] = constants[name]
+                self._add_moving(name)
+            else:
+                self._add_late(name)
         self._apart: dict[int, bool] = {}
         self._at_call = _contents(self._modules)
 
@@ -123,6 +132,20 @@ class ModuleSlots:
                 self._deleted.add(name)
         return found
 
+    def move(self, name: str, x: Tensor) -> None:
+        """A call of the module changes the constant ``name``: ``x`` takes its place, as state."""
+        self._add_moving(name)
+        for table, key in self._buffers[name]:
+            table[key] = x
+
+    def _add_moving(self, name: str) -> None:
+        self._moving[name], self._buffers[name] = self._constants[name]
+
+    def completed(self, buffers: Values) -> Values:
+        """``buffers``, with constants that were found to move later as the module has them."""
+        missing = {n: x.clone() for n, x in self._moving.items() if n not in buffers}
+        return {**missing, **buffers} if missing else buffers
+
     def _find_late(self) -> None:
         """Find the buffers that came to be since the module was looked at."""
         for name, table in self._tables:
@@ -147,12 +170,13 @@ class ModuleSlots:
         That also undoes what layers leave behind on their own, such as the computed ``weight`` of
         an old-style ``weight_norm`` or the flat weight list of an LSTM.
         """
-        before, loaded = _contents(self._modules), self.loaded
-        try:
-            yield
-        finally:
-            _put_back(before)
-            self.loaded = loaded
+        with _alone(self._modules[0]):
+            before, loaded = _contents(self._modules), self.loaded
+            try:
+                yield
+            finally:
+                _put_back(before)
+                self.loaded = loaded
 
     def holds_apart(self, x: Tensor) -> bool:
         """Whether the module holds ``x`` in another way than as a parameter or buffer."""
@@ -190,6 +214,35 @@ def _places(modules: list[nn.Module]) -> dict[int, list[Slot]]:
                 if held is not None:
                     places.setdefault(id(held), []).append((table, key))
     return places
+
+
+#: Which thread has other values standing in a module, and how often, by the module.
+_HOLDERS: WeakKeyDictionary[nn.Module, tuple[int, int]] = WeakKeyDictionary()
+_LOCK = threading.Lock()
+
+
+@contextmanager
+def _alone(module: nn.Module) -> Iterator[None]:
+    """Where no other thread may have values standing in ``module``.
+
+    Raises:
+        RuntimeError: one has.
+    """
+    own = threading.get_ident()
+    with _LOCK:
+        thread, depth = _HOLDERS.get(module, (own, 0))
+        if thread != own and depth:
+            raise RuntimeError(
+                f"another thread is just unrolling this {type(module).__name__}, and a module can "
+                "hold the weights of one unroll at a time: give each thread a copy of its own "
+                "(copy.deepcopy(model)), or let the threads take turns with a threading.Lock"
+            )
+        _HOLDERS[module] = own, depth + 1
+    try:
+        yield
+    finally:
+        with _LOCK:
+            _HOLDERS[module] = own, depth
 
 
 #: The tables that every module has: parameters, buffers, submodules and the many kinds of hooks.

@@ -92,6 +92,7 @@ class InnerLoss:
         self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], t: int
     ) -> Evaluation:
         """Evaluate; the module keeps the values until the next evaluation."""
+        buffers = self.slots.completed(buffers)
         stand_ins = self.buffers.stand_in(buffers)
         params = self.precision.narrowed(params)
         step = self._first_step + t
@@ -108,6 +109,23 @@ class InnerLoss:
     ) -> Any:
         """The user's ``grad_transform`` of the inner gradients."""
         return transform(grads)
+
+    def transform_with_model(
+        self,
+        transform: Callable[..., Any],
+        grads: dict[str, Tensor],
+        params: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        t: int,
+    ) -> Any:
+        """The user's ``grad_transform`` of the inner gradients, the model and the batch.
+
+        Buffers that the transform advances by calling the model are left as they were.
+        """
+        self.slots.load(
+            self.precision.narrowed(params), {name: x.clone() for name, x in buffers.items()}
+        )
+        return transform(grads, self.slots.model, self.item_at(t))
 
     def _evaluate(
         self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], item: Any, step: int
@@ -153,9 +171,30 @@ class TaskLosses(InnerLoss):
             return {name: g for name, g in result[0].items() if isinstance(g, Tensor)}
 
         mapped = torch.vmap(one, randomness="different")(grads)
-        if not isinstance(result[0], Mapping):
-            return result[0]
-        return {name: mapped.get(name, g) for name, g in result[0].items()}
+        return _with_tensors(result[0], mapped)
+
+    def transform_with_model(
+        self,
+        transform: Callable[..., Any],
+        grads: dict[str, Tensor],
+        params: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        t: int,
+    ) -> Any:
+        result: list[Any] = []
+
+        def one(params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], tree: Any) -> Any:
+            self.slots.load(params, buffers)
+            own, item = tree
+            result[:] = [transform(own, self.slots.model, item)]
+            if not isinstance(result[0], Mapping):
+                return {}
+            return {name: g for name, g in result[0].items() if isinstance(g, Tensor)}
+
+        copies = {name: x.clone() for name, x in buffers.items()}
+        params = self.precision.narrowed(params)
+        mapped = over_tasks(one, params, copies, (grads, self.item_at(t)))
+        return _with_tensors(result[0], mapped)
 
     def _evaluate(
         self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], item: Any, step: int
@@ -172,6 +211,13 @@ class TaskLosses(InnerLoss):
 
         loss, aux, replaced = over_tasks(one, params, buffers, item)
         return loss, aux, {**buffers, **replaced}
+
+
+def _with_tensors(result: Any, mapped: Mapping[str, Tensor]) -> Any:
+    """What a transform returned, with the tensors of all tasks in it."""
+    if not isinstance(result, Mapping):
+        return result
+    return {name: mapped.get(name, g) for name, g in result.items()}
 
 
 class _Untouched:

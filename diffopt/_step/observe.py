@@ -12,7 +12,7 @@ see is found there, and any other tensor from before the step that it did not se
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,18 +29,6 @@ Edge = tuple[Node, int]
 _Ref = weakref.ref[Tensor]
 
 
-class Moved(BaseException):
-    """A step is about to change a parameter in place that is not trained: it has to be restarted.
-
-    Attributes:
-        name: the parameter's.
-    """
-
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
-        self.name = name
-
-
 class Observer(TorchFunctionMode):
     """Sees the tensors and generators that the steps of a first pass hand to PyTorch.
 
@@ -48,6 +36,9 @@ class Observer(TorchFunctionMode):
         generators: is told of each generator before it draws.
         originals: the module's own inner parameters, by name, in whose place others stand.
         constants: the module's other parameters, by name.
+        move: is told of a parameter among them that a step is about to change in place, and of the
+            copy that takes its place. Whatever is done to the parameter from then on in that step
+            is done to the copy.
 
     Attributes:
         edges: tensors with a history that were there before the step that used them, by edge.
@@ -61,12 +52,16 @@ class Observer(TorchFunctionMode):
         generators: Generators,
         originals: Mapping[str, Tensor],
         constants: Mapping[str, Tensor],
+        move: Callable[[str, Tensor], object],
     ) -> None:
         super().__init__()
         self.edges: dict[Edge, Tensor] = {}
         self.originals_used: dict[str, Tensor] = {}
         self._generators = generators
         self._memory = _Memory(originals, constants)
+        self._constants, self._move = constants, move
+        self._copies: dict[str, Tensor] = {}  # of the constants that the step changes
+        self._moving: set[str] = set()
         self._before = {
             n: (x, x._version, x.data_ptr()) for n, x in constants.items() if not x.is_inference()
         }
@@ -89,7 +84,8 @@ class Observer(TorchFunctionMode):
         self._step, self._since = step, since
         self._earlier |= {key: ref for key, ref in self._made.items() if ref() is not None}
         self._known = {id(x): x for x in own}
-        for noted in (self._made, self._plain, self._fresh, self.originals_used):
+        self._moving |= self._copies.keys()
+        for noted in (self._made, self._plain, self._fresh, self.originals_used, self._copies):
             noted.clear()
 
     @contextmanager
@@ -144,11 +140,14 @@ class Observer(TorchFunctionMode):
             kind = _KINDS[func] = _Kind(func)
         if kind.inspects:
             return func(*args, **kwargs)
+        if kind.writes or "out" in kwargs:
+            self._check_writing(kwargs.get("out", args[0] if args else None))
+        if self._copies:
+            args = tuple(self._copied(x) for x in args)
+            kwargs = {key: self._copied(x) for key, x in kwargs.items()}
         self._see_all(args)
         if kwargs:
             self._see_all(kwargs.values())
-        if kind.writes or "out" in kwargs:
-            self._check_writing(kwargs.get("out", args[0] if args else None))
         result = func(*args, **kwargs)
         if isinstance(result, Tensor):
             self._make(result, args)
@@ -215,10 +214,36 @@ class Observer(TorchFunctionMode):
     def _check_writing(self, target: Any) -> None:
         for x in tensors_in(target):
             found = self._memory.owner(x)
-            if found is not None and found.inner:
+            if found is None or found.name in self._copies:
+                continue
+            if found.inner:
                 raise changed_in_place(found.name, self._step)
-            if found is not None:
-                raise Moved(found.name)
+            if found.name in self._moving:
+                raise NotImplementedError(
+                    f"step {self._step} changes the model's own parameter {found.name!r} in place, "
+                    "and not the value that it has in the unroll, which stands in the module: take "
+                    "it from the module, and keep it in no list, closure or global"
+                )
+            with torch.enable_grad():  # at the start the copy is the parameter, also to autograd
+                self._copies[found.name] = self._constants[found.name].clone()
+            self._made[id(self._copies[found.name])] = weakref.ref(self._copies[found.name])
+            self._move(found.name, self._copies[found.name])
+
+    def _copied(self, x: Any) -> Any:
+        """``x`` with the copies for the memory of the parameters that the step changes."""
+        if isinstance(x, (list, tuple)) and type(x) in (list, tuple):
+            return type(x)(map(self._copied, x))
+        owner = self._memory.owner(x) if isinstance(x, Tensor) else None
+        copy = None if owner is None else self._copies.get(owner.name)
+        if owner is None or copy is None:
+            return x
+        original = self._constants[owner.name]
+        if x is original:
+            return copy
+        offset = x.storage_offset() - original.storage_offset() + copy.storage_offset()
+        with torch.enable_grad():
+            base = copy if x.requires_grad else copy.detach()
+            return base.as_strided(x.shape, x.stride(), offset)
 
 
 def changed_in_place(name: str, step: int) -> NotImplementedError:

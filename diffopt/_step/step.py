@@ -126,7 +126,7 @@ class InnerStep:
     ) -> Evaluated:
         """The loss and its gradients, with their graph if ``connected``."""
         number = self.first_step + t
-        used: Mapping[int, Tensor] = {}
+        used: Mapping[int, Tensor] | None = None
         if observer is not None:
             observer.begin(number, own, present_sequence())
         with self.hooks, torch.enable_grad(), observer or nullcontext():

@@ -7,6 +7,7 @@ what hooks and custom Functions do in a backward pass would not be shown to the 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -25,9 +26,15 @@ def gradient(
     return found
 
 
-def saves_through_hooks() -> bool:
-    """Whether what autograd saves goes through ``saved_tensors_hooks`` of the caller's."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+def shielded() -> AbstractContextManager[object]:
+    """Where hooks of the caller's on saved tensors are not asked: for an unroll's own graphs."""
+    if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
+        return nullcontext()
+    return _graph.saved_tensors_hooks(_same, _same)
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
 
 
 def keeps_graph() -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffopt._loop.loop import Loop
 from diffopt._step.observe import Unchanged
-from diffopt._torch.engine import keeps_graph
+from diffopt._torch.engine import keeps_graph, shielded
 from diffopt._values.state import State
 from diffopt._values.tree import Path
 from diffopt.adjoint import Adjoint
@@ -52,14 +52,16 @@ def run_connected(loop: Loop, adjoint: Adjoint, guarded: Sequence[Tensor]) -> tu
     values = final.tensors()
     run = _Run(loop, adjoint, kept, list(values), used)
     flowing = loop.step.differentiable(final).keys()
-    results = _Unrolling.apply(  # type: ignore[no-untyped-call]
-        run,
-        list(guarded),
-        [_losses(loop), *values.values()],
-        [x for path, x in values.items() if path not in flowing],
-        *loop.inputs.values(),
-        *loop.captured.tensors,
-    )
+    apply: Any = _Unrolling.apply
+    with shielded():
+        results = apply(
+            run,
+            list(guarded),
+            [_losses(loop), *values.values()],
+            [x for path, x in values.items() if path not in flowing],
+            *loop.inputs.values(),
+            *loop.captured.tensors,
+        )
     connected = dict(zip(values, results[1:], strict=True))
     return final.replace(connected), results[0]
 

@@ -7,7 +7,7 @@ optimizers of its own, with their own place for the weights, is adapted by a sub
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -73,9 +73,13 @@ class InnerProblem:
         """The parameters that are not trained."""
         return {name: x for name, x in self.params.items() if name not in self.inner}
 
-    def slots(self, moving: Mapping[str, Tensor]) -> ModuleSlots:
-        """Where the module holds the trained parameters, the buffers, and what moves like them."""
-        return ModuleSlots(self.model, self.inner, moving)
+    def slots(self, carried: Collection[str] = ()) -> ModuleSlots:
+        """Where the module holds the trained parameters and the buffers.
+
+        Args:
+            carried: names of buffers, and of parameters that move like them, in an earlier result.
+        """
+        return ModuleSlots(self.model, self.inner, self.constants, carried)
 
     def deliver(self, result: Unrolled) -> None:
         """Hand the result to the objects the caller passed. PyTorch's own stay as they were."""

@@ -30,7 +30,6 @@ from diffopt._unroll.arguments import (
     own_loss_without_batch,
     plain_int,
 )
-from diffopt._unroll.moving import with_moving
 from diffopt._unroll.node import run_connected, run_detached
 from diffopt._unroll.problem import inner_problem
 from diffopt._unroll.start import Initial, start_state
@@ -147,58 +146,55 @@ def unroll(
     if max_cotangent_norm == math.inf:
         max_cotangent_norm = None
 
-    def run(moving: Mapping[str, Tensor]) -> Unrolled:
-        slots = problem.slots(moving)
-        start = start_state(problem, slots.buffers, initial, tasks)
-        constants = {n: x for n, x in problem.constants.items() if n not in moving}
-        hyper = [x for group in problem.opt.param_groups for x in tensors_in(_options(group))]
-        generators = Generators(devices)
-        observer = Observer(generators, problem.inner, constants)
-        captured = Captured()
-        captured.offer([*inputs, *hyper, *constants.values(), *problem.inner.values()])
-        step = InnerStep(
-            _inner_loss(slots, loss_fn, steps, batches, first_step, tasks),
-            problem.opt,
-            problem.inner_groups,
-            first_step=first_step,
-            grad_transform=grad_transform or problem.grad_transform,
-        )
-        if compile:
-            step = CompiledStep(
-                step,
-                generators=generators,
-                counted=isinstance(steps, int),
-                given=[*problem.inner.values(), *slots.buffers.values()],
-            )
-            captured.offer(step.environment)
-            observer.watch(step.environment)
-        loop = Loop(
+    carried = initial.buffers if isinstance(initial, Unrolled) else {}
+    slots = problem.slots(carried)
+    start = start_state(problem, slots.buffers, initial, tasks)
+    constants = {n: x for n, x in problem.constants.items() if n not in slots.buffers}
+    hyper = [x for group in problem.opt.param_groups for x in tensors_in(_options(group))]
+    generators = Generators(devices)
+    observer = Observer(generators, problem.inner, constants, slots.move)
+    captured = Captured()
+    captured.offer([*inputs, *hyper, *constants.values(), *problem.inner.values()])
+    step = InnerStep(
+        _inner_loss(slots, loss_fn, steps, batches, first_step, tasks),
+        problem.opt,
+        problem.inner_groups,
+        first_step=first_step,
+        grad_transform=grad_transform or problem.grad_transform,
+    )
+    if compile:
+        step = CompiledStep(
             step,
-            start,
-            count,
-            captured=captured,
-            observer=observer,
             generators=generators,
-            modes=modes,
-            progress=_progress.Progress(count, progress),
-            connected=connected,
-            max_cotangent_norm=max_cotangent_norm,
-            tasks=tasks,
-            ledger=Ledger() if verify and connected else None,
+            counted=isinstance(steps, int),
+            given=[*problem.inner.values(), *slots.buffers.values()],
         )
-        if connected:
-            final, losses = run_connected(loop, adjoint, [*inputs, *hyper, *constants.values()])
-        else:
-            final, losses = run_detached(loop)
-        final = State(step.loss.precision.narrowed(final.params), final.opt, final.buffers)
-        chosen = set(chain.from_iterable(problem.groups))
-        given = {name: x for name, x in problem.params.items() if name in chosen}
-        if tasks is not None:
-            losses = losses.T if count else losses.new_zeros(tasks, 0)
-        return Unrolled(slots, final, given, losses, loop.aux, first_step + count, tasks)
-
-    known = isinstance(initial, Unrolled) and initial.buffers.keys()
-    result = with_moving(problem, known or (), devices, run)
+        captured.offer(step.environment)
+        observer.watch(step.environment)
+    loop = Loop(
+        step,
+        start,
+        count,
+        captured=captured,
+        observer=observer,
+        generators=generators,
+        modes=modes,
+        progress=_progress.Progress(count, progress),
+        connected=connected,
+        max_cotangent_norm=max_cotangent_norm,
+        tasks=tasks,
+        ledger=Ledger() if verify and connected else None,
+    )
+    if connected:
+        final, losses = run_connected(loop, adjoint, [*inputs, *hyper, *constants.values()])
+    else:
+        final, losses = run_detached(loop)
+    final = State(step.loss.precision.narrowed(final.params), final.opt, final.buffers)
+    chosen = set(chain.from_iterable(problem.groups))
+    given = {name: x for name, x in problem.params.items() if name in chosen}
+    if tasks is not None:
+        losses = losses.T if count else losses.new_zeros(tasks, 0)
+    result = Unrolled(slots, final, given, losses, loop.aux, first_step + count, tasks)
     problem.deliver(result)
     return result
 

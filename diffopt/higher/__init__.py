@@ -14,7 +14,7 @@ Importing this module
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -204,8 +204,8 @@ class _PatchedProblem(InnerProblem):
         if dopt._grad_callback is not None:
             self.grad_transform = _transform(dopt._grad_callback, self._fast_names)
 
-    def slots(self, moving: Mapping[str, Tensor]) -> ModuleSlots:
-        return FastSlots(self.model, self.inner, moving, self._fast_names)
+    def slots(self, carried: Collection[str] = ()) -> ModuleSlots:
+        return FastSlots(self.model, self.inner, self.constants, carried, self._fast_names)
 
     def deliver(self, result: Unrolled) -> None:
         """Leave ``fmodel`` and ``dopt`` as a loop of ``dopt.step`` would have."""

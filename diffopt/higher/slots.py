@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -34,12 +34,13 @@ class FastSlots(ModuleSlots):
         self,
         fmodel: Any,
         inner: Mapping[str, Tensor],
-        moving: Mapping[str, Tensor],
+        constants: Mapping[str, Tensor],
+        carried: Collection[str],
         fast_names: list[str],
     ) -> None:
         # Before all else, as the constructor notes the attributes that it finds.
         self._weights: list[list[Tensor]] = list(fmodel._fast_params)
-        super().__init__(_copied_modules(fmodel, self._weights), inner, moving)
+        super().__init__(_copied_modules(fmodel, self._weights), inner, constants, carried)
         self._original = weakref.ref(fmodel)
         self._newest = dict(zip(fast_names, fmodel.fast_params, strict=True))
         self._past = list(fmodel._fast_params) if fmodel.track_higher_grads else []
