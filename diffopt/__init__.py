@@ -2,6 +2,7 @@
 
 from diffopt._compile.compiled import CompileWarning
 from diffopt._compile.trace import compile_seconds
+from diffopt._unroll.types import Model
 from diffopt._unroll.unroll import unroll
 from diffopt._unroll.unrolled import Unrolled
 from diffopt.adjoint import (
@@ -58,6 +59,7 @@ __all__ = [
     "ForwardMode",
     "Implicit",
     "MemoryBudget",
+    "Model",
     "Momentum",
     "NAdam",
     "Neumann",
