@@ -64,7 +64,11 @@ def test_mypy_accepts_an_annotated_loss(tmp_path: Path) -> None:
         timeout=600,
         check=False,
     )
-    lines = [line.split(": ", 1)[1].replace("builtins.", "") for line in done.stdout.splitlines() if ": " in line]
+    lines = [
+        line.split(": ", 1)[1].replace("builtins.", "")
+        for line in done.stdout.splitlines()
+        if ": " in line
+    ]
     assert [line.replace("torch._tensor.", "") for line in lines[:3]] == [
         'note: Revealed type is "Tensor"',
         'note: Revealed type is "dict[str, Tensor]"',

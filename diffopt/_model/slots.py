@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
@@ -32,12 +33,14 @@ class ModuleSlots:
         inner: the tensors that the module holds for those names itself.
         loaded: the parameters and buffers that stand in the module at present, if any do.
         changing: names of the buffers that calls of the module change; None until that is known.
+        constants: the tensors that the module holds itself for further names that are loaded.
     """
 
     loaded: tuple[Values, Values] | None = None
     #: Attributes in which a kind of module keeps its parameters of its own accord.
     _own_attributes: Collection[str] = ()
     changing: Collection[str] | None = None
+    constants: Values = MappingProxyType({})
 
     def __init__(
         self, model: nn.Module, inner: Mapping[str, Tensor], moving: Mapping[str, Tensor]
@@ -45,7 +48,7 @@ class ModuleSlots:
         self._model = model
         self._modules = list(model.modules())
         self.inner = dict(inner)
-        places = _places(self._modules)
+        places = places_in(self._modules)
         self._params = [(name, places[id(x)]) for name, x in inner.items()]
         self.buffers: dict[str, Tensor] = {**dict(model.named_buffers()), **moving}
         self._buffers = [(name, places[id(x)]) for name, x in self.buffers.items()]
@@ -105,7 +108,8 @@ class ModuleSlots:
     @cached_property
     def holds_apart(self) -> bool:
         """Whether the module holds an inner parameter in another way than by registering it."""
-        return holds_apart(self._modules, self.inner.values(), self._own_attributes)
+        own = [*self.inner.values(), *self.constants.values()]
+        return holds_apart(self._modules, own, self._own_attributes)
 
     def as_at_call(self) -> None:
         """Make the module what it was when this was built. Only inside ``unchanged()``.
@@ -116,7 +120,7 @@ class ModuleSlots:
         _put_back(self._at_call)
 
 
-def _places(modules: list[nn.Module]) -> dict[int, list[Slot]]:
+def places_in(modules: list[nn.Module]) -> dict[int, list[Slot]]:
     """Where the modules hold each parameter and buffer, by its id."""
     places: dict[int, list[Slot]] = {}
     for module in modules:

@@ -209,7 +209,7 @@ def _refuse_stale(fast: Unrolled, module: nn.Module, name: str) -> None:
     stored = vars(module).get(name)
     if stored is None or isinstance(stored, (bool, int, float, str)):
         return
-    own = fast._slots.inner.values()
+    own = _own(fast).values()
     memory = {x.untyped_storage().data_ptr() for x in own if x.device.type != "meta"}
     hooks = [getattr(hook, "name", None) for hook in module._forward_pre_hooks.values()]
     for x in tensors_in(stored):
@@ -232,7 +232,7 @@ def _evaluate(
         lazy = isinstance(value, Iterator)  # it would go on when the values are gone
         assert fast._slots.loaded is not None
         present, _ = fast._slots.loaded
-        standing = {id(x): present[name] for name, x in fast._slots.inner.items()}
+        standing = {id(x): present[name] for name, x in _own(fast).items()}
         if isinstance(value, (Iterator, KeysView, ValuesView, ItemsView)):
             value = list(value)
         return lazy, _replaced(value, lambda x: standing.get(id(x), x))
@@ -241,6 +241,11 @@ def _evaluate(
     lazy, value = fast._evaluate(inside, args, kwargs, mapped=mapped)
     shown = _replaced(value, partial(_shown, fast))
     return iter(shown) if lazy else shown
+
+
+def _own(fast: Unrolled) -> dict[str, Tensor]:
+    """The tensors that the module holds itself for the names that have other values here."""
+    return {**fast._slots.inner, **fast._slots.constants}
 
 
 def _deferred(
@@ -299,7 +304,7 @@ def _holds_model(fast: Unrolled, value: Any) -> bool:
     modules of Python, the globals of functions, and the insides of tensors. Where that is too
     much to look through, the answer is yes.
     """
-    wanted = {id(x) for x in (*fast._slots.modules, *fast._slots.inner.values())}
+    wanted = {id(x) for x in (*fast._slots.modules, *_own(fast).values())}
     seen: set[int] = set()
     rest = [value]
     while rest:

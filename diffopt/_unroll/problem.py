@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from diffopt._model.refused import check_model
-from diffopt._model.slots import ModuleSlots
+from diffopt._model.slots import ModuleSlots, Values, places_in
 from diffopt._step.step import GradTransform
 from diffopt._unroll.unrolled import Unrolled
 from diffopt.optim import Optimizer, convert
@@ -37,6 +37,8 @@ class InnerProblem:
         first_step: the number of the first step.
         grad_transform: what the optimizer does to the gradients on its own, or None.
         connected: whether the results are wanted with a graph.
+        taken_over: values that are to stand for some of the parameters that are not trained.
+        carried: the optimizer state of those, to be handed on.
     """
 
     first_step: int = 0
@@ -53,9 +55,11 @@ class InnerProblem:
     ) -> None:
         self.model = model
         self.opt = frozen(opt)
-        self.params = params
+        self.params: Mapping[str, Tensor] = params
         self.groups = groups
         self.opt_state = opt_state
+        self.taken_over: Mapping[str, Tensor] = {}
+        self.carried: Mapping[str, Entries] = {}
         self.inner = {n: params[n] for names in groups for n in names if params[n].requires_grad}
         if not self.inner:
             raise ValueError(
@@ -75,10 +79,36 @@ class InnerProblem:
 
     def slots(self, moving: Mapping[str, Tensor]) -> ModuleSlots:
         """Where the module holds the trained parameters, the buffers, and what moves like them."""
+        if self.taken_over:
+            return SlotsWithConstants(self.model, self.inner, moving, self.taken_over)
         return ModuleSlots(self.model, self.inner, moving)
 
     def deliver(self, result: Unrolled) -> None:
         """Hand the result to the objects the caller passed. PyTorch's own stay as they were."""
+
+
+class SlotsWithConstants(ModuleSlots):
+    """The slots of a module in which constants stand, too, for other parameters of it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inner: Mapping[str, Tensor],
+        moving: Mapping[str, Tensor],
+        constants: Mapping[str, Tensor],
+    ) -> None:
+        named = dict(model.named_parameters())
+        super().__init__(model, inner, {name: named[name] for name in moving})
+        self._values = {name: x for name, x in constants.items() if name not in moving}
+        self.constants = {name: named[name] for name in self._values}
+        places = places_in(self.modules)
+        self._constants = [(name, places[id(x)]) for name, x in self.constants.items()]
+
+    def load(self, params: Values, buffers: Values) -> None:
+        for name, slots in self._constants:
+            for table, key in slots:
+                table[key] = params.get(name, self._values[name])
+        super().load(params, buffers)
 
 
 Make = Callable[[Any, Any, int | None], InnerProblem]
@@ -110,7 +140,9 @@ def inner_problem(model: Any, opt: Any, tasks: int | None) -> InnerProblem:
     names = {x: name for name, x in model.named_parameters()}
     groups = _names_by_group(names, rule)
     state = {names[x]: as_tensors(entries) for x, entries in rule.state.items() if x in names}
-    return InnerProblem(model, rule, dict(model.named_parameters()), groups, state)
+    problem = InnerProblem(model, rule, dict(model.named_parameters()), groups, state)
+    problem.first_step = rule._steps if rule._continues else 0
+    return problem
 
 
 def frozen(opt: Optimizer) -> Optimizer:

@@ -36,13 +36,14 @@ def write_into(fast: Unrolled, model: Any, opt: Any) -> None:
             targets.append((theirs[name], x))
     if opt is not None:
         held = {p for group in opt.param_groups for p in group["params"]}
+        trained = fast._slots.inner.keys()  # the rest was carried on for a later unroll
         for name in fast.opt_state:
-            if owned[name] not in held:
+            if owned[name] not in held and name in trained:
                 raise ValueError(
                     f"load_into: opt does not hold the model's parameter {name!r}: build it "
                     "over the parameters of that model"
                 )
-        states = {owned[name]: entries for name, entries in fast.opt_state.items()}
+        states = {owned[name]: x for name, x in fast.opt_state.items() if owned[name] in held}
         load_state_into(opt, states, steps=fast.step)
     with torch.no_grad():
         for target, x in targets:
@@ -51,9 +52,10 @@ def write_into(fast: Unrolled, model: Any, opt: Any) -> None:
 
 
 def _check_kinds(model: Any, opt: Any) -> None:
-    if not isinstance(model, nn.Module) or not hasattr(type(model), "named_parameters"):
+    if not issubclass(type(model), nn.Module):  # isinstance holds for a part of a result, too
+        kind = type(model).__name__ + (" of an Unrolled" if isinstance(model, nn.Module) else "")
         raise TypeError(
-            f"load_into: model is a {type(model).__name__}: pass the torch.nn.Module that the "
+            f"load_into: model is a {kind}: pass the torch.nn.Module that the "
             "values are to be written into, such as the one that was unrolled"
         )
     if opt is not None and not isinstance(opt, torch.optim.Optimizer):

@@ -33,7 +33,7 @@ from diffopt._unroll.arguments import (
 from diffopt._unroll.moving import with_moving
 from diffopt._unroll.node import run_connected, run_detached
 from diffopt._unroll.problem import inner_problem
-from diffopt._unroll.start import Initial, start_state
+from diffopt._unroll.start import Initial, start_state, take_over
 from diffopt._unroll.unrolled import Unrolled
 from diffopt._values.state import State
 from diffopt._values.tree import map_tensors, tensors_in
@@ -136,6 +136,7 @@ def unroll(
     adjoint = chosen_adjoint(segment, adjoint)
     check_options(loss_fn, grad_transform, max_cotangent_norm, verify, tasks, compile, progress)
     problem = inner_problem(model, opt, tasks)
+    take_over(problem, initial, tasks)
     steps = plain_int(steps)
     batches = batches_of(steps)
     count = steps if isinstance(steps, int) else len(batches)
@@ -153,11 +154,13 @@ def unroll(
         constants = {n: x for n, x in problem.constants.items() if n not in moving}
         hyper = [x for group in problem.opt.param_groups for x in tensors_in(_options(group))]
         generators = Generators(devices)
-        observer = Observer(generators, problem.inner, constants)
+        observer = Observer(generators, {**problem.inner, **slots.constants}, constants)
         captured = Captured()
         captured.offer([*inputs, *hyper, *constants.values(), *problem.inner.values()])
+        loss = _inner_loss(slots, loss_fn, steps, batches, first_step, tasks)
+        loss.buffers.tracked.update(name for name, x in start.buffers.items() if x.requires_grad)
         step = InnerStep(
-            _inner_loss(slots, loss_fn, steps, batches, first_step, tasks),
+            loss,
             problem.opt,
             problem.inner_groups,
             first_step=first_step,
@@ -190,8 +193,9 @@ def unroll(
             final, losses = run_connected(loop, adjoint, [*inputs, *hyper, *constants.values()])
         else:
             final, losses = run_detached(loop)
-        final = State(step.loss.precision.narrowed(final.params), final.opt, final.buffers)
-        chosen = set(chain.from_iterable(problem.groups))
+        opt_state = {**problem.carried, **final.opt}
+        final = State(step.loss.precision.narrowed(final.params), opt_state, final.buffers)
+        chosen = {*chain.from_iterable(problem.groups), *slots.constants}
         given = {name: x for name, x in problem.params.items() if name in chosen}
         if tasks is not None:
             losses = losses.T if count else losses.new_zeros(tasks, 0)
