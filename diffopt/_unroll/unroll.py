@@ -25,6 +25,7 @@ from diffopt._unroll.arguments import (
     LossFn,
     batches_of,
     check_options,
+    check_surroundings,
     chosen_adjoint,
     own_loss,
     own_loss_without_batch,
@@ -142,6 +143,8 @@ def unroll(
     count = steps if isinstance(steps, int) else len(batches)
     first_step = initial.step if isinstance(initial, Unrolled) else problem.first_step
     inputs = [x for batch in _distinct(batches) for x in tensors_in(batch)]
+    hyper = [x for group in problem.opt.param_groups for x in tensors_in(_options(group))]
+    check_surroundings([*problem.params.values(), *problem.model.buffers(), *inputs, *hyper])
     devices = {x.device for x in (*problem.params.values(), *problem.model.buffers(), *inputs)}
     connected = torch.is_grad_enabled() and problem.connected
     modes = Modes(model, devices)
@@ -152,7 +155,6 @@ def unroll(
         slots = problem.slots(moving)
         start = start_state(problem, slots.buffers, initial, tasks)
         constants = {n: x for n, x in problem.constants.items() if n not in moving}
-        hyper = [x for group in problem.opt.param_groups for x in tensors_in(_options(group))]
         generators = Generators(devices)
         observer = Observer(generators, {**problem.inner, **slots.constants}, constants)
         captured = Captured()
