@@ -2,6 +2,7 @@
 
 from diffopt._compile.compiled import CompileWarning
 from diffopt._compile.trace import compile_seconds
+from diffopt._unroll.smoothness import Metasmoothness, metasmoothness
 from diffopt._unroll.types import Model
 from diffopt._unroll.unroll import unroll
 from diffopt._unroll.unrolled import Unrolled
@@ -36,6 +37,7 @@ from diffopt.optim import (
     RAdam,
     RMSprop,
     Rprop,
+    from_scheduler,
     register,
 )
 from diffopt.schedule import Plan
@@ -59,6 +61,7 @@ __all__ = [
     "ForwardMode",
     "Implicit",
     "MemoryBudget",
+    "Metasmoothness",
     "Model",
     "Momentum",
     "NAdam",
@@ -76,6 +79,8 @@ __all__ = [
     "Truncated",
     "Unrolled",
     "compile_seconds",
+    "from_scheduler",
+    "metasmoothness",
     "register",
     "unroll",
 ]
