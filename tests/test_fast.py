@@ -463,6 +463,19 @@ def test_a_sequential_in_place() -> None:
     )
 
 
+def test_a_result_is_no_model_to_unroll() -> None:
+    fast = changed(lambda m: None)
+    for wrong in (fast, fast.head):
+        with pytest.raises(TypeError, match="of trained values: pass the model itself"):
+            diffopt.unroll(wrong, diffopt.SGD([torch.zeros(1, requires_grad=True)]), 1)
+
+
+def test_names_of_nn_module_that_the_model_uses_itself() -> None:
+    fast = changed(lambda m: (setattr(m, "type", "small"), setattr(m, "half", nn.Linear(2, 2))))
+    assert fast.type == "small"
+    assert fast.half.weight.shape == (2, 2)
+
+
 def test_copies() -> None:
     model = nn.Sequential(nn.Linear(2, 2)).double()
     x = torch.randn(3, 2).double()

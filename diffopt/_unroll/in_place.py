@@ -185,13 +185,13 @@ def _attribute(fast: Unrolled, module: nn.Module, name: str) -> Any:
     static = getattr_static(type(module), name, None)
     if name == "get_parameter":  # PyTorch's own looks for an nn.Parameter
         return partial(_parameter, fast, module)
-    if name in _CHANGES:
+    if name in _CHANGES and name not in vars(module):
         raise AttributeError(
             f"{name} would change the {type(module).__name__}, and what stands in it here is taken "
             f"out again: call it on the model itself, or write fast.apply(loss_fn, batch) for a "
             "loss_fn that needs it, which hands it the model itself with the trained values in it"
         )
-    if isinstance(static, types.FunctionType):
+    if isinstance(static, types.FunctionType) and name not in vars(module):
         return _deferred(fast, getattr(module, name), mapped=name not in _READS)
     _refuse_stale(fast, module, name)
     held = name in module._parameters or name in module._buffers

@@ -154,6 +154,13 @@ def frozen(opt: Optimizer) -> Optimizer:
 
 
 def _check_model(model: Any) -> None:
+    if isinstance(model, Unrolled) or (
+        isinstance(model, nn.Module) and not issubclass(type(model), nn.Module)
+    ):
+        raise TypeError(
+            f"model is a {type(model).__name__} of trained values: pass the model itself, and "
+            "initial=fast to continue from them"
+        )
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}: pass a torch.nn.Module")
     check_model(model)

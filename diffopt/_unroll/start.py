@@ -67,7 +67,7 @@ def take_over(problem: InnerProblem, initial: Initial, tasks: int | None) -> Non
     if not isinstance(initial, Unrolled):
         return
     _check_continues(initial, problem, tasks)
-    others = {name: initial.params[name] for name in initial.trained if name not in problem.inner}
+    others = {name: initial.params[name] for name in initial._inner if name not in problem.inner}
     if others and tasks is not None:
         raise ValueError(
             f"initial has trained {next(iter(others))!r}, which opt does not hold, and with "

@@ -67,7 +67,7 @@ class Unrolled(InPlace):
         tasks: int | None = None,
     ) -> None:
         self._slots = slots
-        self._inner = [*state.params, *slots.constants]
+        self._inner = [*state.params, *slots.constants]  # trained, here or by one that led here
         self._flags: list[bool] | None = None
         self.params: dict[str, Tensor] = {**given, **state.params}  # in the model's order
         self.buffers: dict[str, Tensor] = dict(state.buffers)
@@ -99,11 +99,6 @@ class Unrolled(InPlace):
     __getitem__ = contained("__getitem__")
     __iter__ = contained("__iter__")
     __len__ = contained("__len__")
-
-    @property
-    def trained(self) -> list[str]:
-        """Names of the parameters that were trained, here or by an unroll that led here."""
-        return list(self._inner)
 
     def __repr__(self) -> str:
         return (
