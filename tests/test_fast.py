@@ -483,3 +483,22 @@ def test_copies() -> None:
     for made in (copy.copy(fast), copy.deepcopy(fast)):
         torch.testing.assert_close(made(x), fast(x))
         torch.testing.assert_close(made[0](x), fast(x))
+
+
+@pytest.mark.parametrize("name", ["submodule", "method", "weight", "parameters", "call"])
+def test_of_a_module_patched_by_higher(name: str) -> None:
+    higher = pytest.importorskip("higher")
+    pytest.importorskip("diffopt.higher", exc_type=ImportError)
+    model, xs, x = net(), [torch.randn(5, 2).double() for _ in range(T)], torch.randn(5, 2).double()
+    model.norm.eval()
+    opt = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=RATE)
+    want = LOSSES[name](diffopt.unroll(model, opt, xs, inner_loss), x)
+    own = list(opt.param_groups[0]["params"])
+    expected = torch.autograd.grad(scalar(want), own, allow_unused=True, materialize_grads=True)
+    model.listed = model.function = model.partial = None  # higher copies the model by its tables
+    with higher.innerloop_ctx(model, opt, copy_initial_weights=False) as (fmodel, dopt):
+        fast = diffopt.unroll(fmodel, dopt, xs, inner_loss)
+        got = LOSSES[name](fast, x)
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
+        found = torch.autograd.grad(scalar(got), own, allow_unused=True, materialize_grads=True)
+    assert_all_close(found, expected, rtol=1e-10, atol=1e-12)

@@ -193,6 +193,10 @@ def _attribute(fast: Unrolled, module: nn.Module, name: str) -> Any:
         )
     if isinstance(static, types.FunctionType) and name not in vars(module):
         return _deferred(fast, getattr(module, name), mapped=name not in _READS)
+    if module._parameters.get(name) is not None:
+        for full, x in _own(fast).items():
+            if module._parameters[name] is x:
+                return fast.params[full]
     _refuse_stale(fast, module, name)
     held = name in module._parameters or name in module._buffers
     return _evaluate(fast, lambda: getattr(module, name), (), {}, mapped=not held)

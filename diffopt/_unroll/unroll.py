@@ -79,11 +79,14 @@ def unroll(
             object that holds it as ``loss``. Its ``model`` is the user's own module
             holding the current fast weights. It may run several times for a step, so it has to be
             a function of the model, the batch, captured tensors and random numbers. None: the
-            model returns its own loss, from ``model(batch)`` or, for an int, ``model()``.
+            model returns its own loss, from ``model(batch)``, ``model(**batch)`` where the batch
+            is a mapping, or, for an int, ``model()``.
         segment: short for ``adjoint=diffopt.Segmented(segment)``.
         adjoint: how the derivative is computed. Default: ``diffopt.Segmented()``.
         initial: an earlier ``Unrolled`` to continue from (its optimizer state wins over
-            ``opt``'s), or initial values by parameter name for some or all inner variables.
+            ``opt``'s), or initial values by name for some or all inner variables and buffers, such
+            as a ``state_dict()`` of the model. What the earlier one trained and ``opt`` does not
+            hold stands in the model as constants, and is handed on.
         grad_transform: ``f(grads) -> grads``, a differentiable change to the dict of inner
             gradients, by parameter name. The shapes stay; a parameter whose name is left out is
             left alone by the update. With ``tasks`` it is given one task's.
