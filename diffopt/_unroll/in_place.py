@@ -7,7 +7,6 @@ stand in it; a submodule is given as a ``Part``, which does the same for its own
 
 from __future__ import annotations
 
-import gc
 import types
 import weakref
 from collections.abc import Callable, ItemsView, Iterator, KeysView, MutableMapping, ValuesView
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeGuard
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from diffopt._model.held import APART, reaches
 from diffopt._values.tree import tensors_in
 
 if TYPE_CHECKING:
@@ -47,7 +47,6 @@ _CHANGES = {
     if not name.startswith("_") and callable(getattr(nn.Module, name)) and name not in _READS | _OWN
 }
 _CALLABLES = (types.FunctionType, types.MethodType, partial)
-_MOST = 100_000  # objects that are looked through for a module of the model
 
 
 class InPlace:
@@ -302,28 +301,6 @@ def _shown(fast: Unrolled, value: Any) -> Any:
 
 
 def _holds_model(fast: Unrolled, value: Any) -> bool:
-    """Whether a module or an inner parameter of the model can be reached from ``value``.
-
-    Followed is all that Python's garbage collector knows, and weak references; but not classes,
-    modules of Python, the globals of functions, and the insides of tensors. Where that is too
-    much to look through, the answer is yes.
-    """
+    """Whether a module or a trained parameter of the model is behind ``value``."""
     wanted = {id(x) for x in (*fast._slots.modules, *_own(fast).values())}
-    seen: set[int] = set()
-    rest = [value]
-    while rest:
-        x = rest.pop()
-        if id(x) in wanted:
-            return True
-        if id(x) in seen or isinstance(x, (type, types.ModuleType, Tensor)):
-            continue
-        seen.add(id(x))
-        if len(seen) > _MOST:
-            return True
-        if isinstance(x, weakref.ref):
-            rest.append(x())
-        elif isinstance(x, types.FunctionType):
-            rest += [x.__closure__, x.__defaults__, x.__kwdefaults__, x.__dict__]
-        else:
-            rest += gc.get_referents(x)
-    return False
+    return reaches([value], wanted, APART)
