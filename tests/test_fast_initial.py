@@ -114,6 +114,53 @@ def test_blocks_with_tasks_are_refused() -> None:
         diffopt.unroll(model, block(model, 2), data, mse, tasks=3, initial=first)
 
 
+def test_the_untrained_value_of_another_block_is_refused() -> None:
+    model, data = tiny(), batches(2)
+    first = diffopt.unroll(model, block(model, 0), data, mse)
+    own = model[0].weight
+
+    def loss_fn(model: Any, pair: Any) -> Tensor:
+        return mse(model, pair) + own.square().sum() * model[2].bias.sum()
+
+    with pytest.raises(NotImplementedError, match=r"uses the model's own parameter '0.weight'"):
+        diffopt.unroll(model, block(model, 2), data, loss_fn, initial=first)
+
+
+@every_adjoint
+def test_a_block_trained_before_that_the_forward_pass_moves(adjoint: diffopt.Adjoint) -> None:
+    """It starts from its trained value and is state from there on."""
+
+    class Moving(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.teacher = nn.Linear(2, 2), nn.Linear(2, 2)
+            self.move = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.move:
+                with torch.no_grad():
+                    self.teacher.weight.mul_(0.9)
+            return self.net(x).tanh() + self.teacher(x)
+
+    model, data = Moving().double(), batches(3)
+    first = diffopt.unroll(model, diffopt.SGD(model.teacher.parameters(), lr=RATE), data, mse)
+    model.move = True
+    inner = diffopt.SGD(model.net.parameters(), lr=RATE)
+    fast = diffopt.unroll(model, inner, data, mse, initial=first.detach(), adjoint=adjoint)
+    work = copy.deepcopy(model)
+    with torch.no_grad():
+        for n, p in work.teacher.named_parameters():
+            p.copy_(first.params[f"teacher.{n}"])
+    opt = torch.optim.SGD(work.net.parameters(), lr=RATE)
+    for pair in data:
+        opt.zero_grad()
+        mse(work, pair).backward()
+        opt.step()
+    for n, p in work.net.named_parameters():
+        torch.testing.assert_close(fast.params[f"net.{n}"], p, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(fast(data[0][0]), work(data[0][0]), rtol=1e-10, atol=1e-12)
+
+
 def test_some_of_the_parameters_come_from_another_unroll() -> None:
     """And the others from the model."""
     model, data = tiny(), batches(3)

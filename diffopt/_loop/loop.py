@@ -178,8 +178,8 @@ class Loop:
         slots = self.step.loss.slots
         for name in self.observer.originals_used:
             unused = (
-                name in before.params
-                and result.state.params[name].data_ptr() == before.params[name].data_ptr()
+                name in slots.constants
+                or result.state.params[name].data_ptr() == before.params[name].data_ptr()
             )
             if unused or slots.holds_apart:
                 raise NotImplementedError(

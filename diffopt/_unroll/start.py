@@ -68,6 +68,11 @@ def take_over(problem: InnerProblem, initial: Initial, tasks: int | None) -> Non
         return
     _check_continues(initial, problem, tasks)
     others = {name: initial.params[name] for name in initial._inner if name not in problem.inner}
+    if others and type(problem).slots is not InnerProblem.slots:
+        raise NotImplementedError(
+            f"initial has trained {next(iter(others))!r}, which opt does not hold, and a module of "
+            "another library has no place for it: unroll the model itself"
+        )
     if others and tasks is not None:
         raise ValueError(
             f"initial has trained {next(iter(others))!r}, which opt does not hold, and with "
