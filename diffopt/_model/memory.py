@@ -26,6 +26,13 @@ def check_shared_memory(params: Mapping[str, Tensor], buffers: Mapping[str, Tens
 
     Cost: a sort of the names; memory and time of the tensors' size where ranges overlap.
     """
+    for name, x in params.items():
+        strided = x.layout is torch.strided
+        if strided and any(n > 1 and not step for n, step in zip(x.shape, x.stride(), strict=True)):
+            raise NotImplementedError(
+                f"entries of parameter {name!r} share memory, as it is expanded, and could not be "
+                "trained apart: give it a copy, x.clone(), or expand a smaller one in forward"
+            )
     kinds = ((params, "parameter"), (buffers, "buffer"))
     held = [
         (f"{kind} {name!r}", x)
