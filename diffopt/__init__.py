@@ -2,6 +2,8 @@
 
 from diffopt._compile.compiled import CompileWarning
 from diffopt._compile.trace import compile_seconds
+from diffopt._unroll.smoothness import Metasmoothness, metasmoothness
+from diffopt._unroll.types import Model
 from diffopt._unroll.unroll import unroll
 from diffopt._unroll.unrolled import Unrolled
 from diffopt.adjoint import (
@@ -35,6 +37,7 @@ from diffopt.optim import (
     RAdam,
     RMSprop,
     Rprop,
+    from_scheduler,
     register,
 )
 from diffopt.schedule import Plan
@@ -58,6 +61,8 @@ __all__ = [
     "ForwardMode",
     "Implicit",
     "MemoryBudget",
+    "Metasmoothness",
+    "Model",
     "Momentum",
     "NAdam",
     "Neumann",
@@ -74,6 +79,8 @@ __all__ = [
     "Truncated",
     "Unrolled",
     "compile_seconds",
+    "from_scheduler",
+    "metasmoothness",
     "register",
     "unroll",
 ]

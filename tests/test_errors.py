@@ -187,6 +187,14 @@ VALUES: dict[str, tuple[dict[str, Any], str]] = {
         {"loss_fn": lambda m, b: torch.ones((), requires_grad=True) * 2},
         "loss of step 0 does not depend on any inner variable: compute it with the module",
     ),
+    "loss that is complex": (
+        {"loss_fn": lambda m, b: m(b[0]).to(torch.complex128).sum()},
+        r"loss of step 0 is complex \(torch.complex128\), .*return a real one, such as",
+    ),
+    "gradient of another dtype": (
+        {"grad_transform": lambda g: {n: x.float() for n, x in g.items()}},
+        r"a gradient of torch.float32 for '0.weight', .*convert it back with .to\(torch.float64\)",
+    ),
     "gradient of an unknown name": (
         {"grad_transform": lambda g: {"bias": g["0.bias"]}},
         "grad_transform returned a gradient for 'bias', which is not an inner variable: keep the",
@@ -231,6 +239,19 @@ def test_errors_of_a_later_step_name_it() -> None:
             diffopt.unroll(model, diffopt.SGD(model.parameters()), 1, loss_fn, initial=half)
 
 
+@pytest.mark.parametrize("adjoint", [diffopt.StoreAll(), diffopt.Segmented(2)], ids=str)
+def test_a_loss_that_calls_backward(adjoint: diffopt.Adjoint) -> None:
+    def loss_fn(model: Any, pair: Any) -> Any:
+        loss = mse(model, pair)
+        loss.backward()
+        return loss
+
+    with pytest.raises(
+        RuntimeError, match=r"loss of step 0 was freed .* calls loss.backward\(\): leave that out"
+    ):
+        call(loss_fn=loss_fn, adjoint=adjoint)
+
+
 def test_a_loss_of_the_wrong_module() -> None:
     """The commonest slip: the closure's model is another than the one that is trained."""
     other = tiny()
@@ -238,14 +259,18 @@ def test_a_loss_of_the_wrong_module() -> None:
         call(loss_fn=lambda m, pair: mse(other, pair))
 
 
-def test_continuing_with_another_model_or_other_parameters() -> None:
+def test_continuing_with_another_model() -> None:
     model = tiny()
-    part = diffopt.unroll(model, diffopt.SGD(model[0].parameters()), batches(2), mse)
-    with pytest.raises(ValueError, match=r"initial has no value that fits parameter '2.weight'"):
-        diffopt.unroll(model, diffopt.SGD(model.parameters()), batches(2), mse, initial=part)
     wide = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 2)).double()
     whole = diffopt.unroll(wide, diffopt.SGD(wide.parameters()), batches(2), mse)
-    with pytest.raises(ValueError, match=r"initial has no value that fits parameter '0.weight'"):
+    with pytest.raises(
+        ValueError,
+        match=r"no value that fits parameter '0.weight': .*\(4, 2\) there, and \(3, 2\) in the mod",
+    ):
+        diffopt.unroll(model, diffopt.SGD(model.parameters()), batches(2), mse, initial=whole)
+    longer = nn.Sequential(*tiny(), nn.Linear(2, 2)).double()
+    whole = diffopt.unroll(longer, diffopt.SGD(longer.parameters()), batches(2), mse)
+    with pytest.raises(ValueError, match=r"parameter '3.weight': .* the model has no such"):
         diffopt.unroll(model, diffopt.SGD(model.parameters()), batches(2), mse, initial=whole)
 
 

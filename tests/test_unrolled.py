@@ -265,7 +265,7 @@ def test_a_state_dict_holds_tensors_without_a_graph_and_a_number() -> None:
     assert type(saved["step"]) is int
     assert "aux" not in saved
     tensors = [x for x in torch.utils._pytree.tree_leaves(saved) if isinstance(x, Tensor)]
-    assert len(tensors) == 4 + 4 * 3 + 1
+    assert len(tensors) == 4 + 4 * 3 + 1 + len(saved["generators"])
     assert not any(x.requires_grad for x in tensors)
 
 

@@ -176,7 +176,10 @@ class Loop:
         """Refuse a step that uses a parameter's original where it should use the present value."""
         slots = self.step.loss.slots
         for name, x in self.observer.originals_used.items():
-            unused = result.state.params[name].data_ptr() == before.params[name].data_ptr()
+            unused = (
+                name in slots.constants
+                or result.state.params[name].data_ptr() == before.params[name].data_ptr()
+            )
             if unused or slots.holds_apart(x):
                 raise NotImplementedError(
                     f"step {self.step.first_step + t} uses the model's own parameter {name!r} and "

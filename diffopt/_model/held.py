@@ -19,7 +19,7 @@ MOST = 200_000
 
 _TABLES = {"_parameters", "_buffers", "_modules"}
 _FLAT = {"_flat_weights", "_flat_weight_refs"}  # of recurrent layers, made anew by each call
-_APART = (type, types.ModuleType, types.FrameType, types.CodeType, nn.Module, str, int, float)
+APART = (type, types.ModuleType, types.FrameType, types.CodeType, str, int, float)
 
 
 def holds_apart(modules: Iterable[nn.Module], tensor: Tensor, but: Collection[str] = ()) -> bool:
@@ -28,9 +28,8 @@ def holds_apart(modules: Iterable[nn.Module], tensor: Tensor, but: Collection[st
     Args:
         but: attributes that are left out.
 
-    The answer is yes, too, where too much is behind the attributes to tell.
+    The answer is as by ``reaches``.
     """
-    passed: set[int] = set()
     stack: list[Any] = []
     for module in modules:
         skipped = {*but, *_TABLES, *(_FLAT if isinstance(module, nn.RNNBase) else ())}
@@ -38,11 +37,25 @@ def holds_apart(modules: Iterable[nn.Module], tensor: Tensor, but: Collection[st
         for cls in type(module).__mro__:
             if not (cls.__module__ or "").startswith("torch."):
                 stack += vars(cls).values()
+    return reaches(stack, {id(tensor)})
+
+
+def reaches(
+    start: Iterable[Any], wanted: Collection[int], apart: tuple[type, ...] = (*APART, nn.Module)
+) -> bool:
+    """Whether an object with one of the ids ``wanted`` is behind those of ``start``.
+
+    Followed is what Python's garbage collector knows, and weak references; of a function what it
+    captured, and not its globals; and nothing behind tensors and objects of the types ``apart``.
+    The answer is yes, too, where there is too much to look through.
+    """
+    passed: set[int] = set()
+    stack = list(start)
     while stack:
         x = stack.pop()
-        if x is tensor:
+        if id(x) in wanted:
             return True
-        if id(x) in passed or isinstance(x, (*_APART, Tensor)):
+        if id(x) in passed or isinstance(x, (*apart, Tensor)):
             continue
         passed.add(id(x))
         if len(passed) > MOST:
@@ -52,8 +65,8 @@ def holds_apart(modules: Iterable[nn.Module], tensor: Tensor, but: Collection[st
 
 
 def _behind(x: Any) -> list[Any]:
+    if isinstance(x, types.FunctionType):
+        return [*(x.__closure__ or ()), x.__defaults__, x.__kwdefaults__, x.__dict__]
     if isinstance(x, weakref.ref):
         return [x()]
-    if isinstance(x, types.FunctionType):
-        return [*(x.__closure__ or ()), x.__defaults__, x.__kwdefaults__]
     return gc.get_referents(x)

@@ -10,6 +10,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from diffopt._model.memory import check_shared_memory
+
 _SHARDED = {"FullyShardedDataParallel", "FSDPModule"}
 
 
@@ -25,11 +27,17 @@ def check_model(model: nn.Module) -> None:
                     f"{where} is a {type(module).__name__} whose {kind!r} has no shape yet: call "
                     "the model on a batch first, and build the optimizer afterwards"
                 )
+            if x is not None and x.device.type == "meta":
+                raise ValueError(
+                    f"{where} has a {kind!r} on the meta device, which has no values to train: "
+                    "call model.to_empty(device=...) and initialise it first"
+                )
             if x is not None and x.is_inference():
                 raise NotImplementedError(
                     f"{where} has a {kind!r} that was made in torch.inference_mode(), which cannot "
                     "be trained: build the model outside of it"
                 )
+    check_shared_memory(dict(model.named_parameters()), dict(model.named_buffers()))
     if getattr(parametrize, "_cache_enabled", 0):
         raise NotImplementedError(
             "torch.nn.utils.parametrize.cached() is active, which would keep the parametrized "

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -36,12 +37,14 @@ class ModuleSlots:
         inner: the tensors that the module holds for those names itself.
         loaded: the parameters and buffers that stand in the module at present, if any do.
         changing: names of the buffers that calls of the module change; None until that is known.
+        constants: the tensors that the module holds itself for further names that are loaded.
     """
 
     loaded: tuple[Values, Values] | None = None
     #: Attributes in which a kind of module keeps its parameters of its own accord.
     _own_attributes: Collection[str] = ()
     changing: Collection[str] | None = None
+    constants: Values = MappingProxyType({})
 
     def __init__(
         self,
@@ -53,9 +56,9 @@ class ModuleSlots:
         self._model = model
         self._modules = list(model.modules())
         self.inner = dict(inner)
-        places = _places(self._modules)
+        places = places_in(self._modules)
         self._params = [(name, places[id(x)]) for name, x in inner.items()]
-        self._constants = {name: (x, places[id(x)]) for name, x in constants.items()}
+        self._constants = {n: (x, places[id(x)]) for n, x in constants.items() if id(x) in places}
         self._moving: dict[str, Tensor] = {}  # the constants that are state, as the module has them
         self.buffers: dict[str, Tensor] = dict(model.named_buffers())
         self._buffers = {name: places[id(x)] for name, x in self.buffers.items()}
@@ -69,7 +72,7 @@ class ModuleSlots:
         }
         self._deleted: set[str] = set()  # buffers whose absence is that of their entry
         for name in carried:
-            if name in constants:
+            if name in self._constants:
                 self.buffers[name] = constants[name]
                 self._add_moving(name)
             else:
@@ -141,6 +144,10 @@ class ModuleSlots:
     def _add_moving(self, name: str) -> None:
         self._moving[name], self._buffers[name] = self._constants[name]
 
+    def has_place(self, name: str) -> bool:
+        """Whether there is a place in the module for a buffer of this name."""
+        return name in self._buffers
+
     def completed(self, buffers: Values) -> Values:
         """``buffers``, with constants that were found to move later as the module has them."""
         missing = {n: x.clone() for n, x in self._moving.items() if n not in buffers}
@@ -203,7 +210,7 @@ def _joined(module: str, key: str) -> str:
     return f"{module}.{key}" if module else key
 
 
-def _places(modules: list[nn.Module]) -> dict[int, list[Slot]]:
+def places_in(modules: list[nn.Module]) -> dict[int, list[Slot]]:
     """Where the modules hold each parameter and buffer, by its id."""
     places: dict[int, list[Slot]] = {}
     for module in modules:

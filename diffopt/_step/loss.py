@@ -269,4 +269,9 @@ def loss_and_aux(out: Any, step: int) -> tuple[Tensor, Any]:
             f"the loss of step {step} has shape {tuple(out.shape)}, which is not a scalar: "
             "reduce it, for example with .mean()"
         )
+    if out.is_complex():
+        raise ValueError(
+            f"the loss of step {step} is complex ({out.dtype}), and a gradient descends in real "
+            "numbers: return a real one, such as its .abs() or .real"
+        )
     return out if out.dim() == 0 else out.reshape(()), aux

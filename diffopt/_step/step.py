@@ -159,6 +159,12 @@ class InnerStep:
                 )
             except RuntimeError as error:
                 refuse_missing(error, number)
+                if "backward through the graph a second time" in str(error):
+                    raise RuntimeError(
+                        f"the graph of the loss of step {number} was freed before its gradient was "
+                        "taken, as where loss_fn calls loss.backward(): leave that out and return "
+                        "the loss, whose gradient diffopt.unroll takes itself"
+                    ) from error
                 raise
         if all(g is None for g in found):
             raise ValueError(
@@ -303,5 +309,10 @@ def _checked_grads(
             raise ValueError(
                 f"grad_transform returned a gradient of shape {tuple(g.shape)} for {name!r}, "
                 f"which has shape {tuple(params[name].shape)}: keep the shapes it was given"
+            )
+        if g is not None and g.dtype != params[name].dtype:
+            raise ValueError(
+                f"grad_transform returned a gradient of {g.dtype} for {name!r}, which was given in "
+                f"{params[name].dtype}: convert it back with .to({params[name].dtype})"
             )
     return grads

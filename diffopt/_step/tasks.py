@@ -49,6 +49,12 @@ def over_tasks(
 def check_leads(tree: Any, tasks: int, what: str) -> None:
     """Raise where a tensor of ``tree`` does not lead with the task dimension."""
     for x in pytree.tree_leaves(tree):
+        if isinstance(x, Mapping):
+            raise TypeError(
+                f"with tasks={tasks} the tensors of every batch are mapped over, but {what} is a "
+                f"{type(x).__name__} or holds one, in which PyTorch's pytrees see none: pass "
+                "dict(batch)"
+            )
         if isinstance(x, Tensor) and (x.dim() == 0 or x.shape[0] != tasks):
             raise ValueError(
                 f"with tasks={tasks} every tensor leads with {tasks}, one entry a task, but "

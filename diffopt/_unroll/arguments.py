@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, MutableSequence, Sequence
+import inspect
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSequence, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -10,12 +12,16 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from diffopt._loop import progress as _progress
-from diffopt.adjoint import Adjoint, Segmented
+from diffopt._step.loss import loss_and_aux
+from diffopt._torch.surroundings import active_transform
+from diffopt._unroll.in_place import InPlace
+from diffopt.adjoint import Adjoint, Segmented, Solver
+from diffopt.optim.scalars import has_tangent
 
 LossFn = Callable[..., Any]
 
 
-def chosen_adjoint(segment: int | None, adjoint: Adjoint | None) -> Adjoint:
+def chosen_adjoint(segment: int | None, adjoint: Any) -> Adjoint:
     """The adjoint that the two arguments ask for."""
     if segment is not None and adjoint is not None:
         raise ValueError(
@@ -25,10 +31,19 @@ def chosen_adjoint(segment: int | None, adjoint: Adjoint | None) -> Adjoint:
     if adjoint is None:
         return Segmented(segment)
     if not isinstance(adjoint, Adjoint):
-        raise TypeError(
-            f"adjoint is a {type(adjoint).__name__}: pass an object such as diffopt.Segmented()"
-        )
+        kind, such = type(adjoint).__name__, "diffopt.Segmented()"
+        if isinstance(adjoint, type):
+            kind, such = "class", _example(adjoint) if issubclass(adjoint, Adjoint) else such
+        elif isinstance(adjoint, Solver):
+            such = f"diffopt.Implicit({adjoint!r})"
+        raise TypeError(f"adjoint is a {kind}: pass an object such as {such}")
     return adjoint
+
+
+def _example(cls: type) -> str:
+    """A call that makes an object of a class of this package."""
+    given = [p for p in inspect.signature(cls).parameters.values() if p.default is p.empty]
+    return f"diffopt.{cls.__name__}({', '.join(f'{p.name}=...' for p in given)})"
 
 
 def check_options(
@@ -89,23 +104,95 @@ def batches_of(steps: Any) -> Sequence[Any]:
             "steps is a 0-d tensor: pass the number of steps as an int, int(steps), or one tensor "
             "whose first dimension is the batches'"
         )
+    if isinstance(steps, (nn.Module, InPlace)):
+        raise TypeError(
+            f"steps is a {type(steps).__name__}: pass the number of steps, or a list of batches; "
+            "what to continue from is initial="
+        )
+    if type(steps) is tuple and len(steps) == 2 and all(isinstance(x, Tensor) for x in steps):
+        shapes = " and ".join(str(tuple(x.shape)) for x in steps)
+        raise TypeError(
+            f"steps is a tuple of two tensors, of shapes {shapes}, which looks like one batch "
+            "(x, y): pass [(x, y)] * T for T steps with it, or the list [a, b] if they are two "
+            "batches"
+        )
+    if isinstance(steps, (itertools.cycle, itertools.count)):
+        raise ValueError(
+            f"steps is an itertools.{type(steps).__name__}, which never ends: pass "
+            "itertools.islice(steps, T) for T steps"
+        )
     if isinstance(steps, (MutableSequence, tuple, IterableDataset)):
         return tuple(steps)  # the caller may change a list before the backward pass
     if hasattr(steps, "__getitem__") and hasattr(steps, "__len__"):
         indexable: Sequence[Any] = steps
         return indexable
     if isinstance(steps, Iterable):
-        return tuple(steps)
+        batches = tuple(steps)
+        if not batches and isinstance(steps, Iterator):
+            raise ValueError(
+                f"steps is a {type(steps).__name__} that yields nothing: it was used up before, as "
+                "an iterator serves once. Pass a list, or a new iterator for each call"
+            )
+        return batches
     raise TypeError(
         f"steps is a {type(steps).__name__}: pass the number of steps, or batches to iterate over"
     )
 
 
 def own_loss(model: nn.Module, batch: Any) -> Any:
-    """The loss that the model returns for a batch."""
-    return model(batch)
+    """The loss that the model returns for a batch; a mapping is given to it by keyword."""
+    if isinstance(batch, Mapping):
+        return _checked_loss(model, f"model(**{type(batch).__name__})", lambda: model(**batch))
+    return _checked_loss(model, f"model({type(batch).__name__})", lambda: model(batch))
 
 
 def own_loss_without_batch(model: nn.Module, step: int) -> Any:
     """The loss that the model returns for no argument."""
-    return model()
+    return _checked_loss(model, "model()", model)
+
+
+def _checked_loss(model: nn.Module, call: str, called: Callable[[], Any]) -> Any:
+    """What the model returns, if that is a loss; if not, ``loss_fn`` was likely forgotten."""
+    forgotten = (
+        f"loss_fn was left out, so {call} of the {type(model).__name__} has to return the loss"
+    )
+    example = "pass loss_fn, such as lambda model, batch: F.mse_loss(model(batch[0]), batch[1])"
+    try:
+        out = called()
+    except TypeError as error:
+        raise TypeError(f"{forgotten}, but it raises {error}: {example}") from error
+    try:
+        loss_and_aux(out, 0)
+    except (TypeError, ValueError) as error:
+        _, _, what = str(error).partition("the loss of step 0 ")
+        what = what.partition(":")[0]
+        if not isinstance(out, Tensor) and getattr(out, "loss", out) is None:
+            what = "has None for loss, as where the batch has no labels"
+        raise type(error)(f"{forgotten}, but what it returns {what}: {example}") from error
+    return out
+
+
+# What stands around the call.
+
+
+def check_surroundings(tensors: Iterable[Tensor]) -> None:
+    """Refuse transforms around the unroll, which would be applied to a part of it only.
+
+    Args:
+        tensors: parameters, buffers, batches and hyperparameters: those that may be dual numbers.
+    """
+    transform = active_transform()
+    if transform is not None:
+        raise NotImplementedError(
+            f"torch.func.{transform} is active around diffopt.unroll, which computes its own "
+            "derivative and cannot be transformed: use torch.autograd.grad and "
+            "torch.autograd.functional for derivatives, diffopt.ForwardMode for those of forward "
+            "mode, and tasks=N to map over many tasks"
+        )
+    for x in tensors:
+        if has_tangent(x):
+            raise NotImplementedError(
+                f"a tensor of shape {tuple(x.shape)} that diffopt.unroll is given is a dual number "
+                "(torch.autograd.forward_ad), and its tangent would be lost on the way: use "
+                "adjoint=diffopt.ForwardMode([...]) for derivatives in forward mode"
+            )

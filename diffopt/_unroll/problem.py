@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from diffopt._model.refused import check_model
-from diffopt._model.slots import ModuleSlots
+from diffopt._model.slots import ModuleSlots, Values, places_in
 from diffopt._step.step import GradTransform
 from diffopt._unroll.unrolled import Unrolled
 from diffopt.optim import Optimizer, convert
@@ -37,6 +37,8 @@ class InnerProblem:
         first_step: the number of the first step.
         grad_transform: what the optimizer does to the gradients on its own, or None.
         connected: whether the results are wanted with a graph.
+        taken_over: values that are to stand for some of the parameters that are not trained.
+        carried: the optimizer state of those, to be handed on.
     """
 
     first_step: int = 0
@@ -53,9 +55,11 @@ class InnerProblem:
     ) -> None:
         self.model = model
         self.opt = frozen(opt)
-        self.params = params
+        self.params: Mapping[str, Tensor] = params
         self.groups = groups
         self.opt_state = opt_state
+        self.taken_over: Mapping[str, Tensor] = {}
+        self.carried: Mapping[str, Entries] = {}
         self.inner = {n: params[n] for names in groups for n in names if params[n].requires_grad}
         if not self.inner:
             raise ValueError(
@@ -79,10 +83,39 @@ class InnerProblem:
         Args:
             carried: names of buffers, and of parameters that move like them, in an earlier result.
         """
+        if self.taken_over:
+            return SlotsWithConstants(
+                self.model, self.inner, self.constants, carried, self.taken_over
+            )
         return ModuleSlots(self.model, self.inner, self.constants, carried)
 
     def deliver(self, result: Unrolled) -> None:
         """Hand the result to the objects the caller passed. PyTorch's own stay as they were."""
+
+
+class SlotsWithConstants(ModuleSlots):
+    """The slots of a module in which constants stand, too, for other parameters of it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inner: Mapping[str, Tensor],
+        constants: Mapping[str, Tensor],
+        carried: Collection[str],
+        standing: Mapping[str, Tensor],
+    ) -> None:
+        super().__init__(model, inner, constants, carried)
+        named = dict(model.named_parameters())
+        self._values = {name: x for name, x in standing.items() if name not in self.buffers}
+        self.constants = {name: named[name] for name in self._values}
+        places = places_in(self.modules)
+        self._standing = [(name, places[id(x)]) for name, x in self.constants.items()]
+
+    def load(self, params: Values, buffers: Values) -> None:
+        for name, slots in self._standing:
+            for table, key in slots:
+                table[key] = params.get(name, self._values[name])
+        super().load(params, buffers)
 
 
 Make = Callable[[Any, Any, int | None], InnerProblem]
@@ -114,7 +147,9 @@ def inner_problem(model: Any, opt: Any, tasks: int | None) -> InnerProblem:
     names = {x: name for name, x in model.named_parameters()}
     groups = _names_by_group(names, rule)
     state = {names[x]: as_tensors(entries) for x, entries in rule.state.items() if x in names}
-    return InnerProblem(model, rule, dict(model.named_parameters()), groups, state)
+    problem = InnerProblem(model, rule, dict(model.named_parameters()), groups, state)
+    problem.first_step = rule._steps if rule._continues else 0
+    return problem
 
 
 def frozen(opt: Optimizer) -> Optimizer:
@@ -126,6 +161,13 @@ def frozen(opt: Optimizer) -> Optimizer:
 
 
 def _check_model(model: Any) -> None:
+    if isinstance(model, Unrolled) or (
+        isinstance(model, nn.Module) and not issubclass(type(model), nn.Module)
+    ):
+        raise TypeError(
+            f"model is a {type(model).__name__} of trained values: pass the model itself, and "
+            "initial=fast to continue from them"
+        )
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}: pass a torch.nn.Module")
     check_model(model)

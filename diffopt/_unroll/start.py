@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from diffopt._model.precision import Precision
+from diffopt._model.slots import ModuleSlots
 from diffopt._unroll.problem import InnerProblem
 from diffopt._unroll.unrolled import Unrolled
 from diffopt._values.state import State
+from diffopt.optim.terms import Entries
 
 Initial = Unrolled | Mapping[str, Tensor] | None
 
@@ -32,84 +36,177 @@ def start_state(
     inner = problem.inner
     # A copy, so that using the model before the backward pass does not disturb the recomputation.
     buffers = {name: x if x.requires_grad else x.clone() for name, x in buffers.items()}
+    held: Mapping[str, Entries]
     if isinstance(initial, Unrolled):
-        _check_continues(initial, inner, tasks)
-        params = {name: initial.params[name] for name in inner}
-        buffers.update({name: x for name, x in initial.buffers.items() if name in buffers})
-        state = State(params, {name: initial.opt_state.get(name, {}) for name in inner}, buffers)
-        fresh = initial.tasks is None
+        values = {**initial.params, **initial.buffers}
+        held = {name: initial.opt_state.get(name, {}) for name in inner}
+        leads = set() if initial.tasks is None else {*values}
+        opt_leads = set() if initial.tasks is None else {*initial.opt_state}
     else:
-        _check_initial(initial, inner, tasks)
+        values = _checked_values(initial, problem, buffers, tasks)
         held = {name: x for name, x in problem.opt_state.items() if name in inner}
-        state = State({**inner, **(initial or {})}, held, buffers)
-        fresh = True
-    if tasks is not None and fresh:
-        state = _spread(state, inner, tasks)
+        own = {**inner, **buffers}
+        leads = {name for name, x in values.items() if x.dim() > own[name].dim()}
+        opt_leads = set()
+    params = {name: values.get(name, x) for name, x in inner.items()}
+    buffers = {name: values.get(name, x) for name, x in buffers.items()}
+    state = State(params, held, buffers)
+    if tasks is not None:
+        state = _spread(state, tasks, leads, opt_leads)
     state = Precision(inner).widened(state)
     first = problem.opt.init(state.params, groups=problem.inner_groups)
-    entries = {name: {**first[name], **state.opt.get(name, {})} for name in inner}
+    entries = {name: _entries(first[name], state.opt.get(name, {})) for name in inner}
     return State(state.params, entries, state.buffers)
 
 
-def _spread(state: State, inner: Mapping[str, Tensor], tasks: int) -> State:
-    """The state once for each task, without copying it; what is one number for all stays so."""
+def buffers_at_start(slots: ModuleSlots, initial: Initial) -> dict[str, Tensor]:
+    """The buffers that there are at position 0, with the model's values where it has them.
+
+    Steps may register or fill buffers, and remove them: then an earlier result has more or fewer.
+    """
+    if not isinstance(initial, Unrolled):
+        return slots.buffers
+    removed = initial._slots.buffers.keys() - initial.buffers.keys()
+    added = {name: x for name, x in initial.buffers.items() if slots.has_place(name)}
+    return {**added, **{name: x for name, x in slots.buffers.items() if name not in removed}}
+
+
+def take_over(problem: InnerProblem, initial: Initial, tasks: int | None) -> None:
+    """Let what an earlier unroll trained, and this one does not, stand in the model meanwhile.
+
+    So blocks of a model can be trained in turn: each unroll continues from the last one, which had
+    another optimizer, and the results carry the values and the optimizer state of all.
+    """
+    if not isinstance(initial, Unrolled):
+        return
+    _check_continues(initial, problem, tasks)
+    others = {name: initial.params[name] for name in initial._inner if name not in problem.inner}
+    if others and type(problem).slots is not InnerProblem.slots:
+        raise NotImplementedError(
+            f"initial has trained {next(iter(others))!r}, which opt does not hold, and a module of "
+            "another library has no place for it: unroll the model itself"
+        )
+    if others and tasks is not None:
+        raise ValueError(
+            f"initial has trained {next(iter(others))!r}, which opt does not hold, and with "
+            f"tasks={tasks} there is no constant for each task: build opt over all parameters that "
+            "initial has trained, with lr=0 for those that are to stay"
+        )
+    problem.params = {**problem.params, **others}
+    problem.taken_over = others
+    problem.carried = {
+        name: initial.opt_state[name] for name in others if name in initial.opt_state
+    }
+
+
+def _entries(first: Entries, held: Mapping[str, Tensor]) -> Entries:
+    """The state that a parameter has, where it is of the optimizer's kind, or else a fresh one."""
+    return {**first, **held} if first.keys() <= held.keys() else first
+
+
+def _spread(state: State, tasks: int, leads: Collection[str], opt_leads: Collection[str]) -> State:
+    """The state once for each task, without copying it; what is one number for all stays so.
+
+    Args:
+        leads: names of the parameters and buffers that have a value for each task already.
+        opt_leads: names of those whose optimizer state has.
+    """
 
     def each(x: Tensor) -> Tensor:
         return x.expand(tasks, *x.shape)
 
     return State(
-        {n: each(x) if x.dim() == inner[n].dim() else x for n, x in state.params.items()},
+        {name: x if name in leads else each(x) for name, x in state.params.items()},
         {
-            name: {key: each(x) if x.dim() else x for key, x in entries.items()}
+            name: {
+                key: each(x) if x.dim() and name not in opt_leads else x
+                for key, x in entries.items()
+            }
             for name, entries in state.opt.items()
         },
-        {name: each(x) for name, x in state.buffers.items()},
+        {name: x if name in leads else each(x) for name, x in state.buffers.items()},
     )
 
 
-def _check_continues(initial: Unrolled, inner: Mapping[str, Tensor], tasks: int | None) -> None:
+def _check_continues(initial: Unrolled, problem: InnerProblem, tasks: int | None) -> None:
     if initial.tasks is not None and initial.tasks != tasks:
         raise ValueError(
             f"initial was unrolled with tasks={initial.tasks}, and cannot be continued with "
             f"tasks={tasks}: pass tasks={initial.tasks}"
         )
-    for name, x in inner.items():
-        shape = x.shape if initial.tasks is None else (initial.tasks, *x.shape)
-        if name not in initial.params or initial.params[name].shape != shape:
+    for name, x in initial.params.items():
+        own = problem.params.get(name)
+        lead = () if initial.tasks is None or x is own else (initial.tasks,)
+        if own is None or x.shape != (*lead, *own.shape):
             raise ValueError(
-                f"initial has no value that fits parameter {name!r}: continue with the same "
-                "model and with an optimizer over the same parameters"
+                f"initial has no value that fits parameter {name!r}: it has shape "
+                f"{tuple(x.shape)} there, and "
+                + ("the model has no such" if own is None else f"{tuple(own.shape)} in the model")
+                + ": continue with the model that initial was unrolled from, or one built alike"
             )
 
 
-def _check_initial(initial: Any, inner: Mapping[str, Tensor], tasks: int | None) -> None:
+def _checked_values(
+    initial: Any, problem: InnerProblem, buffers: Mapping[str, Tensor], tasks: int | None
+) -> dict[str, Tensor]:
+    """The initial values given, under the names the loop has for them."""
     if initial is None:
-        return
+        return {}
     if not isinstance(initial, Mapping):
         raise TypeError(
             f"initial is a {type(initial).__name__}: pass an Unrolled, or a dict of tensors by "
             "parameter name"
         )
-    for name, x in initial.items():
-        if name not in inner:
+    if {"params", "opt_state"} <= set(initial):
+        raise ValueError(
+            "initial is the state_dict() of an Unrolled: write "
+            "fast = diffopt.unroll(model, opt, 0); fast.load_state_dict(...), and pass initial=fast"
+        )
+    aliases = _aliases(problem)
+    own = {**problem.inner, **buffers}
+    found: dict[str, Tensor] = {}
+    for given, x in initial.items():
+        name = aliases.get(given, given)
+        if name not in own:
             raise ValueError(
-                f"initial has a value for {name!r}, which is not an inner variable: use names of "
-                f"the optimizer's parameters that require grad, such as {next(iter(inner))!r}"
+                f"initial has a value for {given!r}, which is not an inner variable: use names of "
+                "the optimizer's parameters that require grad, such as "
+                f"{next(iter(problem.inner))!r}, and of the model's buffers"
             )
-        if not isinstance(x, Tensor):
-            raise TypeError(f"initial[{name!r}] is a {type(x).__name__}: pass a tensor")
-        shapes = [tuple(inner[name].shape)]
-        if tasks is not None:
-            shapes.append((tasks, *inner[name].shape))
-        if tuple(x.shape) not in shapes:
+        _check_value(given, x, own[name], tasks)
+        if name in found and found[name] is not x and not torch.equal(found[name], x):
             raise ValueError(
-                f"initial[{name!r}] has shape {tuple(x.shape)}, the parameter has "
-                + " or, with one value a task, ".join(map(str, shapes))
-                + ": pass a value of that shape"
+                f"initial has different values for {name!r} and {given!r}, which are one tensor in "
+                "the model: give one of them"
             )
-        wanted = inner[name]
-        if (x.dtype, x.device) != (wanted.dtype, wanted.device):
-            raise ValueError(
-                f"initial[{name!r}] is {x.dtype} on {x.device}, the parameter {wanted.dtype} on "
-                f"{wanted.device}: convert it with .to('{wanted.device}', {wanted.dtype})"
-            )
+        found[name] = x
+    return found
+
+
+def _aliases(problem: InnerProblem) -> dict[str, str]:
+    """The further names that a state dict has for tensors that are held at several places."""
+    model, first, aliases = problem.model, dict[int, str](), dict[str, str]()
+    for name, x in chain(
+        model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
+    ):
+        aliases[name] = first.setdefault(id(x), name)
+    return aliases
+
+
+def _check_value(name: str, x: Any, own: Tensor, tasks: int | None) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"initial[{name!r}] is a {type(x).__name__}: pass a tensor")
+    shapes = [tuple(own.shape)]
+    if tasks is not None:
+        shapes.append((tasks, *own.shape))
+    if tuple(x.shape) not in shapes:
+        raise ValueError(
+            f"initial[{name!r}] has shape {tuple(x.shape)}, the parameter has "
+            + " or, with one value a task, ".join(map(str, shapes))
+            + ": pass a value of that shape"
+        )
+    if (x.dtype, x.device) != (own.dtype, own.device):
+        raise ValueError(
+            f"initial[{name!r}] is {x.dtype} on {x.device}, the parameter {own.dtype} on "
+            f"{own.device}: convert it with .to('{own.device}', {own.dtype})"
+        )

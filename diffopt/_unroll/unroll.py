@@ -25,6 +25,7 @@ from diffopt._unroll.arguments import (
     LossFn,
     batches_of,
     check_options,
+    check_surroundings,
     chosen_adjoint,
     own_loss,
     own_loss_without_batch,
@@ -32,7 +33,7 @@ from diffopt._unroll.arguments import (
 )
 from diffopt._unroll.node import run_connected, run_detached
 from diffopt._unroll.problem import inner_problem
-from diffopt._unroll.start import Initial, start_state
+from diffopt._unroll.start import Initial, buffers_at_start, start_state, take_over
 from diffopt._unroll.unrolled import Unrolled
 from diffopt._values.state import State
 from diffopt._values.tree import map_tensors, tensors_in
@@ -77,11 +78,14 @@ def unroll(
             object that holds it as ``loss``. Its ``model`` is the user's own module
             holding the current fast weights. It may run several times for a step, so it has to be
             a function of the model, the batch, captured tensors and random numbers. None: the
-            model returns its own loss, from ``model(batch)`` or, for an int, ``model()``.
+            model returns its own loss, from ``model(batch)``, ``model(**batch)`` where the batch
+            is a mapping, or, for an int, ``model()``.
         segment: short for ``adjoint=diffopt.Segmented(segment)``.
         adjoint: how the derivative is computed. Default: ``diffopt.Segmented()``.
         initial: an earlier ``Unrolled`` to continue from (its optimizer state wins over
-            ``opt``'s), or initial values by parameter name for some or all inner variables.
+            ``opt``'s), or initial values by name for some or all inner variables and buffers, such
+            as a ``state_dict()`` of the model. What the earlier one trained and ``opt`` does not
+            hold stands in the model as constants, and is handed on.
         grad_transform: ``f(grads) -> grads``, a differentiable change to the dict of inner
             gradients, by parameter name. The shapes stay; a parameter whose name is left out is
             left alone by the update. With ``tasks`` it is given one task's.
@@ -135,24 +139,26 @@ def unroll(
     adjoint = chosen_adjoint(segment, adjoint)
     check_options(loss_fn, grad_transform, max_cotangent_norm, verify, tasks, compile, progress)
     problem = inner_problem(model, opt, tasks)
+    take_over(problem, initial, tasks)
     steps = plain_int(steps)
     batches = batches_of(steps)
     count = steps if isinstance(steps, int) else len(batches)
     first_step = initial.step if isinstance(initial, Unrolled) else problem.first_step
     inputs = [x for batch in _distinct(batches) for x in tensors_in(batch)]
+    hyper = [x for group in problem.opt.param_groups for x in tensors_in(_options(group))]
+    check_surroundings([*problem.params.values(), *problem.model.buffers(), *inputs, *hyper])
     devices = {x.device for x in (*problem.params.values(), *problem.model.buffers(), *inputs)}
     connected = torch.is_grad_enabled() and problem.connected
     modes = Modes(model, devices)
     if max_cotangent_norm == math.inf:
         max_cotangent_norm = None
 
-    carried = initial.buffers if isinstance(initial, Unrolled) else {}
-    slots = problem.slots(carried)
-    start = start_state(problem, slots.buffers, initial, tasks)
+    slots = problem.slots(initial.buffers if isinstance(initial, Unrolled) else ())
+    start = start_state(problem, buffers_at_start(slots, initial), initial, tasks)
     constants = {n: x for n, x in problem.constants.items() if n not in slots.buffers}
-    hyper = [x for group in problem.opt.param_groups for x in tensors_in(_options(group))]
     generators = Generators(devices)
-    observer = Observer(generators, problem.inner, constants, slots.move)
+    originals = {**problem.inner, **slots.constants}
+    observer = Observer(generators, originals, constants, slots.move)
     captured = Captured()
     captured.offer([*inputs, *hyper, *constants.values(), *problem.inner.values()])
     step = InnerStep(
@@ -189,8 +195,9 @@ def unroll(
         final, losses = run_connected(loop, adjoint, [*inputs, *hyper, *constants.values()])
     else:
         final, losses = run_detached(loop)
-    final = State(step.loss.precision.narrowed(final.params), final.opt, final.buffers)
-    chosen = set(chain.from_iterable(problem.groups))
+    opt_state = {**problem.carried, **final.opt}
+    final = State(step.loss.precision.narrowed(final.params), opt_state, final.buffers)
+    chosen = {*chain.from_iterable(problem.groups), *slots.constants}
     given = {name: x for name, x in problem.params.items() if name in chosen}
     if tasks is not None:
         losses = losses.T if count else losses.new_zeros(tasks, 0)

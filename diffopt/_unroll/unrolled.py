@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
@@ -12,15 +13,32 @@ from diffopt._model.modes import Modes
 from diffopt._model.slots import ModuleSlots
 from diffopt._model.standing import standing
 from diffopt._step.tasks import Values, check_leads, over_tasks
+from diffopt._unroll import saved
+from diffopt._unroll.in_place import InPlace, contained, refuse_setting
 from diffopt._values.state import State
-from diffopt.optim import load_state_into
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
+_OWN = {"params", "buffers", "opt_state", "losses", "aux", "step", "tasks"}
 
-class Unrolled:
-    """The result of ``diffopt.unroll``.
+
+class Unrolled(InPlace):
+    """The result of ``diffopt.unroll``: the model with the trained values, and what led there.
+
+    It stands where the model does: ``loss_fn(fast, batch)`` works for every loss that works on the
+    model. ``fast(x)``, ``fast.head(x)``, ``fast.embed(x)``, ``fast.weight``, ``fast.parameters()``,
+    ``fast[0]``, plain attributes and submodules of submodules are what they are on the model, with
+    the trained values, differentiable, and with ``tasks=N`` mapped over the leading dimension. None
+    of it advances ``buffers``: each call works on a copy. It runs in the mode the model is in at
+    that time, so ``model.eval()`` before ``fast(x)`` serves; ``fast.eval()`` and ``fast.train()``
+    set flags for this result alone.
+
+    The names below, and ``apply``, ``load_into``, ``detach``, ``state_dict``, ``load_state_dict``,
+    are this object's own where the model has them, too: ``fast.buffers`` is a dict, and a submodule
+    called ``step`` is reached by ``fast.apply(lambda model, x: model.step(x), x)``. What would
+    change the module (``fast.to(...)``, hooks, assigning to an attribute) is an
+    ``AttributeError``; ``fast.apply(loss_fn, batch)`` serves a loss that does that.
 
     Attributes:
         params: every parameter that the optimizer held, by its ``named_parameters()`` name, each
@@ -49,7 +67,8 @@ class Unrolled:
         tasks: int | None = None,
     ) -> None:
         self._slots = slots
-        self._inner = list(state.params)
+        self._inner = [*state.params, *slots.constants]  # trained, here or by one that led here
+        self._flags: list[bool] | None = None
         self.params: dict[str, Tensor] = {**given, **state.params}  # in the model's order
         self.buffers: dict[str, Tensor] = dict(state.buffers)
         self.opt_state: dict[str, dict[str, Tensor]] = {
@@ -59,19 +78,33 @@ class Unrolled:
         self.aux = aux
         self.step = step
         self.tasks = tasks
+        self._generators = saved.generators_now({x.device for x in self.params.values()})
+
+    def _diffopt_parts(self) -> tuple[Unrolled, nn.Module]:
+        if "_slots" not in self.__dict__:  # while it is copied
+            raise AttributeError("_slots")
+        return self, self._slots.model
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in _OWN and not name.startswith("_"):
+            _, model = self._diffopt_parts()
+            if hasattr(model, name):
+                refuse_setting(model, name)
+        super().__setattr__(name, value)
+
+    def __bool__(self) -> bool:
+        return True  # also where the model has a length
+
+    __contains__ = contained("__contains__")
+    __getitem__ = contained("__getitem__")
+    __iter__ = contained("__iter__")
+    __len__ = contained("__len__")
 
     def __repr__(self) -> str:
         return (
             f"Unrolled({type(self._slots.model).__name__}, step={self.step}, "
             f"{len(self.params)} parameters, {self.losses.shape[-1]} losses)"
         )
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the model with the trained values: ``fast(x)``.
-
-        The buffers that the call would advance (running statistics) are advanced in a copy.
-        """
-        return self.apply(_call, *args, **kwargs)
 
     def apply(
         self, fn: Callable[Concatenate[nn.Module, P], R], *args: P.args, **kwargs: P.kwargs
@@ -89,6 +122,14 @@ class Unrolled:
         Raises:
             ValueError: with tasks, a tensor among the arguments does not lead with N.
         """
+        return self._evaluate(fn, args, kwargs)
+
+    def _evaluate(self, fn: Callable[..., R], args: Any, kwargs: Any, *, mapped: bool = True) -> R:
+        """``fn(model, *args, **kwargs)`` with these values standing in the model.
+
+        Args:
+            mapped: with tasks, over the leading dimension. False only to list what there is.
+        """
         slots = self._slots
         inner = {name: self.params[name] for name in self._inner}
 
@@ -97,14 +138,28 @@ class Unrolled:
             own_args, own_kwargs = given
             return fn(slots.model, *own_args, **own_kwargs)
 
-        devices = {x.device for x in self.params.values()}
-        with standing(slots, Modes(slots.model, devices)):
+        with self._standing():
             buffers = {name: x.clone() for name, x in self.buffers.items()}
-            if self.tasks is None:
+            if self.tasks is None or not mapped:
                 return on_model(inner, buffers, (args, kwargs))
             check_leads((args, kwargs), self.tasks, "an argument")
             result: R = over_tasks(on_model, inner, buffers, (args, kwargs))
             return result
+
+    @contextmanager
+    def _standing(self) -> Iterator[None]:
+        slots = self._slots
+        devices = {x.device for x in self.params.values()}
+        with standing(slots, Modes(slots.model, devices)):
+            if self._flags is not None:
+                slots.set_training(self._flags)
+            yield
+
+    def _set_flags(self, change: Callable[[], Any]) -> None:
+        """Take the training flags after ``change`` of the model as this result's own."""
+        with self._standing():
+            change()
+            self._flags = self._slots.training()
 
     def load_into(self, model: nn.Module, opt: torch.optim.Optimizer | None = None) -> None:
         """Write the values into ``model`` in place, and the optimizer state into ``opt``.
@@ -112,44 +167,16 @@ class Unrolled:
         Args:
             model: a module with the same parameter and buffer names, such as the one unrolled.
             opt: a ``torch.optim`` or ``diffopt`` optimizer over its parameters, which then
-                continues as if it had run all along.
+                continues as if it had run all along. So does a later unroll with it: of a
+                ``diffopt`` one, the steps are numbered on from ``step``, for the callables among
+                its options and for a ``loss_fn`` that takes the number.
 
         Raises:
+            TypeError: ``model`` is no module, or ``opt`` no optimizer.
             ValueError: a name or a shape does not fit, as with the result of ``tasks=N``. Nothing
                 has been written then.
         """
-        targets: list[tuple[Tensor, Tensor]] = []
-        for kind, ours, theirs in (
-            ("parameter", self.params, dict(model.named_parameters())),
-            ("buffer", self.buffers, dict(model.named_buffers())),
-        ):
-            for name, x in ours.items():
-                if name not in theirs:
-                    raise ValueError(f"load_into: the model has no {kind} {name!r}")
-                if theirs[name].shape != x.shape:
-                    raise ValueError(
-                        f"load_into: {kind} {name!r} has shape {tuple(x.shape)} here and "
-                        f"{tuple(theirs[name].shape)} in the model"
-                    )
-                targets.append((theirs[name], x))
-        if opt is not None:
-            owned = dict(model.named_parameters())
-            held = {p for group in opt.param_groups for p in group["params"]}
-            for name in self.opt_state:
-                if owned[name] not in held:
-                    raise ValueError(
-                        f"load_into: opt does not hold the model's parameter {name!r}: build it "
-                        "over the parameters of that model"
-                    )
-            load_state_into(
-                opt,
-                {owned[name]: entries for name, entries in self.opt_state.items()},
-                steps=self.step,
-            )
-        with torch.no_grad():
-            for target, x in targets:
-                if target is not x:
-                    target.copy_(x)
+        saved.write_into(self, model, opt)
 
     def detach(self) -> Unrolled:
         """The same values with the graph cut, to continue from without keeping the past."""
@@ -169,79 +196,23 @@ class Unrolled:
         return copy
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and an int only, for ``torch.save``; ``aux`` is left out."""
-        cut = self.detach()
-        return {
-            "params": cut.params,
-            "buffers": cut.buffers,
-            "opt_state": cut.opt_state,
-            "losses": cut.losses,
-            "step": cut.step,
-        }
+        """Tensors and an int only, for ``torch.save``; ``aux`` is left out.
+
+        With the states of PyTorch's generators (the CPU's, and those of the parameters' devices)
+        at the end of the unroll. A ``torch.Generator`` of your own is yours to save.
+        """
+        return saved.state_dict(self)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over the values of a ``state_dict()`` of the same structure.
 
         Typically on ``diffopt.unroll(model, opt, 0)`` in a new process. The values are copied to
-        the device and dtype that they have here, and carry no graph.
+        the device and dtype that they have here, and carry no graph. PyTorch's generators are set
+        to the states in it, so that what follows draws what it would have drawn; a state dict from
+        before there were any in it, without the key ``generators``, leaves them alone.
 
         Raises:
+            TypeError: it is no mapping.
             ValueError: keys, names or shapes differ; this object is unchanged then.
         """
-        expected = {"params", "buffers", "opt_state", "losses", "step"}
-        if set(state_dict) != expected:
-            raise ValueError(
-                f"load_state_dict: keys are {sorted(state_dict)}, expected {sorted(expected)}, "
-                "as Unrolled.state_dict() gives them"
-            )
-        fitted = {}
-        for key in ("params", "buffers"):
-            ours: dict[str, Tensor] = getattr(self, key)
-            theirs: Mapping[str, Tensor] = state_dict[key]
-            if set(ours) != set(theirs):
-                raise ValueError(
-                    f"load_state_dict: {key} differ by {sorted(set(ours) ^ set(theirs))}: load "
-                    "into an Unrolled of the same model and optimizer"
-                )
-            for name, x in theirs.items():
-                if x.shape != ours[name].shape:
-                    raise ValueError(
-                        f"load_state_dict: {name!r} has shape {tuple(ours[name].shape)} here and "
-                        f"{tuple(x.shape)} in the state dict"
-                    )
-            fitted[key] = {name: _like(x, ours[name]) for name, x in theirs.items()}
-        if set(state_dict["opt_state"]) != set(self.opt_state):
-            raise ValueError(
-                "load_state_dict: optimizer state is for "
-                f"{sorted(state_dict['opt_state'])}, here for {sorted(self.opt_state)}"
-            )
-        for name, entries in state_dict["opt_state"].items():
-            for key, x in entries.items():  # an optimizer may have more of them after a first step
-                here = self.opt_state[name].get(key, x)
-                if x.shape != here.shape:
-                    raise ValueError(
-                        f"load_state_dict: {key} of {name!r} has shape {tuple(here.shape)} here "
-                        f"and {tuple(x.shape)} in the state dict"
-                    )
-        self.params, self.buffers = fitted["params"], fitted["buffers"]
-        self.opt_state = {
-            name: {key: _beside(key, x, self.params[name]) for key, x in entries.items()}
-            for name, entries in state_dict["opt_state"].items()
-        }
-        self.losses = _like(state_dict["losses"], self.losses)
-        self.step = int(state_dict["step"])
-        self.aux = []
-
-
-def _call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return model(*args, **kwargs)
-
-
-def _like(x: Tensor, other: Tensor) -> Tensor:
-    return x.detach().to(device=other.device, dtype=other.dtype, copy=True)
-
-
-def _beside(key: str, x: Tensor, param: Tensor) -> Tensor:
-    """Optimizer state lives with its parameter, the step count on the CPU."""
-    device = x.device if key == "step" else param.device
-    return x.detach().to(device=device, copy=True)
+        saved.load_state_dict(self, state_dict)

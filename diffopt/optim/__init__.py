@@ -11,6 +11,7 @@ from diffopt.optim.nadam import NAdam
 from diffopt.optim.radam import RAdam
 from diffopt.optim.rmsprop import RMSprop
 from diffopt.optim.rprop import Rprop
+from diffopt.optim.scheduled import from_scheduler
 from diffopt.optim.sgd import SGD, Momentum
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "RMSprop",
     "Rprop",
     "convert",
+    "from_scheduler",
     "load_state_into",
     "register",
 ]

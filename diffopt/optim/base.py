@@ -59,6 +59,9 @@ class Optimizer(torch.optim.Optimizer):
     are leaves.
     """
 
+    #: Whether an unroll numbers its steps on from ``_steps``, as they were loaded from another.
+    _continues = False
+
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         self._steps = 0
         super().__init__(params, defaults)
@@ -282,7 +285,11 @@ class Optimizer(torch.optim.Optimizer):
         self._steps = int(state_dict.get(_STEPS, max(counts, default=0)))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_steps": self._steps}
+        return {
+            **super().__getstate__(),
+            "_steps": self._steps,
+            "_continues": self._continues,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

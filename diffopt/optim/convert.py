@@ -142,6 +142,7 @@ def load_state_into(
             opt.state[p] = entries
     if steps is not None and isinstance(opt, Optimizer):
         opt._steps = steps
+        opt._continues = True
 
 
 def _check_entries(

@@ -1,0 +1,91 @@
+"""Tensors of a model that share memory without being one: refused, by name.
+
+A step makes new parameters and writes nothing, so where a model relies on one tensor following
+another through their common memory, its trajectory would be another than ``torch.optim``'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from operator import itemgetter
+
+import torch
+from torch import Tensor
+
+
+def check_shared_memory(params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
+    """Raise ``NotImplementedError`` where two tensors of a model overlap in memory.
+
+    Ranges inside a storage are compared, so the weights of an LSTM, which lie side by side in one,
+    pass. Interleaved views (every other column of one tensor) overlap as ranges, and are compared
+    entry by entry.
+
+    Args:
+        params: all parameters, by name; one that is held at several places, once.
+        buffers: all buffers, by name.
+
+    Cost: a sort of the names; memory and time of the tensors' size where ranges overlap.
+    """
+    for name, x in params.items():
+        strided = x.layout is torch.strided
+        if strided and any(n > 1 and not step for n, step in zip(x.shape, x.stride(), strict=True)):
+            raise NotImplementedError(
+                f"entries of parameter {name!r} share memory, as it is expanded, and could not be "
+                "trained apart: give it a copy, x.clone(), or expand a smaller one in forward"
+            )
+    kinds = ((params, "parameter"), (buffers, "buffer"))
+    held = [
+        (f"{kind} {name!r}", x)
+        for tensors, kind in kinds
+        for name, x in tensors.items()
+        if x.layout is torch.strided and x.numel() and _storage(x)
+    ]
+    if len({_storage(x) for _, x in held}) == len(held):
+        return
+    ranges = sorted([(_storage(x), *_range(x), name, x) for name, x in held], key=itemgetter(0, 1))
+    active: list[tuple[int, int, int, str, Tensor]] = []  # those that reach into the next range
+    for entry in ranges:
+        storage, start, _, name, x = entry
+        active = [other for other in active if other[0] == storage and other[2] > start]
+        for *_, other_name, other in active:
+            if _overlap(x, other):
+                raise NotImplementedError(
+                    f"{other_name} and {name} share memory without being one tensor, so that one "
+                    "would follow the other, which it does not in an unroll: make them one "
+                    "(assign the same nn.Parameter), compute one from the other in forward or a "
+                    "parametrization, or give one a copy, x.clone()"
+                )
+        active.append(entry)
+
+
+def _storage(x: Tensor) -> int:
+    """Where its storage is; 0 where it has none of its own, as on ``meta`` and in a ``DTensor``."""
+    return x.untyped_storage().data_ptr()
+
+
+def _range(x: Tensor) -> tuple[int, int]:
+    """The first byte and the one after the last that a tensor uses of its storage."""
+    first = int(x.storage_offset())
+    last = first + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
+    return first * x.element_size(), (last + 1) * x.element_size()
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of overlapping ranges have a byte in common."""
+    if a.is_contiguous() or b.is_contiguous():
+        dense, other = (a, b) if a.is_contiguous() else (b, a)
+        start, end = _range(dense)
+        first, last = _range(other)
+        if other.is_contiguous() or (start <= first and last <= end):
+            return True
+    taken = set(_bytes(a))
+    return any(i in taken for i in _bytes(b))
+
+
+def _bytes(x: Tensor) -> list[int]:
+    offsets = torch.tensor([x.storage_offset()])
+    for n, step in zip(x.shape, x.stride(), strict=True):
+        offsets = (offsets[:, None] + step * torch.arange(n)).flatten()
+    size = x.element_size()
+    found: list[int] = (offsets[:, None] * size + torch.arange(size)).flatten().tolist()
+    return found
