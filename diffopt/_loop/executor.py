@@ -42,29 +42,55 @@ class Kept:
         self.peak_graphs = max(self.peak_graphs, len(self.graphs))
 
 
-def run_forward(loop: Loop, plan: Plan, snapshots: Snapshots) -> tuple[State, Kept]:
+@dataclass
+class Begun:
+    """The first step of a loop, taken before there was a plan.
+
+    Attributes:
+        start: the start of the loop.
+        graph: the step's; dropped if the plan does not record the step.
+        after: the state after it.
+    """
+
+    start: Snapshot
+    graph: Linearization | None
+    after: State
+
+
+def run_forward(
+    loop: Loop, plan: Plan, snapshots: Snapshots, begun: Begun | None = None
+) -> tuple[State, Kept]:
     """The plan's first part: from the start to the end of the loop.
 
     Whatever interrupts it, ``snapshots`` is closed then.
+
+    Args:
+        begun: the first step, which is not taken again then. Used up.
     """
     kept = Kept(snapshots)
     try:
-        return _forward(loop, plan, kept), kept
+        return _forward(loop, plan, kept, begun), kept
     except BaseException:
         snapshots.close()
         raise
 
 
-def _forward(loop: Loop, plan: Plan, kept: Kept) -> State:
+def _forward(loop: Loop, plan: Plan, kept: Kept, begun: Begun | None) -> State:
     state = loop.start
     for kind, start, stop in plan.forward_actions:
+        taken = begun if start == 0 else None
         if kind == "save":
-            kept.save(start, loop.snapshot(state))
+            kept.save(start, loop.snapshot(state) if taken is None else taken.start)
         elif kind == "advance":
-            for t in range(start, stop):
+            if taken is not None:
+                state, taken.graph = taken.after, None
+            for t in range(start if taken is None else 1, stop):
                 state = loop.first(state, t)
         elif kind == "record":
-            recorded, state = loop.first_recorded(state, start)
+            if taken is None or taken.graph is None:
+                recorded, state = loop.first_recorded(state, start)
+            else:
+                recorded, state, taken.graph = taken.graph, taken.after, None
             kept.record(start, recorded)
         elif kind == "free":
             del kept.snapshots[start]

@@ -1,9 +1,9 @@
-"""How many bytes one step takes: found by taking it, under a meter."""
+"""How many bytes one step takes: seen when the first one is taken, under a meter."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,64 +11,105 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from diffopt._loop.executor import Begun
 from diffopt._loop.loop import Loop
-from diffopt._values.tree import tensors_in
 
 _UNIT = 512  # bytes: allocators give whole multiples of this, or of less
+#: What the nodes and objects of a graph take, for each operation. An MLP of two layers, whose step
+#: has 45 operations, took 25 KiB a step in resident memory besides its tensors.
+_PER_OPERATION = 1024
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """Bytes.
+class StepBytes:
+    """What one step takes, in bytes.
 
     Attributes:
         state: what a state does not share with the one before, and the generators' beside it.
         graph: what is held of a step that was recorded, the state after it included.
-        workspace: what evaluating and differentiating one step takes at its peak.
+        workspace: what evaluating and differentiating a step takes at its peak: a prediction.
         fixed: what is held for the whole backward pass: the cotangent of the result, and the sums
             of what flows to captured tensors.
+        devices: where the model is.
     """
 
     state: int
     graph: int
     workspace: int
     fixed: int
+    devices: frozenset[torch.device]
 
 
-def measure(loop: Loop) -> Sizes:
-    """Take the first step of ``loop`` and its vector-Jacobian product, on trial."""
-    trial = loop.trial()
-    with trial.session(), trial.generators.undisturbed(), _Meter() as meter:
-        linearization, state = trial.first_recorded(trial.start, 0)
-        graph = meter.held
-        own = meter.bytes_of(state.tensors().values())
-        cotangent = {
-            path: torch.ones_like(x) for path, x in trial.step.differentiable(state).items()
-        }
-        flowing = meter.held - graph
-        with torch.no_grad():  # as in a backward pass
-            losses = trial.losses.all()
-            assert losses is not None
-            losses = torch.ones_like(losses[0])
-            before, captured = trial.vjp(linearization, 0, cotangent, losses)
-        sums = sum(x.numel() * x.element_size() for x in captured if x is not None)
-        del linearization, state, cotangent, before, captured
-    random = sum(x.numel() for x in trial.generators.get())
-    return Sizes(own + random, max(graph, 1), meter.peak, flowing + 2 * sums)
+def take_first_step(loop: Loop) -> tuple[Begun, StepBytes]:
+    """Take the first step of ``loop`` with its graph, and see what that takes.
+
+    The workspace has to be said before anything is differentiated. A step's graph, G, holds what
+    the loss and its gradient saved. Differentiating it makes a cotangent for each of these and for
+    each of what was not saved, and frees G meanwhile: no more than twice the peak P ≥ G of
+    evaluating the step. The rule's derivative makes up to six tensors of the parameters' size
+    besides. So
+
+        workspace = G + 2 P + 6 · parameters.
+
+    On feed-forward, convolutional, recurrent and attention networks with each of the optimizers,
+    that was 1.1 to 2.6 times what the meter sees when the step is differentiated.
+
+    With a ledger, by which a step computed again has to be the first one to the last bit, the step
+    is taken without its graph, and once more with it: gradients whose graph is kept may differ in
+    the last bit.
+    """
+    before = loop.snapshot(loop.start)
+    if loop.ledger is None:
+        with _Meter() as meter:
+            graph, after = loop.first_recorded(loop.start, 0)
+            state = meter.bytes_of(after.tensors().values())
+    else:
+        after = loop.first(loop.start, 0)
+        with loop.generators.undisturbed(), _Meter() as meter:
+            graph, again = loop.recorded(loop.restored(before), 0)
+            state = meter.bytes_of(again.tensors().values())
+            del again
+    held = max(meter.held + _PER_OPERATION * meter.operations, 1)
+    captured = (loop.captured.tensors[i] for i in loop.captured.at(0))
+    found = StepBytes(
+        state=state + _bytes(before.generators),
+        graph=held,
+        workspace=held + 2 * max(meter.peak, held) + 6 * _bytes(after.params.values()),
+        fixed=state + 2 * _bytes(captured),
+        devices=frozenset(x.device for x in after.params.values()),
+    )
+    return Begun(before, graph, after), found
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors)
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors of an operation's arguments or results: these are nested once at most."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from (x for x in value if isinstance(x, Tensor))
 
 
 class _Meter(TorchDispatchMode):
     """Counts the bytes of the storages that come into being while it is active, until they go.
 
+    It does not see memory that no tensor has: kernels' scratch space, the nodes of graphs.
+
     Attributes:
         held: bytes alive now.
         peak: the most there were.
+        operations: how many there were.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.held = 0
         self.peak = 0
+        self.operations = 0
         self._alive: dict[int, tuple[int, Any]] = {}  # 0 bytes for those from before
 
     def __exit__(self, *args: Any) -> None:
@@ -83,10 +124,14 @@ class _Meter(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        for x in tensors_in((args, kwargs)):
+        self.operations += 1
+        for x in _tensors(args):
             self._note(x, counted=False)
+        if kwargs:
+            for x in _tensors(kwargs.values()):
+                self._note(x, counted=False)
         result = func(*args, **(kwargs or {}))
-        for x in tensors_in(result):
+        for x in _tensors((result,)):
             self._note(x, counted=True)
         return result
 
@@ -94,6 +139,8 @@ class _Meter(TorchDispatchMode):
         storage = x.untyped_storage()
         key = storage._cdata
         if key in self._alive:
+            return
+        if storage.device.type == "meta":  # of a tracer: no memory
             return
         size = -(-storage.nbytes() // _UNIT) * _UNIT if counted else 0
 

@@ -10,18 +10,20 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from diffopt._loop import progress as _progress
-from diffopt.adjoint import Adjoint, Segmented
+from diffopt.adjoint import Adjoint, MemoryBudget, Segmented
 
 LossFn = Callable[..., Any]
 
 
-def chosen_adjoint(segment: int | None, adjoint: Adjoint | None) -> Adjoint:
+def chosen_adjoint(segment: int | None, adjoint: Adjoint | None, verify: bool) -> Adjoint:
     """The adjoint that the two arguments ask for."""
     if segment is not None and adjoint is not None:
         raise ValueError(
             f"both segment={segment!r} and adjoint={adjoint!r} were given, and segment=k is short "
             "for adjoint=diffopt.Segmented(k): pass one of them"
         )
+    if adjoint is None and segment is None:
+        return Segmented(1) if verify else MemoryBudget()
     if adjoint is None:
         return Segmented(segment)
     if not isinstance(adjoint, Adjoint):

@@ -80,7 +80,8 @@ def unroll(
             a function of the model, the batch, captured tensors and random numbers. None: the
             model returns its own loss, from ``model(batch)`` or, for an int, ``model()``.
         segment: short for ``adjoint=diffopt.Segmented(segment)``.
-        adjoint: how the derivative is computed. Default: ``diffopt.Segmented()``.
+        adjoint: how the derivative is computed. Default: ``diffopt.MemoryBudget()``, or
+            ``diffopt.Segmented(1)`` with ``verify``.
         initial: an earlier ``Unrolled`` to continue from (its optimizer state wins over
             ``opt``'s), or initial values by parameter name for some or all inner variables.
         grad_transform: ``f(grads) -> grads``, a differentiable change to the dict of inner
@@ -133,7 +134,7 @@ def unroll(
         >>> model.weight.grad.shape, lr.grad.shape
         (torch.Size([1, 2]), torch.Size([]))
     """
-    adjoint = chosen_adjoint(segment, adjoint)
+    adjoint = chosen_adjoint(segment, adjoint, verify)
     check_options(loss_fn, grad_transform, max_cotangent_norm, verify, tasks, compile, progress)
     problem = inner_problem(model, opt, tasks)
     steps = plain_int(steps)
