@@ -213,5 +213,6 @@ def _signature(loop: Loop) -> Hashable | None:
         type(opt),
         tuple((k, type(v)) for group in opt.param_groups for k, v in group.items()),
         loop.step.loss.slots.model.training,
+        loop.ledger is None,
         *((torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in _KINDS),
     )
