@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from adjoints import EXACT
+from helpers import plain
 from optimizers import CASES, Case
 from torch import Tensor, nn
 
@@ -177,6 +178,64 @@ def test_goes_with_other_arguments(adjoint: diffopt.Adjoint, options: dict[str, 
     # Solving for all tasks at once takes other steps of CG than for each.
     rtol = 1e-4 if isinstance(adjoint, diffopt.Implicit) else 1e-10
     torch.testing.assert_close(found, expected, rtol=rtol, atol=1e-12)
+
+
+class Counting(nn.Module):
+    """A running mean that is changed in place and used, and a call counter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+        self.register_buffer("mean", torch.zeros(2))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(x)
+        with torch.no_grad():
+            self.mean.mul_(0.7).add_(0.3 * y.mean(0))
+            self.calls.add_(1)
+        return (y - self.mean).sin() * (1 + 0.1 * self.calls)
+
+
+CHANGING = {
+    "batch norm": lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)),
+    "in place": lambda: nn.Sequential(Counting(), nn.Linear(2, 1)),
+}
+
+
+@pytest.mark.parametrize(
+    "adjoint",
+    [
+        *(adjoint for _, adjoint in EXACT),
+        diffopt.MemoryBudget(),
+        diffopt.Truncated(9, inner=diffopt.StoreAll()),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("name", CHANGING)
+def test_tasks_with_buffers_that_change_equal_plain_loops(
+    name: str, adjoint: diffopt.Adjoint
+) -> None:
+    torch.set_default_dtype(torch.float64)
+    model, x = CHANGING[name](), torch.randn(2, 4, 6, 3)  # task, step, row, column
+    scale = torch.tensor(1.3, requires_grad=True)
+    inputs = [scale, *model.parameters()]
+
+    def loss_fn(model: nn.Module, batch: Tensor) -> Tensor:
+        return (scale * model(batch) - 1).square().mean()
+
+    def outcome(params: Any) -> Tensor:
+        return torch.cat([p.flatten() for p in params.values()]).square().sum()
+
+    opt = diffopt.SGD(model.parameters(), lr=0.1)
+    fast = diffopt.unroll(model, opt, list(x.transpose(0, 1)), loss_fn, tasks=2, adjoint=adjoint)
+    separate = [plain(model, {"lr": 0.1}, list(x[i]), loss_fn) for i in range(2)]
+    for buffer, values in fast.buffers.items():
+        for i in range(2):
+            torch.testing.assert_close(values[i], separate[i].buffers[buffer])
+    found = torch.autograd.grad(outcome(fast.params), inputs)
+    expected = torch.autograd.grad(sum(outcome(each.params) for each in separate), inputs)
+    assert_same(list(found), list(expected))
 
 
 def test_forward_mode_goes_with_tasks() -> None:
