@@ -6,6 +6,7 @@ end and belongs to the forward pass; the rest takes it back, one vector-Jacobian
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -13,7 +14,9 @@ from torch import Tensor
 from diffopt._loop.loop import CapturedSum, Loop
 from diffopt._loop.snapshots import Layer, Snapshot, Snapshots
 from diffopt._step.linearization import Linearization
+from diffopt._torch.batched import any_batched, not_batched
 from diffopt._values.state import Cotangent, State
+from diffopt.optim.lists import one_by_one
 from diffopt.schedule import Plan
 
 
@@ -119,10 +122,13 @@ def run_backward(
     Returns:
         the cotangents of the start and of ``loop.captured.tensors``.
     """
+    # Only what is linear in the cotangents can be mapped over many of them.
+    many = any_batched([*cotangent.values(), loss_cotangents])
     if keep:
         kept = Kept(Layer(kept.snapshots), dict(kept.graphs), kept.peak_states, kept.peak_graphs)
     try:
-        return _backward(loop, plan, kept, cotangent, loss_cotangents, keep)
+        with one_by_one() if many else nullcontext():
+            return _backward(loop, plan, kept, cotangent, loss_cotangents, keep)
     finally:
         kept.snapshots.close()
 
@@ -150,18 +156,21 @@ def _backward(
             kept.save(start, loop.snapshot(state))
         elif kind == "advance":
             assert state is not None
-            for t in range(start, stop):
-                state = loop.again(state, t)
+            with not_batched():
+                for t in range(start, stop):
+                    state = loop.again(state, t)
         elif kind == "record":
             assert state is not None
-            linearization, state = loop.recorded(state, start)
+            with not_batched():
+                linearization, state = loop.recorded(state, start)
             kept.record(start, linearization)
         elif kind == "vjp":
             if start in kept.graphs:
                 linearization = kept.graphs.pop(start)
             else:
                 assert state is not None
-                linearization = loop.linearize(state, start, values=False)
+                with not_batched():
+                    linearization = loop.linearize(state, start, values=False)
                 state = None
             loss_cotangent = None if loss_cotangents is None else loss_cotangents[start]
             cotangent, found = loop.vjp(

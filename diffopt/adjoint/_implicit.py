@@ -14,6 +14,7 @@ from torch import Tensor
 from diffopt import schedule
 from diffopt._loop.loop import CapturedSum, Loop
 from diffopt._loop.snapshots import Snapshot
+from diffopt._torch.batched import any_batched
 from diffopt._values.state import Cotangent, State
 from diffopt.adjoint._base import Adjoint, refuse_cotangent_norm
 from diffopt.adjoint._solvers import CG, Product, Solution, Solver, Vector
@@ -104,6 +105,11 @@ class Implicit(Adjoint):
         if kept is None:
             return {}, unused
         _refuse_all_but_params(cotangent, loss_cotangents)
+        if any_batched(cotangent.values()):
+            raise NotImplementedError(
+                "is_grads_batched=True gives Implicit many cotangents as one, but its solver "
+                "decides by the values of each when to stop: call torch.autograd.grad for each"
+            )
         last, snapshot = kept
         # Not the last step again, which a check for that would refuse, but its loss at the end.
         linearization = last.step.linearize(last.restored(snapshot), 0)
