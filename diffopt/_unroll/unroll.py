@@ -117,8 +117,9 @@ def unroll(
         RuntimeError: in the backward pass, where a step computed again is not what it was: it uses
             other tensors, or an input was changed in place since.
 
-    Cost: by the adjoint. With the default about 2√T states are held and one step's graph, and
-    each step is computed about three times in all. A backward pass that is itself recorded
+    Cost: by the adjoint. With the default, where the graphs of all steps fit into a quarter of the
+    free memory, they are held and each step is computed once; else as many graphs and states as
+    fit, and the others are computed again. A backward pass that is itself recorded
     (``create_graph=True``, an unroll inside an unroll) holds T states and then T cotangents, and
     the graph of one step at a time, whatever the adjoint and its storage are.
 
