@@ -157,7 +157,7 @@ def budgets() -> None:
     from harness import EXACT_MEMORY
 
     for workload in ("mlp", "conv4", "resnet18", "gpt"):
-        for budget in ("250MiB", "500MiB"):
+        for budget in ("200MiB", "500MiB"):
             found = in_a_process("--budget", workload, budget, **EXACT_MEMORY)
             print(
                 f"{workload:9} MemoryBudget({budget!r}): predicted {found['predicted'] / MIB:6.1f}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,10 +27,12 @@ class StepBytes:
     Attributes:
         state: what a state does not share with the one before, and the generators' beside it.
         graph: what is held of a step that was recorded, the state after it included.
-        workspace: what evaluating and differentiating a step takes at its peak: a prediction.
+        workspace: what evaluating and differentiating a step takes at its peak.
         fixed: what is held for the whole backward pass: the cotangent of the result, and the sums
             of what flows to captured tensors.
         devices: where the model is.
+        differentiated: whether a step has been differentiated to see ``workspace``, which is
+            predicted otherwise.
     """
 
     state: int
@@ -38,12 +40,13 @@ class StepBytes:
     workspace: int
     fixed: int
     devices: frozenset[torch.device]
+    differentiated: bool = False
 
 
 def take_first_step(loop: Loop) -> tuple[Begun, StepBytes]:
     """Take the first step of ``loop`` with its graph, and see what that takes.
 
-    The workspace has to be said before anything is differentiated. A step's graph, G, holds what
+    The workspace is predicted, since nothing is differentiated yet. A step's graph, G, holds what
     the loss and its gradient saved. Differentiating it makes cotangents of these and of what was
     not saved, and frees G meanwhile: that is about the peak P ≥ G of evaluating the step. The
     derivative of the rule makes a few tensors for each that the state has. So
@@ -79,6 +82,32 @@ def take_first_step(loop: Loop) -> tuple[Begun, StepBytes]:
         devices=frozenset(x.device for x in after.params.values()),
     )
     return Begun(before, graph, after), found
+
+
+def differentiate_first_step(loop: Loop, begun: Begun, found: StepBytes) -> StepBytes:
+    """``found``, with the workspace that taking a vector-Jacobian product of the step showed.
+
+    The product is thrown away, and the step's graph is left whole. That takes up to 1.44 times as
+    much on the networks of ``take_first_step`` as where the graph is freed meanwhile, as little as
+    a backward pass with ``retain_graph=True`` can do with. Where a step has no derivative, which is
+    for the backward pass to say if there is one, the prediction stays.
+    """
+    graph = begun.graph
+    assert graph is not None
+    tensors = loop.step.differentiable(begun.after)
+    losses = loop.losses.all()
+    assert losses is not None
+    with loop.generators.undisturbed(), torch.no_grad(), _Meter() as meter:
+        cotangent = {path: torch.ones_like(x) for path, x in tensors.items()}
+        with loop.captured.sealed(0):
+            try:
+                graph.vjp(
+                    cotangent, torch.ones_like(losses[0]), loop.captured.edges(0), retain_graph=True
+                )
+            except (RuntimeError, NotImplementedError):
+                return replace(found, differentiated=True)
+    workspace = found.graph + meter.peak
+    return replace(found, workspace=workspace, differentiated=True)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from diffopt import schedule
-from diffopt._loop.executor import run_forward
+from diffopt._loop.executor import Begun, run_forward
 from diffopt._loop.free import free_bytes
 from diffopt._loop.loop import Loop
-from diffopt._loop.measure import StepBytes, take_first_step
+from diffopt._loop.measure import StepBytes, differentiate_first_step, take_first_step
 from diffopt._values.state import State
 from diffopt.adjoint._base import Checkpointed
 from diffopt.schedule import Plan
@@ -59,7 +59,8 @@ class MemoryBudget(Checkpointed):
     What counts is what the unroll allocates beyond what was alive at the call: not the model, the
     batches, or what the caller's own loss of the result takes. A quarter is added for kernels'
     scratch memory and the allocator's gaps, which are not seen. What differentiating a step takes
-    is predicted from evaluating one, on the safe side.
+    is predicted from evaluating one, on the safe side; where by that not all graphs fit, the first
+    step is differentiated once more than the gradient needs, to see it.
 
     Args:
         budget: bytes, or a string such as ``"512MiB"`` or ``"2GiB"``. None: a quarter of what is
@@ -113,7 +114,8 @@ class MemoryBudget(Checkpointed):
         """This budget for steps like those of ``model`` in its last unroll with a ``MemoryBudget``.
 
         Its ``plan(T)`` says how T such steps are done, and what that takes. Given to ``unroll``, it
-        measures nothing, and takes the steps to be like those.
+        measures nothing, and takes the steps to be like those. After an unroll whose graphs all
+        fitted, what differentiating a step takes is a prediction, on the safe side.
 
         Raises:
             ValueError: there was no such unroll.
@@ -146,26 +148,45 @@ class MemoryBudget(Checkpointed):
         generators = loop.generators.get()
         begun, found = None, self.step
         if found is None:
-            known = _known.setdefault(loop.step.loss.slots.model, {})
-            key = _signature(loop)
-            found = None if key is None else known.get(key)
-            if found is None:
-                begun, found = take_first_step(loop)
-            known.pop(key, None)  # the one used last comes last
-            known[key] = found
-            while len(known) > _MOST_KNOWN:  # a loss made anew for every call is never met again
-                del known[next(iter(known))]
+            begun, found = self._seen(loop)
         plan = self._fitting(loop.steps, found)
         state, kept = run_forward(loop, plan, self.new_snapshots(), begun)
         return state, (plan, generators, kept)
 
+    def _seen(self, loop: Loop) -> tuple[Begun | None, StepBytes]:
+        """What a step takes, and the first one if it had to be taken to see that.
+
+        Where all graphs fit by a prediction on the safe side, that will do. Where they do not, the
+        first step is differentiated besides.
+        """
+        known = _known.setdefault(loop.step.loss.slots.model, {})
+        key = _signature(loop)
+        begun, found = None, None if key is None else known.get(key)
+        if found is None or not self._will_do(loop.steps, found):
+            begun, found = take_first_step(loop)
+            if not self._will_do(loop.steps, found):
+                found = differentiate_first_step(loop, begun, found)
+        known.pop(key, None)  # the one used last comes last
+        known[key] = found
+        while len(known) > _MOST_KNOWN:  # a loss made anew for every call is never met again
+            del known[next(iter(known))]
+        return begun, found
+
+    def _will_do(self, steps: int, step: StepBytes) -> bool:
+        everything = _everything(steps, step)
+        return step.differentiated or everything <= self._available(everything, step)
+
+    def _available(self, wanted: int, step: StepBytes) -> int:
+        """The bytes of the budget. What is free is asked where ``wanted`` may be too much only."""
+        if self.bytes is not None:
+            return self.bytes
+        if wanted <= _ALWAYS:
+            return _ALWAYS
+        return max(_ALWAYS, free_bytes(step.devices) // _PART_OF_FREE)
+
     def _fitting(self, steps: int, step: StepBytes) -> Plan:
-        available, fixed = self.bytes, step.fixed + _BYTES_PER_STEP * steps
-        everything = _allowed(fixed + (steps - 1) * step.graph + step.workspace + step.state)
-        if available is None:
-            available = _ALWAYS
-            if everything > available:
-                available = max(available, free_bytes(step.devices) // _PART_OF_FREE)
+        fixed, everything = _fixed(steps, step), _everything(steps, step)
+        available = self._available(everything, step)
         if everything <= available:
             return _storing_all(steps, everything)
         in_bytes = {
@@ -188,6 +209,16 @@ class MemoryBudget(Checkpointed):
             f"{step.state / 2**20:,.2f} MiB: write MemoryBudget({smallest}), which is "
             f"{smallest / 2**20:,.2f} MiB, or more"
         )
+
+
+def _fixed(steps: int, step: StepBytes) -> int:
+    return step.fixed + _BYTES_PER_STEP * steps
+
+
+def _everything(steps: int, step: StepBytes) -> int:
+    """What holding the graphs of all steps takes."""
+    graphs = (steps - 1) * step.graph + step.workspace
+    return _allowed(_fixed(steps, step) + graphs + step.state)
 
 
 @lru_cache(maxsize=8)  # an outer loop asks for the same one again
