@@ -43,7 +43,7 @@ class StepBytes:
     differentiated: bool = False
 
 
-def take_first_step(loop: Loop) -> tuple[Begun, StepBytes]:
+def take_first_step(loop: Loop) -> tuple[Begun, StepBytes, Meter]:
     """Take the first step of ``loop`` with its graph, and see what that takes.
 
     The workspace is predicted, since nothing is differentiated yet. A step's graph, G, holds what
@@ -63,12 +63,12 @@ def take_first_step(loop: Loop) -> tuple[Begun, StepBytes]:
     """
     before = loop.snapshot(loop.start)
     if loop.ledger is None:
-        with _Meter() as meter:
+        with Meter() as meter:
             graph, after = loop.first_recorded(loop.start, 0)
             state = meter.bytes_of(after.tensors().values())
     else:
         after = loop.first(loop.start, 0)
-        with torch.no_grad(), loop.generators.undisturbed(), _Meter() as meter:
+        with torch.no_grad(), loop.generators.undisturbed(), Meter() as meter:
             graph, again = loop.recorded(loop.restored(before), 0)
             state = meter.bytes_of(again.tensors().values())
             del again
@@ -81,33 +81,44 @@ def take_first_step(loop: Loop) -> tuple[Begun, StepBytes]:
         fixed=state + 2 * _bytes(captured),
         devices=frozenset(x.device for x in after.params.values()),
     )
-    return Begun(before, graph, after), found
+    return Begun(before, graph, after), found, meter
 
 
-def differentiate_first_step(loop: Loop, begun: Begun, found: StepBytes) -> StepBytes:
+def differentiate_first_step(
+    loop: Loop, begun: Begun, found: StepBytes, meter: Meter, *, retain_graph: bool
+) -> StepBytes:
     """``found``, with the workspace that taking a vector-Jacobian product of the step showed.
 
-    The product is thrown away, and the step's graph is left whole. That takes up to 1.44 times as
-    much on the networks of ``take_first_step`` as where the graph is freed meanwhile, as little as
-    a backward pass with ``retain_graph=True`` can do with. Where a step has no derivative, which is
-    for the backward pass to say if there is one, the prediction stays.
+    The product is thrown away. Where a step has no derivative, which is for the backward pass to
+    say if there is one, the prediction stays.
+
+    Args:
+        meter: by which the step was seen.
+        retain_graph: leave the step's graph whole. That takes up to 1.44 times as much on the
+            networks of ``take_first_step`` as where the graph is freed meanwhile.
     """
     graph = begun.graph
     assert graph is not None
+    if not retain_graph:
+        begun.graph = None
     tensors = loop.step.differentiable(begun.after)
     losses = loop.losses.all()
     assert losses is not None
-    with loop.generators.undisturbed(), torch.no_grad(), _Meter() as meter:
+    unseen = found.graph - meter.held
+    meter.peak = meter.held
+    with loop.generators.undisturbed(), torch.no_grad(), meter:
         cotangent = {path: torch.ones_like(x) for path, x in tensors.items()}
-        with loop.captured.sealed(0):
+        with loop.captured.sealed(0) as shared:
             try:
                 graph.vjp(
-                    cotangent, torch.ones_like(losses[0]), loop.captured.edges(0), retain_graph=True
+                    cotangent,
+                    torch.ones_like(losses[0]),
+                    loop.captured.edges(0),
+                    retain_graph=retain_graph or shared,
                 )
             except (RuntimeError, NotImplementedError):
                 return replace(found, differentiated=True)
-    workspace = found.graph + meter.peak
-    return replace(found, workspace=workspace, differentiated=True)
+    return replace(found, workspace=meter.peak + unseen, differentiated=True)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
@@ -123,8 +134,10 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
             yield from (x for x in value if isinstance(x, Tensor))
 
 
-class _Meter(TorchDispatchMode):
+class Meter(TorchDispatchMode):
     """Counts the bytes of the storages that come into being while it is active, until they go.
+
+    They may go while it is not active. It may be entered again.
 
     It does not see memory that no tensor has: kernels' scratch space, the nodes of graphs.
 
@@ -140,10 +153,6 @@ class _Meter(TorchDispatchMode):
         self.peak = 0
         self.operations = 0
         self._alive: dict[int, tuple[int, Any]] = {}  # 0 bytes for those from before
-
-    def __exit__(self, *args: Any) -> None:
-        super().__exit__(*args)  # type: ignore[no-untyped-call]
-        self._alive.clear()
 
     def bytes_of(self, tensors: Iterable[Tensor]) -> int:
         """The bytes among those held that belong to ``tensors``."""

@@ -163,9 +163,13 @@ class MemoryBudget(Checkpointed):
         key = _signature(loop)
         begun, found = None, None if key is None else known.get(key)
         if found is None or not self._will_do(loop.steps, found):
-            begun, found = take_first_step(loop)
+            begun, found, meter = take_first_step(loop)
             if not self._will_do(loop.steps, found):
-                found = differentiate_first_step(loop, begun, found)
+                least = _everything(loop.steps, replace(found, workspace=found.graph))
+                all_may_fit = least <= self._available(least, found)
+                found = differentiate_first_step(
+                    loop, begun, found, meter, retain_graph=all_may_fit
+                )
         known.pop(key, None)  # the one used last comes last
         known[key] = found
         while len(known) > _MOST_KNOWN:  # a loss made anew for every call is never met again
