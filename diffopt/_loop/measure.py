@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffopt._loop.executor import Begun
 from diffopt._loop.loop import Loop
+from diffopt._torch.unseen import unseen
 
 _UNIT = 512  # bytes: allocators give whole multiples of this, or of less
 #: What the nodes and objects of a graph take, for each operation. An MLP of two layers, whose step
@@ -163,14 +164,15 @@ class Meter(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         self.operations += 1
-        for x in _tensors(args):
-            self._note(x, counted=False)
-        if kwargs:
-            for x in _tensors(kwargs.values()):
+        with unseen():  # not the step's own calls, for those who watch it
+            for x in _tensors(args):
                 self._note(x, counted=False)
-        result = func(*args, **(kwargs or {}))
-        for x in _tensors((result,)):
-            self._note(x, counted=True)
+            if kwargs:
+                for x in _tensors(kwargs.values()):
+                    self._note(x, counted=False)
+            result = func(*args, **(kwargs or {}))
+            for x in _tensors((result,)):
+                self._note(x, counted=True)
         return result
 
     def _note(self, x: Tensor, counted: bool) -> None:
