@@ -80,7 +80,7 @@ def by_budget(workload: str, budget: str, steps: int = 20) -> None:
 
     torch.set_num_threads(1)
 
-    def run(steps: int) -> diffopt.MemoryBudget:
+    def run(steps: int) -> diffopt.Plan:
         problem = build(Case(workload, "adam", steps))
         adjoint = diffopt.MemoryBudget(budget)
         fast = diffopt.unroll(
@@ -92,13 +92,13 @@ def by_budget(workload: str, budget: str, steps: int = 20) -> None:
         )
         loss = fast.apply(problem.loss_fn, problem.queries[0])
         loss.backward()
-        return adjoint
+        return adjoint.measured(problem.model).plan(steps)
 
     run(2)
     release()
     with PeakResident() as resident:
-        adjoint = run(steps)
-    predicted = adjoint.plan(steps).predicted_peak_bytes
+        plan = run(steps)
+    predicted = plan.predicted_peak_bytes
     print(json.dumps({"peak": resident.peak - resident.start, "predicted": predicted}))
 
 

@@ -105,10 +105,10 @@ def picture(path: Path) -> None:
             label=label,
             markersize=12 if style == "*" else 4,
         )
-    default = diffopt.Segmented().plan(STEPS)
+    about_root = diffopt.Segmented().plan(STEPS)
     axes.annotate(
-        "Segmented(), the default",
-        (in_states(default), default.relative_cost),
+        "Segmented()",
+        (in_states(about_root), about_root.relative_cost),
         (120, 2.3),
         arrowprops={"arrowstyle": "->"},
     )

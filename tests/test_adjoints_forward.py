@@ -291,6 +291,64 @@ def test_needs_no_second_derivative_in_reverse() -> None:
     torch.testing.assert_close(*gradients, rtol=1e-10, atol=0)
 
 
+class DropsTangents(OnceInReverse):
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor) -> Tensor:
+        return torch.zeros_like(dx)
+
+
+def test_a_wrong_forward_derivative_is_found_without_a_second_one_in_reverse() -> None:
+    model, x, lr = small(), torch.randn(5, 2), torch.tensor(0.1, requires_grad=True)
+    opt = diffopt.SGD(model.parameters(), lr=lr)
+    message = "no second derivative in reverse.*finite differences say that its forward derivative"
+    with pytest.raises(NotImplementedError, match=message):
+        diffopt.unroll(
+            model,
+            opt,
+            4,
+            lambda m, t: DropsTangents.apply(m(x)).mean(),
+            adjoint=ForwardMode([lr]),
+        )
+
+
+def test_what_cannot_be_checked_in_low_precision_is_refused() -> None:
+    model, x = small().float(), torch.randn(5, 2).float()
+    lr = torch.tensor(0.1, requires_grad=True, dtype=torch.float32)
+    opt = diffopt.SGD(model.parameters(), lr=lr)
+    with pytest.raises(NotImplementedError, match=r"at step 0.* convert the model and its data to"):
+        diffopt.unroll(
+            model,
+            opt,
+            4,
+            lambda m, t: OnceInReverse.apply(m(x)).mean(),
+            adjoint=ForwardMode([lr]),
+        )
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["first", "second"])
+def test_initial_parameters_of_many_tasks(again: bool) -> None:
+    """They are one number for all tasks."""
+    model, x, scale = small(), torch.randn(2, 5, 2), torch.tensor(0.7, requires_grad=True)
+    wrt = [model[2].bias, scale, model[0].weight]
+    found = []
+    for adjoint in (StoreAll(), ForwardMode(wrt)):
+        fast = diffopt.unroll(
+            model,
+            diffopt.Adam(model.parameters(), lr=0.1),
+            [x] * 3,
+            lambda m, b: (scale * m(b)).square().mean(),
+            adjoint=adjoint,
+            tasks=2,
+        )
+        total = fast.losses.sum() + fast.params["0.bias"].cos().sum()
+        gradient = torch.autograd.grad(total, wrt, create_graph=again)
+        if again:
+            gradient = torch.autograd.grad(sum(g.sin().sum() for g in gradient), wrt)
+        found.append(gradient)
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14)
+
+
 def test_memory_does_not_grow_with_steps() -> None:
     model, lr = small(), torch.tensor(0.1, requires_grad=True)
     kept = []

@@ -261,6 +261,7 @@ def test_a_captured_variable_bound_anew_is_an_error(part: str, create_graph: boo
         data,
         lambda m, p: mse(m, p) * held["loss"],
         grad_transform=lambda g: {n: x * held["grad_transform"] for n, x in g.items()},
+        segment=1,
     )
     for replacement in (number(0.7), 0.7):
         before, held[part] = held[part], replacement
@@ -297,7 +298,7 @@ def test_a_tensor_that_only_the_gradient_depends_on_is_an_error() -> None:
             return g * strength
 
     model, data, strength = tiny(), batches(T), number(0.7)
-    fast = diffopt.unroll(model, sgd(model), data, lambda m, p: Scaled.apply(mse(m, p)))
+    fast = diffopt.unroll(model, sgd(model), data, lambda m, p: Scaled.apply(mse(m, p)), segment=1)
     with pytest.raises(RuntimeError, match=r"gradient of the loss of step 3 depends on a tensor"):
         fast.losses.sum().backward()
     (grad,) = torch.autograd.grad(
@@ -325,7 +326,7 @@ def test_tensors_that_a_step_keeps_for_the_next_are_an_error() -> None:
         held[0] = pair[0].clone().requires_grad_()
         return mse(model, (held[0], pair[1]))
 
-    fast = diffopt.unroll(model, sgd(model), data, keeps)
+    fast = diffopt.unroll(model, sgd(model), data, keeps, segment=1)
     with pytest.raises(RuntimeError, match=r"does it keep tensors from step to step, .*detach"):
         fast.losses.sum().backward()
 

@@ -269,7 +269,8 @@ class CompiledLinearization(Linearization):
 
     def advance(self) -> StepResult:
         """What the step gives."""
-        return self._specialisation.run(self._call, self._drawn)
+        # Copies: compiled code may change what it is given, and the derivative reads it once more.
+        return self._specialisation.run(self._call, [x.clone() for x in self._drawn])
 
     def drop_gradients(self) -> None:
         """There are none."""

@@ -6,6 +6,7 @@ end and belongs to the forward pass; the rest takes it back, one vector-Jacobian
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -13,7 +14,9 @@ from torch import Tensor
 from diffopt._loop.loop import CapturedSum, Loop
 from diffopt._loop.snapshots import Layer, Snapshot, Snapshots
 from diffopt._step.linearization import Linearization
+from diffopt._torch.batched import any_batched, not_batched
 from diffopt._values.state import Cotangent, State
+from diffopt.optim.lists import one_by_one
 from diffopt.schedule import Plan
 
 
@@ -42,29 +45,55 @@ class Kept:
         self.peak_graphs = max(self.peak_graphs, len(self.graphs))
 
 
-def run_forward(loop: Loop, plan: Plan, snapshots: Snapshots) -> tuple[State, Kept]:
+@dataclass
+class Begun:
+    """The first step of a loop, taken before there was a plan.
+
+    Attributes:
+        start: the start of the loop.
+        graph: the step's; dropped if the plan does not record the step.
+        after: the state after it.
+    """
+
+    start: Snapshot
+    graph: Linearization | None
+    after: State
+
+
+def run_forward(
+    loop: Loop, plan: Plan, snapshots: Snapshots, begun: Begun | None = None
+) -> tuple[State, Kept]:
     """The plan's first part: from the start to the end of the loop.
 
     Whatever interrupts it, ``snapshots`` is closed then.
+
+    Args:
+        begun: the first step, which is not taken again then. Used up.
     """
     kept = Kept(snapshots)
     try:
-        return _forward(loop, plan, kept), kept
+        return _forward(loop, plan, kept, begun), kept
     except BaseException:
         snapshots.close()
         raise
 
 
-def _forward(loop: Loop, plan: Plan, kept: Kept) -> State:
+def _forward(loop: Loop, plan: Plan, kept: Kept, begun: Begun | None) -> State:
     state = loop.start
     for kind, start, stop in plan.forward_actions:
+        taken = begun if start == 0 else None
         if kind == "save":
-            kept.save(start, loop.snapshot(state))
+            kept.save(start, loop.snapshot(state) if taken is None else taken.start)
         elif kind == "advance":
-            for t in range(start, stop):
+            if taken is not None:
+                state, taken.graph = taken.after, None
+            for t in range(start if taken is None else 1, stop):
                 state = loop.first(state, t)
         elif kind == "record":
-            recorded, state = loop.first_recorded(state, start)
+            if taken is None or taken.graph is None:
+                recorded, state = loop.first_recorded(state, start)
+            else:
+                recorded, state, taken.graph = taken.graph, taken.after, None
             kept.record(start, recorded)
         elif kind == "free":
             del kept.snapshots[start]
@@ -93,10 +122,13 @@ def run_backward(
     Returns:
         the cotangents of the start and of ``loop.captured.tensors``.
     """
+    # Only what is linear in the cotangents can be mapped over many of them.
+    many = any_batched([*cotangent.values(), loss_cotangents])
     if keep:
         kept = Kept(Layer(kept.snapshots), dict(kept.graphs), kept.peak_states, kept.peak_graphs)
     try:
-        return _backward(loop, plan, kept, cotangent, loss_cotangents, keep)
+        with one_by_one() if many else nullcontext():
+            return _backward(loop, plan, kept, cotangent, loss_cotangents, keep)
     finally:
         kept.snapshots.close()
 
@@ -124,18 +156,21 @@ def _backward(
             kept.save(start, loop.snapshot(state))
         elif kind == "advance":
             assert state is not None
-            for t in range(start, stop):
-                state = loop.again(state, t)
+            with not_batched():
+                for t in range(start, stop):
+                    state = loop.again(state, t)
         elif kind == "record":
             assert state is not None
-            linearization, state = loop.recorded(state, start)
+            with not_batched():
+                linearization, state = loop.recorded(state, start)
             kept.record(start, linearization)
         elif kind == "vjp":
             if start in kept.graphs:
                 linearization = kept.graphs.pop(start)
             else:
                 assert state is not None
-                linearization = loop.linearize(state, start, values=False)
+                with not_batched():
+                    linearization = loop.linearize(state, start, values=False)
                 state = None
             loss_cotangent = None if loss_cotangents is None else loss_cotangents[start]
             cotangent, found = loop.vjp(

@@ -114,15 +114,6 @@ class Loop:
         loop.start, loop.inputs, loop.steps = state, {}, self.steps - t
         return loop
 
-    def trial(self) -> Self:
-        """This loop for steps without consequences: what they give and use is noted apart."""
-        loop = copy(self)
-        loop.captured = self.captured.apart()
-        loop.check = Check(0.0)
-        loop.losses, loop.aux = Losses(self.steps), []
-        loop.progress, loop.ledger = Progress(0, shown=False), None
-        return loop
-
     # Snapshots.
 
     def snapshot(self, state: State) -> Snapshot:

@@ -76,12 +76,6 @@ class Captured:
             if x.requires_grad and not x.is_leaf:
                 self._edges[edge_of(x)] = x
 
-    def apart(self) -> Captured:
-        """Another, of which nothing is known but the tensors that were offered."""
-        other = Captured()
-        other._edges.update(self._edges)
-        return other
-
     def include(self, tensors: Iterable[Tensor]) -> list[int]:
         """Count tensors among the captured ones, used or not. Gives their indices."""
         tensors = list(tensors)

@@ -210,6 +210,7 @@ class TaskLosses(InnerLoss):
             return loss, aux, replaced
 
         loss, aux, replaced = over_tasks(one, params, buffers, item)
+        self.slots.loaded = None  # tensors of the mapping, which nothing can read any more
         return loss, aux, {**buffers, **replaced}
 
 

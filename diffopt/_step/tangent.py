@@ -3,13 +3,14 @@
 ``pushed`` evaluates the step on dual numbers: forward mode over the reverse mode that gives the
 inner gradient. ``pushed_by_transposition`` needs reverse mode alone: with v ↦ vᵀJ, which is linear,
 differentiating ⟨vᵀJ, ẋ⟩ in v gives J ẋ. It serves where an operation has no forward derivative.
+``pushed_by_differences`` takes no derivative of the step at all: the others are checked by it.
 """
 
 from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -110,6 +111,28 @@ def pushed_by_transposition(
         after = {p: dx for p, dx in zip(outputs, found, strict=False) if dx is not None}
         pushed.append((after, found[-1]))
     return pushed
+
+
+def pushed_by_differences(
+    step: InnerStep, state: State, t: int, tangent: Tangent, captured: ByTensor, h: float
+) -> Iterator[tuple[Tangent, Tensor]]:
+    """The two ends of central differences with step width ``h``, halved and signed.
+
+    Their sum is what ``pushed`` gives, but for h² of truncation and 1e-16 / h of rounding. The
+    generators have to be put back before each.
+    """
+    for sign in (1, -1):
+        moved = {
+            path: x.detach() + sign * h * tangent[path]
+            for path, x in step.differentiable(state).items()
+            if path in tangent
+        }
+        substitutes = {x: x.detach() + sign * h * dx for x, dx in captured.items()}
+        with torch.no_grad(), _Substitution(substitutes):
+            result = step(state.replace(moved), t)
+        tensors = step.differentiable(result.state)
+        scaled = {path: sign * x / (2 * h) for path, x in tensors.items()}
+        yield scaled, sign * result.loss / (2 * h)
 
 
 @cache

@@ -15,19 +15,21 @@ from diffopt._loop import progress as _progress
 from diffopt._step.loss import loss_and_aux
 from diffopt._torch.surroundings import active_transform
 from diffopt._unroll.in_place import InPlace
-from diffopt.adjoint import Adjoint, Segmented, Solver
+from diffopt.adjoint import Adjoint, MemoryBudget, Segmented, Solver
 from diffopt.optim.scalars import has_tangent
 
 LossFn = Callable[..., Any]
 
 
-def chosen_adjoint(segment: int | None, adjoint: Any) -> Adjoint:
+def chosen_adjoint(segment: int | None, adjoint: Any, verify: bool) -> Adjoint:
     """The adjoint that the two arguments ask for."""
     if segment is not None and adjoint is not None:
         raise ValueError(
             f"both segment={segment!r} and adjoint={adjoint!r} were given, and segment=k is short "
             "for adjoint=diffopt.Segmented(k): pass one of them"
         )
+    if adjoint is None and segment is None:
+        return Segmented(1) if verify else MemoryBudget()
     if adjoint is None:
         return Segmented(segment)
     if not isinstance(adjoint, Adjoint):

@@ -81,7 +81,8 @@ def unroll(
             model returns its own loss, from ``model(batch)``, ``model(**batch)`` where the batch
             is a mapping, or, for an int, ``model()``.
         segment: short for ``adjoint=diffopt.Segmented(segment)``.
-        adjoint: how the derivative is computed. Default: ``diffopt.Segmented()``.
+        adjoint: how the derivative is computed. Default: ``diffopt.MemoryBudget()``, or
+            ``diffopt.Segmented(1)`` with ``verify``.
         initial: an earlier ``Unrolled`` to continue from (its optimizer state wins over
             ``opt``'s), or initial values by name for some or all inner variables and buffers, such
             as a ``state_dict()`` of the model. What the earlier one trained and ``opt`` does not
@@ -119,8 +120,9 @@ def unroll(
         RuntimeError: in the backward pass, where a step computed again is not what it was: it uses
             other tensors, or an input was changed in place since.
 
-    Cost: by the adjoint. With the default about 2√T states are held and one step's graph, and
-    each step is computed about three times in all. A backward pass that is itself recorded
+    Cost: by the adjoint. With the default, where the graphs of all steps fit into a quarter of the
+    free memory, they are held and each step is computed once; else as many graphs and states as
+    fit, and the others are computed again. A backward pass that is itself recorded
     (``create_graph=True``, an unroll inside an unroll) holds T states and then T cotangents, and
     the graph of one step at a time, whatever the adjoint and its storage are.
 
@@ -136,7 +138,7 @@ def unroll(
         >>> model.weight.grad.shape, lr.grad.shape
         (torch.Size([1, 2]), torch.Size([]))
     """
-    adjoint = chosen_adjoint(segment, adjoint)
+    adjoint = chosen_adjoint(segment, adjoint, verify)
     check_options(loss_fn, grad_transform, max_cotangent_norm, verify, tasks, compile, progress)
     problem = inner_problem(model, opt, tasks)
     take_over(problem, initial, tasks)

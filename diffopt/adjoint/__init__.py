@@ -1,6 +1,7 @@
 """How the derivative is computed: one file an adjoint."""
 
 from diffopt._loop.loop import CapturedSum, Loop
+from diffopt._loop.measure import StepBytes
 from diffopt._values.state import Cotangent, State
 from diffopt.adjoint._base import Adjoint, Checkpointed
 from diffopt.adjoint._binomial import Binomial
@@ -32,6 +33,7 @@ __all__ = [
     "Solution",
     "Solver",
     "State",
+    "StepBytes",
     "StoreAll",
     "Truncated",
 ]

@@ -6,14 +6,19 @@ import math
 import re
 from collections.abc import Hashable, MutableMapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 from diffopt import schedule
+from diffopt._loop.executor import Begun, run_forward
+from diffopt._loop.free import free_bytes
 from diffopt._loop.loop import Loop
-from diffopt._loop.measure import Sizes, measure
+from diffopt._loop.measure import StepBytes, differentiate_first_step, take_first_step
+from diffopt._values.state import State
 from diffopt.adjoint._base import Checkpointed
 from diffopt.schedule import Plan
 
@@ -27,55 +32,73 @@ _BYTES_PER_STEP = 1024  # the loss of a step, its actions in the plan, what it c
 #: the resident memory of the benchmarks' models came to up to 1.21 times what was seen.
 _ALLOWANCE = 1.25
 
+_PART_OF_FREE = 4  # the default budget is this part of what is free
+#: So much is there in any case: nobody has to be asked whether a small unroll fits.
+_ALWAYS = 16 * 2**20
+
 _MOST_KNOWN = 64  # measurements, for each model
 # Steps of the same model, function and shapes take the same memory: an outer loop measures once.
-_measured: MutableMapping[nn.Module, dict[Hashable, Sizes]] = WeakKeyDictionary()
+# The last is the one used last.
+_known: MutableMapping[nn.Module, dict[Hashable, StepBytes]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
 class MemoryBudget(Checkpointed):
-    """The fastest way back whose predicted peak fits into a memory budget.
+    """The fastest way back whose predicted peak fits into a memory budget: the default.
 
-    One step is taken on trial, once for each model, loss function and shape of the batches, to see
-    how many bytes a state and a step's graph take; for a function that is made anew, or that is
-    given the step number alone, in every call. Then as many whole graphs are held as fit, since a
-    step whose graph is held is never computed again, those of the last steps first; of the steps
-    before, as many states as fit, and where not even √T states do, as in ``Binomial``. The gradient
-    is exact and does not depend on the budget.
+    As many whole graphs are held as fit, since a step whose graph is held is never computed again,
+    those of the last steps first; of the steps before, as many states as fit, and where not even √T
+    states do, as in ``Binomial``. So a short loop is as ``StoreAll``, and a long one fits. The
+    gradient is exact and does not depend on the budget.
+
+    How many bytes a state and a step's graph take is seen when the first step is taken, which is
+    not taken twice. What was seen is kept with the model, for later calls with the same function
+    and shapes of the batches; of a function that is made anew, or that is given the step number
+    alone, it is seen in every call. All steps are taken to be like the first.
 
     What counts is what the unroll allocates beyond what was alive at the call: not the model, the
     batches, or what the caller's own loss of the result takes. A quarter is added for kernels'
-    scratch memory and the allocator's gaps, which are not seen. All steps are taken to be like the
-    first.
+    scratch memory and the allocator's gaps, which are not seen. What differentiating a step takes
+    is predicted from evaluating one, on the safe side; where by that not all graphs fit, the first
+    step is differentiated once more than the gradient needs, to see it.
 
     Args:
-        budget: bytes, or a string such as ``"512MiB"`` or ``"2GiB"``.
+        budget: bytes, or a string such as ``"512MiB"`` or ``"2GiB"``. None: a quarter of what is
+            free at the call, on the device, or in the process's memory limit; at least 16 MiB.
+        step: what one step takes, where that is known: see ``measured``.
 
     Raises:
-        TypeError: ``budget`` is neither an int nor a string.
-        ValueError: it is no such string, or not above 0; or, when unrolling, not even one step fits
-            into it: the message has the smallest budget that can.
+        TypeError: ``budget`` is neither an int nor a string, or ``step`` no ``StepBytes``.
+        ValueError: ``budget`` is no such string, or not above 0; or, when unrolling, not even one
+            step fits into it: the message has the smallest budget that can.
 
-    Cost: of the whole plan, ``plan(T)`` says after the first unroll, the predicted peak included;
-    of the trial, an evaluation and a vector-Jacobian product. A backward pass that is itself to be
-    differentiated (``create_graph=True``) is outside the budget: see ``diffopt.unroll``.
+    Cost: of the whole plan, ``measured(model).plan(T)`` says, the predicted peak included; of
+    measuring, about 10 µs for each operation of the first step. A backward pass that is itself to
+    be differentiated (``create_graph=True``) is outside the budget: see ``diffopt.unroll``.
     """
 
-    budget: int | str
-    _last: list[Sizes] = field(default_factory=list, init=False, repr=False, compare=False)
+    budget: int | str | None = None
+    step: StepBytes | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         self.bytes  # noqa: B018 - refuses what is not a number of bytes
+        if self.step is not None and not isinstance(self.step, StepBytes):
+            raise TypeError(
+                f"step is a {type(self.step).__name__}: leave it out, or write "
+                f"{self!r}.measured(model)"
+            )
 
     @property
-    def bytes(self) -> int:
-        """The budget in bytes."""
-        if isinstance(self.budget, bool) or not isinstance(self.budget, (int, str)):
+    def bytes(self) -> int | None:
+        """The budget in bytes; None where it is what is free at the call that decides."""
+        size = self.budget
+        if size is None:
+            return None
+        if isinstance(size, bool) or not isinstance(size, (int, str)):
             raise TypeError(
-                f"budget is a {type(self.budget).__name__}: pass a number of bytes, an int, or a "
+                f"budget is a {type(size).__name__}: pass a number of bytes, an int, or a "
                 'string such as "2GiB"'
             )
-        size = self.budget
         if isinstance(size, str):
             match = _SIZE.fullmatch(size.strip())
             if match is None:
@@ -87,66 +110,144 @@ class MemoryBudget(Checkpointed):
             raise ValueError(f"budget={self.budget!r} holds nothing: pass more than 0 bytes")
         return size
 
-    def plan(self, steps: int) -> Plan:
-        """The plan for steps like those measured last, with its predicted peak.
+    def measured(self, model: nn.Module) -> MemoryBudget:
+        """This budget for steps like those of ``model`` in its last unroll with a ``MemoryBudget``.
+
+        Its ``plan(T)`` says how T such steps are done, and what that takes. Given to ``unroll``, it
+        measures nothing, and takes the steps to be like those. After an unroll whose graphs all
+        fitted, what differentiating a step takes is a prediction, on the safe side.
 
         Raises:
-            ValueError: nothing was measured yet, or the budget is too small.
+            ValueError: there was no such unroll.
         """
-        if not self._last:
+        known = _known.get(model)
+        if not known:
             raise ValueError(
-                f"{self!r} does not know yet how many bytes a step takes: unroll with it once, "
-                "one step is enough, and ask for the plan then"
+                f"how many bytes a step of this {type(model).__name__} takes is not known yet: "
+                f"unroll it once with adjoint={self!r}, one step is enough, and ask then"
             )
-        return self._fitting(steps, self._last[0])
+        return replace(self, step=next(reversed(known.values())))
 
-    def plan_for(self, loop: Loop) -> Plan:
+    def plan(self, steps: int) -> Plan:
+        """The plan for ``steps`` steps that take ``step`` each, with its predicted peak.
+
+        Raises:
+            ValueError: ``step`` is not known, or the budget is too small.
+        """
+        if self.step is None:
+            raise ValueError(
+                f"{self!r} by itself does not know how many bytes a step takes: unroll the model "
+                f"once, one step is enough, and write {self!r}.measured(model).plan({steps})"
+            )
+        return self._fitting(steps, self.step)
+
+    def forward(self, loop: Loop) -> tuple[State, Any]:
         if loop.steps == 0:
-            return schedule.store_all(0)
-        self._last[:] = [_sizes(loop)]
-        return self.plan(loop.steps)
+            state, kept = run_forward(loop, schedule.store_all(0), self.new_snapshots())
+            return state, (schedule.store_all(0), loop.generators.get(), kept)
+        generators = loop.generators.get()
+        begun, found = None, self.step
+        if found is None:
+            begun, found = self._seen(loop)
+        plan = self._fitting(loop.steps, found)
+        state, kept = run_forward(loop, plan, self.new_snapshots(), begun)
+        return state, (plan, generators, kept)
 
-    def _fitting(self, steps: int, sizes: Sizes) -> Plan:
-        fixed = sizes.fixed + _BYTES_PER_STEP * steps
+    def _seen(self, loop: Loop) -> tuple[Begun | None, StepBytes]:
+        """What a step takes, and the first one if it had to be taken to see that.
+
+        Where all graphs fit by a prediction on the safe side, that will do. Where they do not, the
+        first step is differentiated besides.
+        """
+        known = _known.setdefault(loop.step.loss.slots.model, {})
+        key = _signature(loop)
+        begun, found = None, None if key is None else known.get(key)
+        if found is None or not self._will_do(loop.steps, found):
+            begun, found, meter = take_first_step(loop)
+            if not self._will_do(loop.steps, found):
+                least = _everything(loop.steps, replace(found, workspace=found.graph))
+                all_may_fit = least <= self._available(least, found)
+                found = differentiate_first_step(
+                    loop, begun, found, meter, retain_graph=all_may_fit
+                )
+        known.pop(key, None)  # the one used last comes last
+        known[key] = found
+        while len(known) > _MOST_KNOWN:  # a loss made anew for every call is never met again
+            del known[next(iter(known))]
+        return begun, found
+
+    def _will_do(self, steps: int, step: StepBytes) -> bool:
+        everything = _everything(steps, step)
+        return step.differentiated or everything <= self._available(everything, step)
+
+    def _available(self, wanted: int, step: StepBytes) -> int:
+        """The bytes of the budget. What is free is asked where ``wanted`` may be too much only."""
+        if self.bytes is not None:
+            return self.bytes
+        if wanted <= _ALWAYS:
+            return _ALWAYS
+        return max(_ALWAYS, free_bytes(step.devices) // _PART_OF_FREE)
+
+    def _fitting(self, steps: int, step: StepBytes) -> Plan:
+        fixed, everything = _fixed(steps, step), _everything(steps, step)
+        available = self._available(everything, step)
+        if everything <= available:
+            return _storing_all(steps, everything)
         in_bytes = {
-            "state_bytes": sizes.state,
-            "graph_bytes": sizes.graph,
-            "workspace_bytes": sizes.workspace,
+            "state_bytes": step.state,
+            "graph_bytes": step.graph,
+            "workspace_bytes": step.workspace,
         }
         smallest = _allowed(fixed + schedule.smallest_budget(steps, **in_bytes))
-        if self.bytes < smallest:
-            raise ValueError(
-                f"{self!r} is too small for {steps} steps, of which one takes "
-                f"{sizes.workspace / 2**20:,.2f} MiB to evaluate and differentiate, and a state "
-                f"{sizes.state / 2**20:,.2f} MiB: write MemoryBudget({smallest}), which is "
-                f"{smallest / 2**20:,.2f} MiB, or more"
-            )
-        plan = schedule.budget(steps, **in_bytes, budget_bytes=int(self.bytes / _ALLOWANCE) - fixed)
+        if available < smallest:
+            raise ValueError(self._too_small(steps, step, available, smallest))
+        plan = schedule.budget(steps, **in_bytes, budget_bytes=int(available / _ALLOWANCE) - fixed)
         assert plan.predicted_peak_bytes is not None
         return replace(plan, predicted_peak_bytes=_allowed(plan.predicted_peak_bytes + fixed))
+
+    def _too_small(self, steps: int, step: StepBytes, available: int, smallest: int) -> str:
+        given = "" if self.budget is not None else f", {available / 2**20:,.2f} MiB at this call,"
+        return (
+            f"{self!r}{given} is too small for {steps} steps, of which one is predicted to take "
+            f"{step.workspace / 2**20:,.2f} MiB to evaluate and differentiate, and a state "
+            f"{step.state / 2**20:,.2f} MiB: write MemoryBudget({smallest}), which is "
+            f"{smallest / 2**20:,.2f} MiB, or more"
+        )
+
+
+def _fixed(steps: int, step: StepBytes) -> int:
+    return step.fixed + _BYTES_PER_STEP * steps
+
+
+def _everything(steps: int, step: StepBytes) -> int:
+    """What holding the graphs of all steps takes."""
+    graphs = (steps - 1) * step.graph + step.workspace
+    return _allowed(_fixed(steps, step) + graphs + step.state)
+
+
+@lru_cache(maxsize=8)  # an outer loop asks for the same one again
+def _storing_all(steps: int, peak: int) -> Plan:
+    return replace(schedule.store_all(steps), predicted_peak_bytes=peak)
 
 
 def _allowed(size: int) -> int:
     return math.ceil(_ALLOWANCE * size)
 
 
-def _sizes(loop: Loop) -> Sizes:
-    """Measure a step of ``loop``, if no such step has been measured before."""
-    loss = loop.step.loss.signature()
+def _signature(loop: Loop) -> Hashable | None:
+    """Equal for loops whose steps take as much memory; None where there is no telling."""
+    with loop.generators.undisturbed():  # batches that are made when they are asked for
+        loss = loop.step.loss.signature()
     if loss is None:
-        return measure(loop)
-    model, opt = loop.step.loss.slots.model, loop.step.opt
-    key = (
+        return None
+    opt = loop.step.opt
+    return (
         loss,
         tuple((path, x.shape, x.dtype, x.device) for path, x in loop.start.tensors().items()),
+        type(loop.step),
         type(opt),
         tuple((k, type(v)) for group in opt.param_groups for k, v in group.items()),
-        model.training,
+        loop.step.loss.slots.model.training,
+        loop.ledger is None,
         *((torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in _KINDS),
     )
-    known = _measured.setdefault(model, {})
-    if key not in known:
-        while len(known) >= _MOST_KNOWN:  # a loss made anew for every call is never met again
-            del known[next(iter(known))]
-        known[key] = measure(loop)
-    return known[key]

@@ -17,6 +17,7 @@ from diffopt._loop.loop import Loop, clip_norm
 from diffopt._loop.replay import differentiable_backward
 from diffopt._loop.snapshots import Snapshots
 from diffopt._step.linearization import Linearization
+from diffopt._torch.batched import not_batched
 from diffopt._values.state import Cotangent, State
 from diffopt._values.tree import Path
 from diffopt.adjoint._base import Adjoint
@@ -78,7 +79,8 @@ class FirstOrder(Adjoint):
         loop, plan, _, remains, chain = kept
         if chain.suffices and loss_cotangents is None:
             return chain.vjp(cotangent, keep), [None] * len(loop.captured.tensors)
-        _complete(loop, plan, remains)
+        with not_batched():
+            _complete(loop, plan, remains)
         return run_backward(loop, plan, remains, cotangent, loss_cotangents, keep=keep)
 
     def differentiable_backward(

@@ -12,8 +12,13 @@ from torch import Tensor
 from diffopt import schedule
 from diffopt._loop.loop import Loop
 from diffopt._loop.replay import differentiable_backward
-from diffopt._step.capture import first_behind, is_same
-from diffopt._step.tangent import Tangent, pushed, pushed_by_transposition
+from diffopt._step.capture import end_of, first_behind, is_same
+from diffopt._step.tangent import (
+    Tangent,
+    pushed,
+    pushed_by_differences,
+    pushed_by_transposition,
+)
 from diffopt._values.state import Cotangent, State
 from diffopt._values.tree import Path, add, is_differentiable
 from diffopt.adjoint._base import Adjoint, refuse_cotangent_norm
@@ -95,7 +100,7 @@ class ForwardMode(Adjoint):
     def _check_no_detours(self, loop: Loop) -> None:
         for x in (*loop.captured.tensors, *loop.inputs.values()):
             found = first_behind(x, self.wrt)
-            if found is None:
+            if found is None or _stands_for(x, self.wrt[found], loop.tasks):
                 continue
             if self.wrt[found].dtype in (torch.bfloat16, torch.float16):
                 raise NotImplementedError(
@@ -138,8 +143,9 @@ class ForwardMode(Adjoint):
         for w, index in zip(self.wrt, loop.captured.include(self.wrt), strict=True):
             total = found[index]
             for path, x in loop.inputs.items():
-                if is_same(x, w):
-                    total = add(total, before.get(path))
+                if _stands_for(x, w, loop.tasks):
+                    g = before.get(path)
+                    total = add(total, g if g is None or g.shape == w.shape else g.sum(0))
             totals.append(torch.zeros_like(w) if total is None else total)
         return {}, self._delivered(loop, totals)
 
@@ -148,6 +154,18 @@ class ForwardMode(Adjoint):
         for index, g in zip(loop.captured.include(self.wrt), gradients, strict=True):
             delivered[index] = g
         return delivered
+
+
+def _stands_for(x: Tensor, w: Tensor, tasks: int | None) -> bool:
+    """Whether ``x`` is ``w``, or ``w`` once for each task."""
+    if is_same(x, w):
+        return True
+    if tasks is None or x.shape != (tasks, *w.shape) or x.grad_fn is None:
+        return False
+    if type(x.grad_fn).__name__ != "ExpandBackward0":
+        return False
+    node, output = x.grad_fn.next_functions[0]
+    return getattr(node, "variable", None) is w if w.is_leaf else (node, output) == end_of(w)
 
 
 class _Tangents:
@@ -159,7 +177,11 @@ class _Tangents:
         self._directions = [(i, j) for i, w in enumerate(wrt) for j in range(w.numel())]
         self._index = loop.captured.include(wrt)
         self._states: list[Tangent] = [
-            {p: self._unit(i, j) for p, x in loop.inputs.items() if is_same(x, wrt[i])}
+            {
+                path: self._unit(i, j).expand(x.shape)
+                for path, x in loop.inputs.items()
+                if _stands_for(x, wrt[i], loop.tasks)
+            }
             for i, j in self._directions
         ]
         self._losses: list[dict[int, Tensor]] = [{} for _ in self._directions]
@@ -266,33 +288,87 @@ class _Tangents:
                 return False
             try:
                 ((expected, expected_loss),) = self._by_transposition(*problem)
-            except RuntimeError:  # an operation without a second derivative in reverse
+            except (RuntimeError, NotImplementedError) as error:  # no second derivative in reverse
+                self._check_by_differences(*problem, (by_duals, loss), error)
                 return True
         return _close(by_duals, expected) and _close({(): loss}, {(): expected_loss})
 
+    def _check_by_differences(
+        self,
+        state: State,
+        t: int,
+        generators: tuple[Tensor, ...],
+        tangents: Sequence[Tangent],
+        captured: Sequence[dict[int, Tensor]],
+        by_duals: tuple[Tangent, Tensor | None],
+        reverse: Exception,
+    ) -> None:
+        """Raise where forward mode cannot be compared with reverse mode, and is wrong.
+
+        That is seen by central differences. In less than double precision these are too coarse.
+        """
+        step, n = self._loop.step, self._loop.step.first_step + t
+        ((tangent,), (others,), (found, loss)) = tangents, captured, by_duals
+        why = (
+            f"ForwardMode could not be checked at step {n}, of which an operation has no second "
+            f"derivative in reverse mode ({str(reverse).splitlines()[0]})"
+        )
+        if any(x.dtype != torch.float64 for x in step.differentiable(state).values()):
+            raise NotImplementedError(
+                f"{why}: convert the model and its data to float64, where finite differences are "
+                "a check, or write the step in operations that have one"
+            ) from reverse
+        by_tensor = {self._loop.captured.tensors[i]: dx for i, dx in others.items()}
+        for h in (1e-6, 1e-5):  # a kink may lie between the ends of one
+            ends = pushed_by_differences(step, state, t, tangent, by_tensor, h)
+            total: dict[Path, Tensor | None] = {}
+            for _ in range(2):
+                self._loop.generators.set(generators)
+                end, end_loss = next(ends)
+                for path, x in {**end, (): end_loss}.items():
+                    total[path] = add(total.get(path), x)
+            if _close(total, {**found, (): loss}, 1e-7):
+                return
+        raise NotImplementedError(
+            f"{why}, and finite differences say that its forward derivative is wrong: a custom "
+            "Function has a jvp that is not its derivative, or an operation drops tangents. Mend "
+            "it, or write the step in operations that can be differentiated twice in reverse mode"
+        ) from reverse
+
     def product(self, cotangent: Cotangent, loss_cotangents: Tensor | None) -> list[Tensor]:
         """What flows to each of ``wrt``."""
-        gradients = [w.new_zeros(w.shape) for w in self._wrt]
-        for (i, j), tangent, losses in zip(
+        parts: list[list[Tensor]] = [[] for _ in self._wrt]
+        for (i, _), tangent, losses in zip(
             self._directions, self._states, self._losses, strict=True
         ):
             pairs = [(dx, cotangent[path]) for path, dx in tangent.items() if path in cotangent]
             if loss_cotangents is not None:
                 pairs.extend((dx, loss_cotangents[t]) for t, dx in losses.items())
+            w = self._wrt[i]
+            total = w.new_zeros(())
             for dx, c in pairs:
-                gradients[i].view(-1)[j] += (dx * c).sum()
-        return gradients
+                total = total + (dx * c).sum().to(w.device, w.dtype)
+            parts[i].append(total)
+        return [
+            torch.stack(part).view(w.shape) if part else w.new_zeros(w.shape)
+            for part, w in zip(parts, self._wrt, strict=True)
+        ]
 
 
-def _close(a: Mapping[Path, Tensor | None], b: Mapping[Path, Tensor | None]) -> bool:
-    """Whether tangents agree as well as their precision lets them."""
+def _close(
+    a: Mapping[Path, Tensor | None],
+    b: Mapping[Path, Tensor | None],
+    tolerance: float | None = None,
+) -> bool:
+    """Whether tangents agree: as well as their precision lets them, or to ``tolerance``."""
     for path in a.keys() | b.keys():
         x, y = a.get(path), b.get(path)
         x = torch.zeros_like(y) if x is None and y is not None else x
         y = torch.zeros_like(x) if y is None and x is not None else y
         if x is None or y is None:
             continue
-        bound = torch.finfo(x.dtype).eps ** 0.5 * max(x.norm(), y.norm(), torch.ones(()))
+        relative = torch.finfo(x.dtype).eps ** 0.5 if tolerance is None else tolerance
+        bound = relative * max(float(x.norm()), float(y.norm()), 1.0)
         if not (x - y).norm() <= bound:
             return False
     return True

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 from diffopt import schedule
 from diffopt._loop.loop import CapturedSum, Loop
 from diffopt._loop.snapshots import Snapshot
+from diffopt._torch.batched import any_batched
 from diffopt._values.state import Cotangent, State
 from diffopt.adjoint._base import Adjoint, refuse_cotangent_norm
 from diffopt.adjoint._solvers import CG, Product, Solution, Solver, Vector
@@ -51,7 +54,8 @@ class Implicit(Adjoint):
 
     Warns:
         ConvergenceWarning: in the backward pass, where the norm of ∇_θ L is above
-            ``gradient_tol``, or the solver did not converge.
+            ``gradient_tol``, or the solver did not converge. It points to the call of ``unroll``,
+            and Python shows it once for each.
 
     Raises:
         TypeError: ``solver`` is no ``Solver``.
@@ -89,12 +93,12 @@ class Implicit(Adjoint):
         last = loop.rest(state, loop.steps - 1)
         generators = loop.generators.get()
         state = last.first(state, 0)
-        return state, (last, Snapshot(state, generators))
+        return state, _Kept(last, Snapshot(state, generators), _Place.of_the_call())
 
     def backward(
         self,
         loop: Loop,
-        kept: tuple[Loop, Snapshot] | None,
+        kept: _Kept | None,
         cotangent: Cotangent,
         loss_cotangents: Tensor | None,
         *,
@@ -104,11 +108,16 @@ class Implicit(Adjoint):
         if kept is None:
             return {}, unused
         _refuse_all_but_params(cotangent, loss_cotangents)
-        last, snapshot = kept
+        if any_batched(cotangent.values()):
+            raise NotImplementedError(
+                "is_grads_batched=True gives Implicit many cotangents as one, but its solver "
+                "decides by the values of each when to stop: call torch.autograd.grad for each"
+            )
+        last, snapshot = kept.last, kept.end
         # Not the last step again, which a check for that would refuse, but its loss at the end.
         linearization = last.step.linearize(last.restored(snapshot), 0)
         gradient = {n: g for n, g in linearization.raw.items() if g is not None}
-        self._check_stationary(gradient.values())
+        self._check_stationary(gradient.values(), kept.place)
 
         def product(v: Vector) -> Vector:
             found, _ = linearization.gradient_vjp(dict(zip(gradient, v, strict=True)))
@@ -117,7 +126,7 @@ class Implicit(Adjoint):
         b = [cotangent.get(("params", n), torch.zeros_like(g)) for n, g in gradient.items()]
         if not any(x.any() for x in b):
             return {}, unused
-        solution = self._solved(product, b)
+        solution = self._solved(product, b, kept.place)
         x = {name: -v for name, v in zip(gradient, solution.x, strict=True)}
         with last.captured.sealed(0):
             _, found = linearization.gradient_vjp(x, last.captured.edges(0))
@@ -125,31 +134,80 @@ class Implicit(Adjoint):
         captured.add(last.captured.at(0), found)
         return {}, captured.total
 
-    def _solved(self, product: Product, b: Vector) -> Solution:
+    def _solved(self, product: Product, b: Vector, place: _Place) -> Solution:
         solution = self.solver.solve(product, b)
         if self.report is not None:
             self.report(solution)
         if solution.trouble:
-            warnings.warn(
-                f"the solver of Implicit, {self.solver!r}, {solution.trouble}. Its relative "
-                f"residual is {solution.residual:.1e} after {solution.products} products with the "
-                "Hessian",
-                ConvergenceWarning,
-                stacklevel=2,
+            place.warn(
+                f"the solver of Implicit, {self.solver!r}, {solution.trouble}. The first time its "
+                f"relative residual was {solution.residual:.1e} after {solution.products} products "
+                "with the Hessian; report=print shows each time's",
+                kind=solution.trouble,
             )
         return solution
 
-    def _check_stationary(self, gradient: Iterable[Tensor]) -> None:
+    def _check_stationary(self, gradient: Iterable[Tensor], place: _Place) -> None:
         norm = math.sqrt(sum(float(g.detach().square().sum()) for g in gradient))
         if not norm <= self.gradient_tol:
-            warnings.warn(
-                f"Implicit differentiates a stationary point, but the inner gradient has norm "
-                f"{norm:.1e} at the end, above gradient_tol={self.gradient_tol}: take more steps, "
-                "put weight decay into the loss, or use diffopt.Segmented(), which needs no "
-                "convergence",
-                ConvergenceWarning,
-                stacklevel=2,
+            place.warn(
+                f"Implicit differentiates a stationary point, but the last step's inner gradient "
+                f"is above gradient_tol={self.gradient_tol} at the end: its norm was {norm:.1e} "
+                "the first time. Take more steps; train on all data and not on minibatches, whose "
+                "gradient is not zero where that of all data is; put weight decay into the loss; "
+                "or use diffopt.Segmented(), which needs no convergence",
+                kind="gradient",
             )
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """The last step as a loop of its own, the state after it, and where unroll was called."""
+
+    last: Loop
+    end: Snapshot
+    place: _Place
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A line of the caller's, which warnings point to: a backward pass may be on another thread.
+
+    Attributes:
+        file, line, module: where it is.
+        shown: the module's register of the warnings that Python has shown.
+    """
+
+    file: str
+    line: int
+    module: str
+    shown: dict[Any, Any] = field(repr=False, compare=False, hash=False)
+
+    @classmethod
+    def of_the_call(cls) -> _Place:
+        """Where the innermost caller stands that is neither in this package nor in PyTorch."""
+        frame = sys._getframe()
+        while frame.f_back is not None and _name(frame).split(".")[0] in ("diffopt", "torch"):
+            frame = frame.f_back
+        shown = frame.f_globals.setdefault("__warningregistry__", {})
+        return cls(frame.f_code.co_filename, frame.f_lineno, _name(frame), shown)
+
+    def warn(self, message: str, kind: str) -> None:
+        """Warn of trouble of some kind, with the words of the first time.
+
+        Python shows a warning of the same words once for each line.
+        """
+        message = _said.setdefault((self, kind), message)
+        warnings.warn_explicit(
+            message, ConvergenceWarning, self.file, self.line, self.module, self.shown
+        )
+
+
+_said: dict[tuple[_Place, str], str] = {}
+
+
+def _name(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", ""))
 
 
 def _refuse_all_but_params(cotangent: Cotangent, loss_cotangents: Tensor | None) -> None:

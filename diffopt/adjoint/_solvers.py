@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -30,7 +30,7 @@ class Solution:
         trouble: why the solution is not to be trusted, or "".
     """
 
-    x: Vector
+    x: Vector = field(repr=False)
     residual: float
     products: int
     trouble: str = ""
