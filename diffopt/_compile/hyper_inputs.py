@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from diffopt.optim import Optimizer
-from diffopt.optim.base import SWITCHES
+from diffopt.optim.options import SWITCHES
 
 
 def entries(options: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Any]]:

@@ -11,6 +11,7 @@ from diffopt._model.precision import Precision
 from diffopt._unroll.problem import InnerProblem
 from diffopt._unroll.unrolled import Unrolled
 from diffopt._values.state import State
+from diffopt.optim.mapped import init_over_tasks
 
 Initial = Unrolled | Mapping[str, Tensor] | None
 
@@ -46,7 +47,7 @@ def start_state(
     if tasks is not None and fresh:
         state = _spread(state, inner, tasks)
     state = Precision(inner).widened(state)
-    first = problem.opt.init(state.params, groups=problem.inner_groups)
+    first = init_over_tasks(problem.opt, tasks, state.params, groups=problem.inner_groups)
     entries = {name: {**first[name], **state.opt.get(name, {})} for name in inner}
     return State(state.params, entries, state.buffers)
 
