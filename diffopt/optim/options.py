@@ -57,6 +57,7 @@ class Range:
 Ranges = Mapping[str, Range | tuple[Range, ...]]
 
 ANY = Range("a number, not NaN", lambda low, high: low <= high)
+FINITE = Range("finite", lambda low, high: -math.inf < low <= high < math.inf)
 
 
 def at_least_0(what: str) -> Range:
@@ -182,7 +183,7 @@ def _item_at(rule: str, key: str, allowed: Range, given: Any, step: int) -> Any:
         read = value.detach()
         low, high = (read.item(),) * 2 if read.numel() == 1 else (x.item() for x in read.aminmax())
         if key == "lr" and read.numel() > 1:
-            allowed = ANY  # with a rate for each entry its direction is learned, too: Meta-SGD
+            allowed = FINITE  # with a rate for each entry its direction is learned, too: Meta-SGD
     elif isinstance(value, Real):
         value = low = high = float(value)  # NumPy's scalars, not all of which are floats
     else:
