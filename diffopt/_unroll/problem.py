@@ -34,12 +34,12 @@ class InnerProblem:
 
     Attributes:
         inner: those parameters that are trained: the optimizer's that require grad.
-        first_step: the number of the first step.
+        first_step: the number of the first step: those that ``opt`` has taken.
         grad_transform: what the optimizer does to the gradients on its own, or None.
         connected: whether the results are wanted with a graph.
     """
 
-    first_step: int = 0
+    first_step: int
     grad_transform: GradTransform | None = None
     connected: bool = True
 
@@ -56,6 +56,7 @@ class InnerProblem:
         self.params = params
         self.groups = groups
         self.opt_state = opt_state
+        self.first_step = opt._steps
         self.inner = {n: params[n] for names in groups for n in names if params[n].requires_grad}
         if not self.inner:
             raise ValueError(
@@ -101,7 +102,8 @@ def inner_problem(model: Any, opt: Any, tasks: int | None) -> InnerProblem:
     for kinds, make in _ADAPTERS:
         if isinstance(model, kinds) or isinstance(opt, kinds):
             return make(model, opt, tasks)
-    for what, given in (("model", model), ("opt", opt)):
+    several = opt if isinstance(opt, (list, tuple)) else [opt]
+    for what, given in (("model", model), *(("opt", each) for each in several)):
         for base in type(given).__mro__:
             package = base.__module__.partition(".")[0]
             if package in _ADAPTED_BY:
@@ -110,8 +112,8 @@ def inner_problem(model: Any, opt: Any, tasks: int | None) -> InnerProblem:
                     f"after `import {_ADAPTED_BY[package]}`"
                 )
     _check_model(model)
-    rule = convert(opt)
     names = {x: name for name, x in model.named_parameters()}
+    rule = convert(opt, names)
     groups = _names_by_group(names, rule)
     state = {names[x]: as_tensors(entries) for x, entries in rule.state.items() if x in names}
     return InnerProblem(model, rule, dict(model.named_parameters()), groups, state)

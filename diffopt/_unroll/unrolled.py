@@ -14,6 +14,7 @@ from diffopt._model.standing import standing
 from diffopt._step.tasks import Values, check_leads, over_tasks
 from diffopt._values.state import State
 from diffopt.optim import load_state_into
+from diffopt.optim.convert import Optimizers, all_of
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -106,13 +107,13 @@ class Unrolled:
             result: R = over_tasks(on_model, inner, buffers, (args, kwargs))
             return result
 
-    def load_into(self, model: nn.Module, opt: torch.optim.Optimizer | None = None) -> None:
+    def load_into(self, model: nn.Module, opt: Optimizers | None = None) -> None:
         """Write the values into ``model`` in place, and the optimizer state into ``opt``.
 
         Args:
             model: a module with the same parameter and buffer names, such as the one unrolled.
-            opt: a ``torch.optim`` or ``diffopt`` optimizer over its parameters, which then
-                continues as if it had run all along.
+            opt: a ``torch.optim`` or ``diffopt`` optimizer over its parameters, or a list of them,
+                which then continue as if they had run all along.
 
         Raises:
             ValueError: a name or a shape does not fit, as with the result of ``tasks=N``. Nothing
@@ -134,7 +135,7 @@ class Unrolled:
                 targets.append((theirs[name], x))
         if opt is not None:
             owned = dict(model.named_parameters())
-            held = {p for group in opt.param_groups for p in group["params"]}
+            held = {p for o in all_of(opt) for group in o.param_groups for p in group["params"]}
             for name in self.opt_state:
                 if owned[name] not in held:
                     raise ValueError(

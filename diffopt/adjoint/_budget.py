@@ -139,7 +139,7 @@ def _sizes(loop: Loop) -> Sizes:
     key = (
         loss,
         tuple((path, x.shape, x.dtype, x.device) for path, x in loop.start.tensors().items()),
-        type(opt),
+        tuple(map(type, opt.rules)),
         tuple((k, type(v)) for group in opt.param_groups for k, v in group.items()),
         model.training,
         *((torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in _KINDS),

@@ -33,23 +33,22 @@ def is_elementwise(rule: Optimizer) -> bool:
 
 
 def init_over_tasks(
-    opt: Optimizer, tasks: int | None, params: Params, *, groups: Groups
+    opt: Optimizer,
+    tasks: int | None,
+    params: Params,
+    *,
+    groups: Groups,
+    hyper: Sequence[Hyper] | None = None,
 ) -> OptState:
     """``opt.init``, for parameters that lead with the tasks unless ``tasks`` is None."""
-    if tasks is None:
-        return opt.init(params, groups=groups)
-    hyper = opt.hyperparameters(0)
     state: OptState = {}
-    for part in _parts(opt, groups, hyper):
+    for part in _parts(opt, groups, opt.hyperparameters(0) if hyper is None else hyper):
         own = {name: params[name] for names in part.groups for name in names}
 
         def init(params: Params, hyper: Sequence[Hyper], part: _Part = part) -> OptState:
             return part.rule.init(params, groups=part.groups, hyper=hyper)
 
-        if part.is_mapped(own, {}):
-            state.update(_mapped(part, tasks, init, own))
-        else:
-            state.update(init(own, part.hyper))
+        state.update(part.apply(tasks, init, own, {}))
     return {name: state[name] for name in params if name in state}
 
 
@@ -72,7 +71,7 @@ def update_over_tasks(
         ValueError: a tensor's shape says both that its values are the tasks' and the entries'.
         RuntimeError: ``torch.vmap`` cannot map the rule.
     """
-    if tasks is None:
+    if tasks is None and opt.rules[0] is opt:
         return opt.update(params, grads, state, hyper=hyper, groups=groups)
     new_params = dict(params)
     new_state: dict[str, Any] = dict(state)
@@ -82,17 +81,14 @@ def update_over_tasks(
         if not given:
             continue
         own = {name: params[name] for name in given}
-        rest = {name: grads[name] for name in given}, {name: dict(state[name]) for name in given}
+        entries = {name: dict(state[name]) for name in given if name in state}
 
         def update(
-            params: Params, hyper: Sequence[Hyper], grads: Any, state: Any, part: _Part = part
+            params: Params, hyper: Sequence[Hyper], state: Any, grads: Any, part: _Part = part
         ) -> tuple[dict[str, Tensor], OptState]:
             return part.rule.update(params, grads, state, hyper=hyper, groups=part.groups)
 
-        if part.is_mapped(own, rest[1]):
-            values, entries = _mapped(part, tasks, update, own, *rest)
-        else:
-            values, entries = update(own, part.hyper, *rest)
+        values, entries = part.apply(tasks, update, own, entries, {n: grads[n] for n in given})
         new_params.update(values)
         new_state.update(entries)
     return new_params, new_state
@@ -104,7 +100,21 @@ class _Part:
     def __init__(self, rule: Optimizer, groups: Groups, hyper: Sequence[Hyper]) -> None:
         self.rule, self.groups, self.hyper = rule, groups, hyper
 
-    def is_mapped(self, params: Params, state: Mapping[str, Mapping[str, Tensor]]) -> bool:
+    def apply(
+        self,
+        tasks: int | None,
+        function: Callable[..., Any],
+        params: Params,
+        state: Mapping[str, Mapping[str, Tensor]],
+        *grads: Any,
+    ) -> Any:
+        """``function(params, hyper, [state, grads])``, mapped over the tasks where it has to be."""
+        rest = (state, *grads) if grads else ()
+        if tasks is None or not self._is_mapped(params, state):
+            return function(params, self.hyper, *rest)
+        return _mapped(self, tasks, function, params, *rest)
+
+    def _is_mapped(self, params: Params, state: Mapping[str, Mapping[str, Tensor]]) -> bool:
         """Whether tasks differ in more than the entries of their parameters."""
         if not is_elementwise(self.rule):
             return True
