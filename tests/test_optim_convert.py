@@ -14,6 +14,7 @@ from optimizers import (
 )
 from torch import nn
 
+import diffopt
 from diffopt import optim
 from diffopt.optim.convert import load_state_into
 
@@ -135,3 +136,21 @@ def test_conversion_refuses_the_unknown() -> None:
         optim.register("SGD", optim.SGD.from_torch)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="None is not callable"):
         optim.register(torch.optim.LBFGS, None)  # type: ignore[arg-type]
+
+
+def test_everyday_steps_do_not_count_for_an_unroll_but_loaded_ones_do() -> None:
+    model = nn.Linear(1, 1)
+    seen: list[int] = []
+    opt = optim.SGD(model.parameters(), lr=lambda t: seen.append(t) or 0.1)  # type: ignore[func-returns-value]
+
+    def unrolled() -> diffopt.Unrolled:
+        seen.clear()
+        with torch.no_grad():
+            return diffopt.unroll(model, opt, 2, lambda m, t: m.weight.sum() * (t + 1))
+
+    model.weight.grad = torch.ones(1, 1)
+    opt.step()
+    assert unrolled().step == 2
+    unrolled().load_into(model, opt)
+    assert unrolled().step == 4
+    assert set(seen) - {0} == {2, 3}

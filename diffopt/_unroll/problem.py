@@ -34,7 +34,7 @@ class InnerProblem:
 
     Attributes:
         inner: those parameters that are trained: the optimizer's that require grad.
-        first_step: the number of the first step: those that ``opt`` has taken.
+        first_step: the number of the first step.
         grad_transform: what the optimizer does to the gradients on its own, or None.
         connected: whether the results are wanted with a graph.
     """
@@ -56,7 +56,7 @@ class InnerProblem:
         self.params = params
         self.groups = groups
         self.opt_state = opt_state
-        self.first_step = opt._steps
+        self.first_step = opt.first_step
         self.inner = {n: params[n] for names in groups for n in names if params[n].requires_grad}
         if not self.inner:
             raise ValueError(

@@ -57,6 +57,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         self._steps = 0
+        self._continued = False  # whether an unroll has counted them: `load_state_into`
         super().__init__(params, defaults)
 
     # The rule, to be stated by each subclass.
@@ -96,6 +97,11 @@ class Optimizer(torch.optim.Optimizer):
     def rules(self) -> Sequence[Optimizer]:
         """The rule of each param group: this one, unless several optimizers are joined."""
         return [self] * len(self.param_groups)
+
+    @property
+    def first_step(self) -> int:
+        """The number of an unroll's first step: 0, or where the unroll left off that was loaded."""
+        return self._steps if self._continued else 0
 
     @classmethod
     def _declares(cls, name: str) -> bool:
@@ -305,11 +311,13 @@ class Optimizer(torch.optim.Optimizer):
         self._steps = int(state_dict.get(_STEPS, max(counts, default=0)))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_steps": self._steps}
+        counts = {"_steps": self._steps, "_continued": self._continued}
+        return {**super().__getstate__(), **counts}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_steps", 0)
+        self.__dict__.setdefault("_continued", False)
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)

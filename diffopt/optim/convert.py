@@ -82,19 +82,24 @@ def convert(opt: Any, names: Mapping[Tensor, str] | None = None) -> Optimizer:
         ValueError: two optimizers of a list hold the same parameter.
     """
     if isinstance(opt, (list, tuple)):
+        wrong = next((x for x in opt if not isinstance(x, torch.optim.Optimizer)), None)
+        if wrong is not None:
+            raise TypeError(
+                f"expected a diffopt or torch.optim optimizer, got {_name(type(opt))} that holds a "
+                f"{_name(type(wrong))}: pass an optimizer, or a list of them"
+            )
         return Joint([convert(each) for each in opt], names)
     if isinstance(opt, Optimizer):
         return opt
     cls = type(opt)
     make = _REGISTRY.get(cls)
     if make is None:
-        name = f"{cls.__module__}.{cls.__qualname__}"
         if not isinstance(opt, torch.optim.Optimizer):
-            raise TypeError(f"expected a diffopt or torch.optim optimizer, got {name}")
+            raise TypeError(f"expected a diffopt or torch.optim optimizer, got {_name(cls)}")
         base = next((b.__name__ for b in cls.__mro__ if b in _REGISTRY), None)
         raise TypeError(
-            f"diffopt does not know how {name} steps: call diffopt.register({cls.__name__}, fn), "
-            "where fn(instance) returns a diffopt optimizer"
+            f"diffopt does not know how {_name(cls)} steps: call "
+            f"diffopt.register({cls.__name__}, fn), where fn(instance) returns a diffopt optimizer"
             + (
                 f"; if it steps as {base} does, fn is diffopt.optim.{base}.from_torch"
                 if base
@@ -108,6 +113,10 @@ def convert(opt: Any, names: Mapping[Tensor, str] | None = None) -> Optimizer:
             f"not {type(new).__name__}"
         )
     return new
+
+
+def _name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def all_of(opt: Optimizers) -> Sequence[torch.optim.Optimizer]:
@@ -137,7 +146,7 @@ def load_state_into(
     for each in all_of(opt):
         _load_into(each, states)
         if steps is not None and isinstance(each, Optimizer):
-            each._steps = steps
+            each._steps, each._continued = steps, True
 
 
 def _load_into(opt: torch.optim.Optimizer, states: Mapping[Tensor, Mapping[str, Tensor]]) -> None:

@@ -39,7 +39,6 @@ class Joint(Optimizer):
         self.param_groups = groups
         for opt in optimizers:
             self.state.update(opt.state)
-        self._steps = max(opt._steps for opt in optimizers)
 
     def _check_disjoint(self, names: Mapping[Tensor, str]) -> None:
         holders: dict[Tensor, Optimizer] = {}
@@ -59,6 +58,10 @@ class Joint(Optimizer):
     @property
     def rules(self) -> Sequence[Optimizer]:
         return [opt for opt in self.optimizers for _ in opt.param_groups]
+
+    @property
+    def first_step(self) -> int:
+        return max(opt.first_step for opt in self.optimizers)
 
     def init(
         self,
