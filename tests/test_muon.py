@@ -360,3 +360,26 @@ def test_a_coefficient_for_each_entry_has_no_meaning() -> None:
     opt = optim.Muon([w], eps=torch.full((3,), 1e-7))
     with pytest.raises(ValueError, match="ns_coefficients and eps are one number each"):
         opt.update({"w": w}, {"w": w}, opt.init({"w": w}))
+
+
+@forward_mode
+@pytest.mark.parametrize("rule", [optim.Muon, Smooth])
+def test_forward_mode(rule: type[optim.Muon]) -> None:
+    model, data = matrices(), some_batches(STEPS)
+    log_lr = torch.tensor(-3.0, dtype=torch.float64, requires_grad=True)
+    found = []
+    for adjoint in (diffopt.StoreAll(), diffopt.ForwardMode([log_lr])):
+        opt = rule(model.parameters(), lr=lambda t: log_lr.exp())
+        fast = diffopt.unroll(model, opt, data, mse, adjoint=adjoint)
+        found.append(torch.autograd.grad(fast.losses.sum(), log_lr))
+    assert_all_close(found[1], found[0], rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_parameters_of_low_precision(dtype: torch.dtype) -> None:
+    model = matrices().to(dtype)
+    data = [(x.to(dtype), y.to(dtype)) for x, y in some_batches(STEPS)]
+    fast = diffopt.unroll(model, torch.optim.Muon(model.parameters(), lr=0.05), data, mse)
+    assert {x.dtype for x in fast.params.values()} == {dtype}
+    found = torch.autograd.grad(fast.losses.sum(), list(model.parameters()))
+    assert all(g.isfinite().all() and (g != 0).any() for g in found)

@@ -360,3 +360,64 @@ def test_init_of_several_param_groups_keeps_the_order() -> None:
         "factor1": (N, 2),
         "norm": (),
     }
+
+
+# What a rule uses besides its arguments.
+
+
+class Learned(Lars):
+    """θ ← θ − s ‖θ‖ g, with a step size s that the rule holds, and noise where it is asked for."""
+
+    def __init__(self, params: Any, size: Tensor, noise: float = 0.0) -> None:
+        super().__init__(params)
+        self.size, self.noise = size, noise
+
+    def _update(self, hyper: Any, params: Any, grads: Any, states: Any) -> Any:
+        moved = []
+        for p, g in zip(params, grads, strict=True):
+            step = self.size * (p * p).sum().sqrt() * g
+            moved.append(p - step * (1 + self.noise * torch.randn_like(p)))
+        return moved, states
+
+
+@every_adjoint
+def test_a_tensor_that_the_rule_holds_gets_its_gradient(adjoint: diffopt.Adjoint) -> None:
+    model, data = small(), some_batches()
+    size = torch.tensor(0.05, dtype=torch.float64, requires_grad=True)
+    inputs = [*model.parameters(), size]
+    singles = [
+        diffopt.unroll(model, Learned(model.parameters(), size), of_task(data, i), mse)
+        for i in range(N)
+    ]
+    want = torch.autograd.grad(sum(total(x, i) for i, x in enumerate(singles)), inputs)
+    opt = Learned(model.parameters(), size)
+    fast = diffopt.unroll(model, opt, data, mse, tasks=N, adjoint=adjoint)
+    assert_all_close(torch.autograd.grad(total(fast), inputs), want, rtol=1e-10, atol=1e-13)
+
+
+def test_random_numbers_of_a_mapped_rule_are_drawn_again() -> None:
+    model, data = small(), some_batches()
+    size = torch.tensor(0.05, dtype=torch.float64, requires_grad=True)
+    inputs = [*model.parameters(), size]
+    results = []
+    for _, adjoint in EXACT:
+        torch.manual_seed(5)
+        opt = Learned(model.parameters(), size, noise=0.5)
+        fast = diffopt.unroll(model, opt, data, mse, tasks=N, adjoint=adjoint, verify=True)
+        results.append([total(fast), *torch.autograd.grad(total(fast), inputs)])
+    for result in results[1:]:
+        assert_all_close(result, results[0], rtol=1e-10, atol=1e-13)
+
+
+# PyTorch's forward mode compiles its decompositions with torch.jit.script, and warns of it.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+@pytest.mark.parametrize("rule", [Lars, Centralised, Factored, diffopt.Adam])
+def test_forward_mode_carries_tangents_through_a_mapped_rule(rule: Any) -> None:
+    model, data = small(), some_batches()
+    log_rates = torch.full((N,), -3.0, dtype=torch.float64, requires_grad=True)
+    results = []
+    for adjoint in (diffopt.StoreAll(), diffopt.ForwardMode([log_rates])):
+        opt = rule(model.parameters(), lr=lambda t: log_rates.exp())
+        fast = diffopt.unroll(model, opt, data, mse, tasks=N, adjoint=adjoint)
+        results.append(torch.autograd.grad(total(fast), log_rates))
+    assert_all_close(results[1], results[0], rtol=1e-10, atol=1e-13)
