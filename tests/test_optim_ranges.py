@@ -252,3 +252,28 @@ def test_rules_of_the_users_own_have_the_range_they_state() -> None:
     opt = InLogarithms([torch.zeros(1)], lr=torch.tensor(math.nan))
     with pytest.raises(ValueError, match="InLogarithms: lr is nan at step 4"):
         opt.hyperparameters(4)
+
+
+def test_a_large_tensor_is_looked_at_again_once_it_has_changed() -> None:
+    rates = torch.full((2,), 0.1)
+    opt = optim.SGD([torch.zeros(2)], lr=0.1, momentum=rates)
+    opt.hyperparameters(0)
+    opt.hyperparameters(1)
+    rates[1] = -0.5
+    with pytest.raises(ValueError, match=r"SGD: momentum is -0\.5 at step 2"):
+        opt.hyperparameters(2)
+    rates[1] = 0.5
+    opt.hyperparameters(2)
+    looser = optim.ASGD([torch.zeros(2)], t0=rates.neg_())
+    looser.hyperparameters(0)
+    opt.param_groups[0]["momentum"] = rates
+    with pytest.raises(ValueError, match=r"SGD: momentum is -0\.5 at step 3"):
+        opt.hyperparameters(3)
+
+
+def test_a_bool_and_a_numpy_scalar_are_numbers() -> None:
+    opt = optim.SGD([torch.zeros(1)], lr=True, momentum=np.float64(0.5), weight_decay=np.int64(1))
+    (options,) = opt.hyperparameters(0)
+    values = [options[key] for key in ("lr", "momentum", "weight_decay")]
+    assert values == [1, 0.5, 1.0]
+    assert [type(x) for x in values] == [int, float, float]

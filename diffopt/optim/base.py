@@ -373,10 +373,7 @@ class Optimizer(torch.optim.Optimizer):
         )
 
     def _options_at(self, group: Mapping[str, Any], step: int) -> dict[str, Any]:
-        rule = type(self).__name__
-        return {
-            key: options.value_at(rule, self.ranges, key, group[key], step) for key in self.defaults
-        }
+        return options.values_at(type(self).__name__, self.ranges, self.defaults, group, step)
 
 
 class _AtStart(dict[str, Any]):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -146,8 +147,10 @@ def check_shapes(rule: str, options: Mapping[str, Any], params: Mapping[str, Ten
                     )
 
 
-def value_at(rule: str, ranges: Ranges, key: str, value: Any, step: int) -> Any:
-    """An option at a step: callables called, tensors as they are.
+def values_at(
+    rule: str, ranges: Ranges, keys: Iterable[str], group: Mapping[str, Any], step: int
+) -> dict[str, Any]:
+    """The options of a param group at a step: callables called, tensors as they are.
 
     No tensor on an accelerator is looked at, which would wait for it, and none while a step is
     traced or batched.
@@ -156,12 +159,18 @@ def value_at(rule: str, ranges: Ranges, key: str, value: Any, step: int) -> Any:
         TypeError: a callable returned no number or tensor.
         ValueError: a value is out of its range.
     """
-    if key in SWITCHES:
-        return value
-    pairs = _pairs(ranges.get(key), value)
-    if not isinstance(value, (tuple, list)):
-        return _item_at(rule, key, *pairs[0], step)
-    return tuple(_item_at(rule, f"{key}[{i}]", *pair, step) for i, pair in enumerate(pairs))
+    found = {}
+    for key in keys:
+        value = group[key]
+        if key not in SWITCHES:
+            allowed = ranges.get(key)
+            if isinstance(value, (tuple, list)):
+                pairs = enumerate(_pairs(allowed, value))
+                value = tuple(_item_at(rule, f"{key}[{i}]", *pair, step) for i, pair in pairs)
+            else:
+                value = _item_at(rule, key, allowed or ANY, value, step)
+        found[key] = value
+    return found
 
 
 def is_scheduled(value: Any) -> bool:
@@ -169,35 +178,61 @@ def is_scheduled(value: Any) -> bool:
     return any(map(callable, value)) if isinstance(value, (tuple, list)) else callable(value)
 
 
-def _item_at(rule: str, key: str, allowed: Range, given: Any, step: int) -> Any:
-    value = given(step) if callable(given) else given
-    kind = type(value)
+def _item_at(rule: str, key: str, allowed: Any, given: Any, step: int) -> Any:
+    kind = type(given)
     if kind is float or kind is int:
-        low = high = value
-    elif isinstance(value, Tensor):
+        if not allowed.holds(given, given):
+            raise _out_of_range(rule, key, allowed, given, step)
+        return given
+    value = given(step) if callable(given) else given
+    if isinstance(value, Tensor):
         _check_dtype(rule, key, value)
+        if key == "lr" and value.numel() > 1:
+            allowed = FINITE  # with a rate for each entry its direction is learned, too: Meta-SGD
         if not value.is_floating_point():  # whose arithmetic may wrap around
             value = value.to(torch.get_default_dtype())
         if not _can_be_read(value):
             return value
-        read = value.detach()
-        low, high = (read.item(),) * 2 if read.numel() == 1 else (x.item() for x in read.aminmax())
-        if key == "lr" and read.numel() > 1:
-            allowed = FINITE  # with a rate for each entry its direction is learned, too: Meta-SGD
-    elif isinstance(value, Real):
-        value = low = high = float(value)  # NumPy's scalars, not all of which are floats
-    else:
+        if (wrong := _outside(value, allowed)) is not None:
+            raise _out_of_range(rule, key, allowed, wrong, step)
+        return value
+    if not isinstance(value, Real):
         raise TypeError(
             f"{rule}: {key}, called with step {step}, returned {value!r}: return a number or a "
             "tensor"
         )
+    # Among real numbers are bools and NumPy's scalars.
+    number: Any = value
+    number = int(number) if isinstance(number, int) else float(number)
+    return _item_at(rule, key, allowed, number, step)
+
+
+def _out_of_range(rule: str, key: str, allowed: Range, value: float, step: int) -> ValueError:
+    advice = f": {allowed.learned.format(key=key)}" if allowed.learned else ""
+    return ValueError(
+        f"{rule}: {key} is {value} at step {step}, and has to be {allowed.words}{advice}"
+    )
+
+
+#: Large tensors found within a range, by identity, with the version that they had then.
+_WITHIN: dict[tuple[int, str], tuple[weakref.ref[Tensor], int]] = {}
+
+
+def _outside(x: Tensor, allowed: Range) -> float | None:
+    """A value that the range does not contain. A large tensor is looked at once a version."""
+    if x.numel() == 1:
+        value: float = x.detach().item()
+        return None if allowed.holds(value, value) else value
+    place = id(x), allowed.words
+    known, version = _WITHIN.get(place, (None, -1))
+    current = -2 if x.is_inference() else x._version
+    if known is not None and known() is x and version == current:
+        return None
+    low, high = (end.item() for end in x.detach().aminmax())
     if not allowed.holds(low, high):
-        wrong = low if low == high or not allowed.holds(low, low) else high
-        advice = f": {allowed.learned.format(key=key)}" if allowed.learned else ""
-        raise ValueError(
-            f"{rule}: {key} is {wrong} at step {step}, and has to be {allowed.words}{advice}"
-        )
-    return value
+        return low if not allowed.holds(low, low) else high
+    _WITHIN[place] = weakref.ref(x, lambda _: _WITHIN.pop(place, None)), current
+    return None
 
 
 def _can_be_read(x: Tensor) -> bool:
