@@ -241,7 +241,7 @@ class InnerStep:
         if known and not comes_to(found.graph.roots["hyper"], own, since):
             return Split(self, number, state, leaves, found)
         opt = {path: _leaf(x) for path, x in flowing.items() if path[0] == "opt"}
-        own.extend(opt.values())  # the step's own in its graph, too
+        found.graph.own = [*found.graph.own, *opt.values()]
         with observer or nullcontext():
             whole = Whole(self, number, state.replace(opt), leaves | opt, found)
         whole.checked = self._with_update(found.checked, whole.after)

@@ -42,7 +42,9 @@ def init_over_tasks(
 ) -> OptState:
     """``opt.init``, for parameters that lead with the tasks unless ``tasks`` is None."""
     state: OptState = {}
-    for part in _parts(opt, groups, opt.hyperparameters(0) if hyper is None else hyper):
+    if hyper is None:  # whether the tasks differ, the values tell
+        hyper = opt.at_start() if tasks is None else opt.hyperparameters(0)
+    for part in _parts(opt, groups, hyper):
         own = {name: params[name] for names in part.groups for name in names}
 
         def init(params: Params, hyper: Sequence[Hyper], part: _Part = part) -> OptState:
