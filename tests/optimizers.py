@@ -6,7 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
+from torch import Tensor
 
 import diffopt.optim
 
@@ -102,3 +104,42 @@ _TABLE: dict[str, list[dict[str, Any]]] = {
 }
 
 CASES = [Case(name, options) for name, table in _TABLE.items() for options in table]
+OPTIMIZERS = {case.name: case for case in CASES}
+
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+every_optimizer = pytest.mark.parametrize("case", OPTIMIZERS.values(), ids=OPTIMIZERS)
+
+Named = dict[str, Tensor]
+
+
+def some_params(dtype: torch.dtype = torch.float64) -> Named:
+    generator = torch.Generator().manual_seed(1)
+    shapes = {"a": (3,), "b": (2, 3), "c": ()}
+    return {n: torch.randn(s, dtype=dtype, generator=generator) for n, s in shapes.items()}
+
+
+def grads_at(t: int, params: Named) -> Named:
+    generator = torch.Generator().manual_seed(10 + t)
+    return {
+        n: 0.5 * p.detach() + torch.randn(p.shape, dtype=p.dtype, generator=generator)
+        for n, p in params.items()
+    }
+
+
+def step_in_place(opt: torch.optim.Optimizer, params: Named, times: range) -> None:
+    for t in times:
+        for (_, p), grad in zip(params.items(), grads_at(t, params).values(), strict=True):
+            p.grad = grad
+        opt.step()
+
+
+def step_purely(
+    opt: diffopt.optim.Optimizer, params: Named, state: Any, times: range
+) -> tuple[Named, diffopt.optim.base.OptState]:
+    for t in times:
+        params, state = opt.update(params, grads_at(t, params), state, step=t)
+    return params, state
+
+
+def assert_same(actual: Any, expected: Any, rtol: float = 1e-10, atol: float = 1e-12) -> None:
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)

@@ -304,7 +304,7 @@ def test_a_hyperparameter_that_does_not_broadcast() -> None:
     with pytest.raises(
         ValueError, match=r"lr of shape \(3,\) does not broadcast to parameter '0.w"
     ):
-        call(opt=lambda model: diffopt.SGD(model.parameters(), lr=lr))
+        call(opt=lambda model: diffopt.SGD(model.named_parameters(), lr=lr))
 
 
 def test_a_non_leaf_hyperparameter_serves_one_backward_pass() -> None:

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -36,6 +37,7 @@ from diffopt._step.result import StepResult
 from diffopt._step.step import InnerStep
 from diffopt._values.state import Cotangent, State
 from diffopt._values.tree import add
+from diffopt.optim import Optimizer
 from diffopt.optim.scalars import values_unknown
 
 #: So many structures of one model are compiled; further ones run uncompiled.
@@ -85,9 +87,9 @@ class CompiledStep(InnerStep):
         self._generators = generators
         self._counted = counted
         model = loss.slots.model
-        rule = {k: v for k, v in vars(opt).items() if k[0] != "_" and k not in _EVERY_OPTIMIZERS}
+        rules = [(type(rule), _own_attributes(rule)) for rule in dict.fromkeys(opt.rules)]
         functions = (loss.loss_fn, step.grad_transform)
-        seen = Environment(model, *functions, type(opt), rule, given=given)
+        seen = Environment(model, *functions, *chain.from_iterable(rules), given=given)
         self.environment = seen.tensors
         for generator in seen.generators:
             generators.meet(generator)
@@ -349,6 +351,10 @@ STEP_NUMBER = _StepNumber()
 
 # What every optimizer has and no rule is made of.
 _EVERY_OPTIMIZERS = {"defaults", "param_groups", "state"}
+
+
+def _own_attributes(rule: Optimizer) -> dict[str, Any]:
+    return {k: v for k, v in vars(rule).items() if k[0] != "_" and k not in _EVERY_OPTIMIZERS}
 
 
 def _form(x: Tensor) -> Hashable:

@@ -8,7 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from diffopt.optim import Optimizer
-from diffopt.optim.base import SWITCHES
+from diffopt.optim.options import SWITCHES
+
+_CONSTANTS = SWITCHES | {"ns_coefficients"}
 
 
 def entries(options: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Any]]:
@@ -24,11 +26,12 @@ def entries(options: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Any]]:
 def is_input(name: str, value: Any) -> bool:
     """Whether an option is passed to compiled code, as a tensor.
 
-    Not so a zero, for which rules leave terms out, except that a learning rate may warm up from it.
+    Not so a zero, for which rules leave terms out, except that a learning rate may warm up from it;
+    nor coefficients for which PyTorch has one operation, with one rounding, if they are numbers.
     """
     if isinstance(value, Tensor):
         return True
-    number = isinstance(value, (int, float)) and name not in SWITCHES
+    number = isinstance(value, (int, float)) and name not in _CONSTANTS
     return number and (value != 0 or name == "lr")
 
 

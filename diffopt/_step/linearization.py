@@ -161,7 +161,14 @@ class Split(Linearization):
         Those are as large as the parameters. ``grads`` and ``raw`` are gone then.
         """
         given, step = present(self.grads), self._step
-        if reads_gradients(step.opt, given, self._state.opt, hyper=self.hyper, groups=step.groups):
+        if reads_gradients(
+            step.opt,
+            given,
+            self._state.opt,
+            hyper=self.hyper,
+            groups=step.groups,
+            tasks=step.loss.tasks,
+        ):
             return
         self._ends = {n: get_gradient_edge(g) for n, g in given.items() if g.requires_grad}
         self.grads = {name: self._state.params[name] for name in given}  # their shapes alone
@@ -190,6 +197,7 @@ class Split(Linearization):
             by_kind["opt"],
             hyper=self.hyper,
             groups=self._step.groups,
+            tasks=self._step.loss.tasks,
             seen=captured,
             retain_graph=retain_graph,
         )

@@ -32,9 +32,10 @@ from diffopt._torch.engine import gradient
 from diffopt._values.state import State
 from diffopt._values.tree import Path
 from diffopt.optim import Optimizer
-from diffopt.optim.base import is_scheduled
+from diffopt.optim.mapped import update_over_tasks
+from diffopt.optim.options import is_scheduled
 from diffopt.optim.terms import Hyper, tensors_of
-from diffopt.optim.vjp import states_own_vjp
+from diffopt.optim.vjp import is_known
 
 #: ``f(grads)``, or ``f(grads, model, batch)``, to the gradients that the update is given.
 GradTransform = Callable[..., Mapping[str, Tensor]]
@@ -71,8 +72,8 @@ class InnerStep:
         self._takes_model = grad_transform is not None and arguments_of(grad_transform) == 3
         self._called = [
             (i, key)
-            for i, group in enumerate(opt.param_groups)
-            for key in opt.defaults
+            for i, (rule, group) in enumerate(zip(opt.rules, opt.param_groups, strict=True))
+            for key in rule.defaults
             if is_scheduled(group[key])
         ]
 
@@ -193,7 +194,7 @@ class InnerStep:
 
     def _is_known(self, hyper: Sequence[Hyper]) -> bool:
         """Whether the rule is a function of its arguments alone, whose derivative is known."""
-        return self.opt.is_pure or (states_own_vjp(type(self.opt)) and not tensors_of(hyper))
+        return is_known(self.opt, hyper, self.loss.tasks)
 
     def _checked(
         self, loss: Tensor, hyper: Sequence[Hyper], grads: Mapping[str, Tensor | None]
@@ -217,7 +218,9 @@ class InnerStep:
         opt_state: Mapping[str, Mapping[str, Tensor]],
     ) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
         """Apply the rule."""
-        new, opt = self.opt.update(params, grads, opt_state, hyper=hyper, groups=self.groups)
+        new, opt = update_over_tasks(
+            self.opt, self.loss.tasks, params, grads, opt_state, hyper=hyper, groups=self.groups
+        )
         return self.loss.precision.rounded(new, grads), opt
 
     def differentiable(self, state: State) -> dict[Path, Tensor]:
@@ -244,6 +247,7 @@ class InnerStep:
         if known and not comes_to(found.graph.roots["hyper"], own, since):
             return Split(self, number, state, leaves, found)
         opt = {path: _leaf(x) for path, x in flowing.items() if path[0] == "opt"}
+        found.graph.own = [*found.graph.own, *opt.values()]
         with observer or nullcontext():
             whole = Whole(self, number, state.replace(opt), leaves | opt, found)
         whole.checked = self._with_update(found.checked, whole.after)

@@ -41,7 +41,7 @@ class InnerProblem:
         carried: the optimizer state of those, to be handed on.
     """
 
-    first_step: int = 0
+    first_step: int
     grad_transform: GradTransform | None = None
     connected: bool = True
 
@@ -60,6 +60,7 @@ class InnerProblem:
         self.opt_state = opt_state
         self.taken_over: Mapping[str, Tensor] = {}
         self.carried: Mapping[str, Entries] = {}
+        self.first_step = opt.first_step
         self.inner = {n: params[n] for names in groups for n in names if params[n].requires_grad}
         if not self.inner:
             raise ValueError(
@@ -134,7 +135,8 @@ def inner_problem(model: Any, opt: Any, tasks: int | None) -> InnerProblem:
     for kinds, make in _ADAPTERS:
         if isinstance(model, kinds) or isinstance(opt, kinds):
             return make(model, opt, tasks)
-    for what, given in (("model", model), ("opt", opt)):
+    several = opt if isinstance(opt, (list, tuple)) else [opt]
+    for what, given in (("model", model), *(("opt", each) for each in several)):
         for base in type(given).__mro__:
             package = base.__module__.partition(".")[0]
             if package in _ADAPTED_BY:
@@ -143,13 +145,11 @@ def inner_problem(model: Any, opt: Any, tasks: int | None) -> InnerProblem:
                     f"after `import {_ADAPTED_BY[package]}`"
                 )
     _check_model(model)
-    rule = convert(opt)
     names = {x: name for name, x in model.named_parameters()}
+    rule = convert(opt, names)
     groups = _names_by_group(names, rule)
     state = {names[x]: as_tensors(entries) for x, entries in rule.state.items() if x in names}
-    problem = InnerProblem(model, rule, dict(model.named_parameters()), groups, state)
-    problem.first_step = rule._steps if rule._continues else 0
-    return problem
+    return InnerProblem(model, rule, dict(model.named_parameters()), groups, state)
 
 
 def frozen(opt: Optimizer) -> Optimizer:

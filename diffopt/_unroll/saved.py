@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from diffopt.optim import load_state_into
+from diffopt.optim.convert import all_of
 
 if TYPE_CHECKING:
     from diffopt._unroll.unrolled import Unrolled
@@ -23,7 +24,7 @@ def write_into(fast: Unrolled, model: Any, opt: Any) -> None:
     owned = dict(model.named_parameters())
     for kind, ours, theirs in (
         ("parameter", fast.params, owned),
-        ("buffer", fast.buffers, dict(model.named_buffers())),
+        ("buffer", fast.buffers, {**owned, **dict(model.named_buffers())}),
     ):
         for name, x in ours.items():
             if name not in theirs:
@@ -35,7 +36,7 @@ def write_into(fast: Unrolled, model: Any, opt: Any) -> None:
                 )
             targets.append((theirs[name], x))
     if opt is not None:
-        held = {p for group in opt.param_groups for p in group["params"]}
+        held = {p for o in all_of(opt) for group in o.param_groups for p in group["params"]}
         trained = fast._slots.inner.keys()  # the rest was carried on for a later unroll
         for name in fast.opt_state:
             if owned[name] not in held and name in trained:
@@ -58,9 +59,11 @@ def _check_kinds(model: Any, opt: Any) -> None:
             f"load_into: model is a {kind}: pass the torch.nn.Module that the "
             "values are to be written into, such as the one that was unrolled"
         )
-    if opt is not None and not isinstance(opt, torch.optim.Optimizer):
+    for each in () if opt is None else all_of(opt):
+        if isinstance(each, torch.optim.Optimizer):
+            continue
         raise TypeError(
-            f"load_into: opt is a {type(opt).__name__}: pass a torch.optim or diffopt optimizer "
+            f"load_into: opt is a {type(each).__name__}: pass a torch.optim or diffopt optimizer "
             "over the model's parameters, or leave it out"
         )
 

@@ -14,6 +14,7 @@ from diffopt._model.slots import ModuleSlots
 from diffopt._unroll.problem import InnerProblem
 from diffopt._unroll.unrolled import Unrolled
 from diffopt._values.state import State
+from diffopt.optim.mapped import init_over_tasks
 from diffopt.optim.terms import Entries
 
 Initial = Unrolled | Mapping[str, Tensor] | None
@@ -54,7 +55,7 @@ def start_state(
     if tasks is not None:
         state = _spread(state, tasks, leads, opt_leads)
     state = Precision(inner).widened(state)
-    first = problem.opt.init(state.params, groups=problem.inner_groups)
+    first = init_over_tasks(problem.opt, tasks, state.params, groups=problem.inner_groups)
     entries = {name: _entries(first[name], state.opt.get(name, {})) for name in inner}
     return State(state.params, entries, state.buffers)
 

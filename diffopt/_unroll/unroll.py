@@ -42,7 +42,7 @@ from diffopt.adjoint import Adjoint
 
 def unroll(
     model: nn.Module,
-    opt: torch.optim.Optimizer,
+    opt: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
     steps: int | Iterable[Any],
     loss_fn: LossFn | None = None,
     *,
@@ -67,7 +67,8 @@ def unroll(
     Args:
         model: any module. It is afterwards what it was, also when ``loss_fn`` raises.
         opt: a ``diffopt`` or ``torch.optim`` optimizer over some or all of the model's
-            parameters: the inner variables. Its state and param groups are the start. After
+            parameters: the inner variables; or a list of them over disjoint parameters. Its state
+            and param groups are the start. After
             ``import diffopt.higher`` also the pair that ``higher.innerloop_ctx`` yields, which
             are then left as a loop of ``dopt.step(loss)`` would have left them.
         steps: an int T: ``loss_fn(model, t)`` is called with t = 0, ..., T-1. Or batches:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from diffopt._model.modes import Modes
@@ -16,6 +15,7 @@ from diffopt._step.tasks import Values, check_leads, over_tasks
 from diffopt._unroll import saved
 from diffopt._unroll.in_place import InPlace, contained, refuse_setting
 from diffopt._values.state import State
+from diffopt.optim.convert import Optimizers
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -161,15 +161,15 @@ class Unrolled(InPlace):
             change()
             self._flags = self._slots.training()
 
-    def load_into(self, model: nn.Module, opt: torch.optim.Optimizer | None = None) -> None:
+    def load_into(self, model: nn.Module, opt: Optimizers | None = None) -> None:
         """Write the values into ``model`` in place, and the optimizer state into ``opt``.
 
         Args:
             model: a module with the same parameter and buffer names, such as the one unrolled.
-            opt: a ``torch.optim`` or ``diffopt`` optimizer over its parameters, which then
-                continues as if it had run all along. So does a later unroll with it: of a
-                ``diffopt`` one, the steps are numbered on from ``step``, for the callables among
-                its options and for a ``loss_fn`` that takes the number.
+            opt: a ``torch.optim`` or ``diffopt`` optimizer over its parameters, or a list of them,
+                which then continue as if they had run all along. So does a later unroll with them:
+                of a ``diffopt`` one, the steps are numbered on from ``step``, for the callables
+                among its options and for a ``loss_fn`` that takes the number.
 
         Raises:
             TypeError: ``model`` is no module, or ``opt`` no optimizer.

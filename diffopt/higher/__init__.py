@@ -28,8 +28,9 @@ from diffopt._unroll.unrolled import Unrolled
 from diffopt.higher.rules import EarlierAdam, ItsOwnRule, native
 from diffopt.higher.slots import FastSlots
 from diffopt.optim import Optimizer
-from diffopt.optim.base import SWITCHES, as_tensors
+from diffopt.optim.base import as_tensors
 from diffopt.optim.convert import convert, registered
+from diffopt.optim.options import SWITCHES
 
 try:
     with warnings.catch_warnings():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -16,7 +17,7 @@ from diffopt.optim import Adam, Optimizer
 from diffopt.optim.base import OptState, as_tensors
 from diffopt.optim.lists import Tensors
 from diffopt.optim.scalars import at
-from diffopt.optim.terms import Entries, Hyper, advance
+from diffopt.optim.terms import Cotangents, Entries, Hyper, Pullback, advance
 
 
 class EarlierAdam(Adam):
@@ -26,19 +27,18 @@ class EarlierAdam(Adam):
     """
 
     is_pure = True
+    elementwise = True
 
     def _update(
         self, hyper: Hyper, params: Tensors, grads: Tensors, states: list[Entries]
     ) -> tuple[Tensors, list[Entries]]:
         return super()._update(_corrected(hyper, states), params, grads, states)
 
-    def _vjp(
-        self, hyper: Hyper, params: Tensors, grads: Tensors, states: list[Entries], *cotangents: Any
-    ) -> tuple[Tensors, Tensors, list[Entries]] | None:
-        corrected = _corrected(hyper, states)
+    def _vjp(self, pullback: Pullback) -> Cotangents | None:
+        corrected = _corrected(pullback.hyper, pullback.states)
         if isinstance(corrected["eps"], Sequence):
             return None  # parameters whose step counts differ: stated by hand for one ε only
-        return super()._vjp(corrected, params, grads, states, *cotangents)
+        return super()._vjp(replace(pullback, hyper=corrected))
 
 
 def _corrected(hyper: Hyper, states: list[Entries]) -> Hyper:
@@ -60,7 +60,11 @@ class ItsOwnRule(Optimizer):
         self._dopt._fmodel, self._dopt.param_groups, self._dopt.state = None, [], []
 
     def init(
-        self, params: Mapping[str, Tensor], *, groups: Sequence[Sequence[str]] | None = None
+        self,
+        params: Mapping[str, Tensor],
+        *,
+        groups: Sequence[Sequence[str]] | None = None,
+        hyper: Sequence[Hyper] | None = None,
     ) -> OptState:
         return {name: {} for name in params}
 

@@ -7,6 +7,8 @@ from diffopt.optim.adamax import Adamax
 from diffopt.optim.asgd import ASGD
 from diffopt.optim.base import Optimizer
 from diffopt.optim.convert import convert, load_state_into, register
+from diffopt.optim.joint import Joint
+from diffopt.optim.muon import Muon
 from diffopt.optim.nadam import NAdam
 from diffopt.optim.radam import RAdam
 from diffopt.optim.rmsprop import RMSprop
@@ -22,7 +24,9 @@ __all__ = [
     "Adam",
     "AdamW",
     "Adamax",
+    "Joint",
     "Momentum",
+    "Muon",
     "NAdam",
     "Optimizer",
     "RAdam",

@@ -6,8 +6,9 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from diffopt.optim import lists as L
-from diffopt.optim.base import Optimizer, Value, check
+from diffopt.optim.base import Optimizer
 from diffopt.optim.lists import Tensors
+from diffopt.optim.options import EPS, LR, WEIGHT_DECAY, Value, arguments, up_to_1, within
 from diffopt.optim.terms import (
     Entries,
     Hyper,
@@ -42,18 +43,17 @@ class Adadelta(Optimizer):
     Cost: about ten passes over the parameters; two copies of them as state.
 
     Args:
-        params: parameters, named parameters or dicts that define param groups.
         lr: γ.
         rho: ρ.
         eps: ε.
         weight_decay: λ.
-        foreach, capturable: no effect.
-        maximize: ascend.
-        differentiable: allow parameters that are not leaves.
 
     Raises:
         ValueError: a number is negative, or rho above 1.
     """
+
+    elementwise = True
+    ranges = within(lr=LR, rho=up_to_1("rho value"), eps=EPS, weight_decay=WEIGHT_DECAY)
 
     def __init__(
         self,
@@ -68,23 +68,7 @@ class Adadelta(Optimizer):
         maximize: bool = False,
         differentiable: bool = False,
     ) -> None:
-        check("learning rate", lr)
-        check("rho value", rho, most=1.0)
-        check("epsilon value", eps)
-        check("weight_decay value", weight_decay)
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "rho": rho,
-                "eps": eps,
-                "weight_decay": weight_decay,
-                "maximize": maximize,
-                "capturable": capturable,
-                "foreach": foreach,
-                "differentiable": differentiable,
-            },
-        )
+        super().__init__(params, arguments(locals()))
 
     def _init(self, hyper: Hyper, param: Tensor) -> Entries:
         return {"step": count(), "square_avg": zeros(param), "acc_delta": zeros(param)}

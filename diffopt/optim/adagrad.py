@@ -6,8 +6,9 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from diffopt.optim import lists as L
-from diffopt.optim.base import Optimizer, Value, check
+from diffopt.optim.base import Optimizer
 from diffopt.optim.lists import Tensors
+from diffopt.optim.options import EPS, LR, WEIGHT_DECAY, Value, arguments, at_least_0, within
 from diffopt.optim.scalars import at
 from diffopt.optim.terms import (
     Entries,
@@ -41,19 +42,24 @@ class Adagrad(Optimizer):
     Cost: about four passes over the parameters; one copy of them as state.
 
     Args:
-        params: parameters, named parameters or dicts that define param groups.
         lr: γ.
         lr_decay: η.
         weight_decay: λ.
         initial_accumulator_value: v before the first step.
         eps: ε.
-        foreach, fused: no effect.
-        maximize: ascend.
-        differentiable: allow parameters that are not leaves.
 
     Raises:
         ValueError: a number is negative.
     """
+
+    elementwise = True
+    ranges = within(
+        lr=LR,
+        lr_decay=at_least_0("lr_decay value"),
+        weight_decay=WEIGHT_DECAY,
+        initial_accumulator_value=at_least_0("initial_accumulator_value value"),
+        eps=EPS,
+    )
 
     def __init__(
         self,
@@ -69,25 +75,7 @@ class Adagrad(Optimizer):
         differentiable: bool = False,
         fused: bool | None = None,
     ) -> None:
-        check("learning rate", lr)
-        check("lr_decay value", lr_decay)
-        check("weight_decay value", weight_decay)
-        check("initial_accumulator_value value", initial_accumulator_value)
-        check("epsilon value", eps)
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "lr_decay": lr_decay,
-                "eps": eps,
-                "weight_decay": weight_decay,
-                "initial_accumulator_value": initial_accumulator_value,
-                "foreach": foreach,
-                "maximize": maximize,
-                "differentiable": differentiable,
-                "fused": fused,
-            },
-        )
+        super().__init__(params, arguments(locals()))
 
     def _init(self, hyper: Hyper, param: Tensor) -> Entries:
         return {"step": count(), "sum": filled(hyper["initial_accumulator_value"], param)}

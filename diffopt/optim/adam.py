@@ -8,12 +8,15 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from diffopt.optim import lists as L
-from diffopt.optim.base import Optimizer, Value, check, check_betas
+from diffopt.optim.base import Optimizer
 from diffopt.optim.lists import Tensors
+from diffopt.optim.options import BETAS, EPS, LR, WEIGHT_DECAY, Value, arguments, within
 from diffopt.optim.scalars import Coefficient, at
 from diffopt.optim.terms import (
+    Cotangents,
     Entries,
     Hyper,
+    Pullback,
     advance,
     average_of_squares,
     column,
@@ -52,20 +55,19 @@ class Adam(Optimizer):
     Cost: about ten passes over the parameters; two (amsgrad: three) copies of them as state.
 
     Args:
-        params: parameters, named parameters or dicts that define param groups.
         lr: γ.
         betas: (β₁, β₂), each a number, a tensor or a callable.
         eps: ε.
         weight_decay: λ.
         amsgrad: divide by the largest second moment so far.
-        maximize: ascend.
         decoupled_weight_decay: decay the parameters, not their gradients: AdamW.
-        foreach, capturable, fused: no effect.
-        differentiable: allow parameters that are not leaves.
 
     Raises:
         ValueError: a number is negative, or a beta not below 1.
     """
+
+    elementwise = True
+    ranges = within(lr=LR, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY)
 
     def __init__(
         self,
@@ -83,26 +85,7 @@ class Adam(Optimizer):
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
     ) -> None:
-        check("learning rate", lr)
-        check("epsilon value", eps)
-        check_betas(betas)
-        check("weight_decay value", weight_decay)
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "betas": betas,
-                "eps": eps,
-                "weight_decay": weight_decay,
-                "amsgrad": amsgrad,
-                "maximize": maximize,
-                "foreach": foreach,
-                "capturable": capturable,
-                "differentiable": differentiable,
-                "fused": fused,
-                "decoupled_weight_decay": decoupled_weight_decay,
-            },
-        )
+        super().__init__(params, arguments(locals()))
 
     def _init(self, hyper: Hyper, param: Tensor) -> Entries:
         state = init_moments(param)
@@ -125,19 +108,13 @@ class Adam(Optimizer):
         params = L.addcdiv(params, new["exp_avg"], L.shift(root, eps, give_up=True), rate)
         return params, with_entries(states, new)
 
-    def _vjp(
-        self,
-        hyper: Hyper,
-        params: Tensors,
-        grads: Tensors,
-        states: list[Entries],
-        cot_params: Tensors,
-        cot_states: list[Entries],
-    ) -> tuple[Tensors, Tensors, list[Entries]] | None:
+    def _vjp(self, pullback: Pullback) -> Cotangents | None:
+        hyper, params, states = pullback.hyper, pullback.params, pullback.states
+        cot_params, cot_states = pullback.cot_params, pullback.cot_states
         if hyper["amsgrad"]:
             return None
         lr, (beta1, beta2), eps = hyper["lr"], hyper["betas"], hyper["eps"]
-        _, grads = decayed(hyper, params, grads)
+        _, grads = decayed(hyper, params, pullback.grads)
         new, t = moments(hyper, params, grads, states)
         m, root = new["exp_avg"], L.sqrt(new["exp_avg_sq"], give_up=True)
         # θ' = θ + r m / s with s = √v + c ε, c = √(1 − β₂ᵗ), r = −γ c / (1 − β₁ᵗ)
@@ -157,7 +134,7 @@ class Adam(Optimizer):
             "exp_avg_sq": L.scale(cot_v, beta2, give_up=True),
         }
         cot_params, cot_grads = decayed_vjp(hyper, cot_params, cot_grads)
-        return cot_params, cot_grads, with_entries([{} for _ in states], before)
+        return Cotangents(cot_params, cot_grads, with_entries([{} for _ in states], before))
 
 
 class AdamW(Adam):
@@ -165,17 +142,6 @@ class AdamW(Adam):
 
     Loshchilov and Hutter, "Decoupled weight decay regularization" (ICLR 2019). All else is
     ``Adam``'s.
-
-    Args:
-        params: as for ``Adam``, like everything else.
-        lr: γ.
-        betas: (β₁, β₂).
-        eps: ε.
-        weight_decay: λ.
-        amsgrad: divide by the largest second moment so far.
-        maximize: ascend.
-        foreach, capturable, fused: no effect.
-        differentiable: allow parameters that are not leaves.
     """
 
     def __init__(
@@ -193,20 +159,7 @@ class AdamW(Adam):
         differentiable: bool = False,
         fused: bool | None = None,
     ) -> None:
-        super().__init__(
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            amsgrad,
-            foreach=foreach,
-            maximize=maximize,
-            capturable=capturable,
-            differentiable=differentiable,
-            fused=fused,
-            decoupled_weight_decay=True,
-        )
+        super().__init__(params, **arguments(locals()), decoupled_weight_decay=True)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -6,8 +6,9 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from diffopt.optim import lists as L
-from diffopt.optim.base import Optimizer, Value, check, check_betas
+from diffopt.optim.base import Optimizer
 from diffopt.optim.lists import Tensors
+from diffopt.optim.options import BETAS, EPS, LR, WEIGHT_DECAY, Value, arguments, within
 from diffopt.optim.scalars import at
 from diffopt.optim.terms import (
     Entries,
@@ -44,18 +45,17 @@ class Adamax(Optimizer):
     Cost: about six passes over the parameters; two copies of them as state.
 
     Args:
-        params: parameters, named parameters or dicts that define param groups.
         lr: γ.
         betas: (β₁, β₂), each a number, a tensor or a callable.
         eps: ε.
         weight_decay: λ.
-        foreach, capturable: no effect.
-        maximize: ascend.
-        differentiable: allow parameters that are not leaves.
 
     Raises:
         ValueError: a number is negative, or a beta not below 1.
     """
+
+    elementwise = True
+    ranges = within(lr=LR, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY)
 
     def __init__(
         self,
@@ -70,23 +70,7 @@ class Adamax(Optimizer):
         differentiable: bool = False,
         capturable: bool = False,
     ) -> None:
-        check("learning rate", lr)
-        check("epsilon value", eps)
-        check_betas(betas)
-        check("weight_decay value", weight_decay)
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "betas": betas,
-                "eps": eps,
-                "weight_decay": weight_decay,
-                "foreach": foreach,
-                "maximize": maximize,
-                "differentiable": differentiable,
-                "capturable": capturable,
-            },
-        )
+        super().__init__(params, arguments(locals()))
 
     def _init(self, hyper: Hyper, param: Tensor) -> Entries:
         return {"step": count(), "exp_avg": zeros(param), "exp_inf": zeros(param)}

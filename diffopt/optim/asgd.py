@@ -6,8 +6,9 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from diffopt.optim import lists as L
-from diffopt.optim.base import Optimizer, Value, check
+from diffopt.optim.base import Optimizer
 from diffopt.optim.lists import Tensors
+from diffopt.optim.options import ANY, LR, WEIGHT_DECAY, Value, arguments, within
 from diffopt.optim.scalars import Coefficient, as_numbers, at, at_least_one, each_of
 from diffopt.optim.terms import (
     Entries,
@@ -47,19 +48,18 @@ class ASGD(Optimizer):
     Cost: about five passes over the parameters; one copy of them as state.
 
     Args:
-        params: parameters, named parameters or dicts that define param groups.
         lr: γ.
         lambd: λ.
         alpha: α.
         t0: t₀.
         weight_decay: factor of θ added to the gradient.
-        foreach, capturable: no effect.
-        maximize: ascend.
-        differentiable: allow parameters that are not leaves.
 
     Raises:
         ValueError: lr or weight_decay is negative.
     """
+
+    elementwise = True
+    ranges = within(lr=LR, weight_decay=WEIGHT_DECAY, lambd=ANY, alpha=ANY, t0=ANY)
 
     def __init__(
         self,
@@ -74,22 +74,7 @@ class ASGD(Optimizer):
         differentiable: bool = False,
         capturable: bool = False,
     ) -> None:
-        check("learning rate", lr)
-        check("weight_decay value", weight_decay)
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "lambd": lambd,
-                "alpha": alpha,
-                "t0": t0,
-                "weight_decay": weight_decay,
-                "foreach": foreach,
-                "maximize": maximize,
-                "differentiable": differentiable,
-                "capturable": capturable,
-            },
-        )
+        super().__init__(params, arguments(locals()))
 
     def _init(self, hyper: Hyper, param: Tensor) -> Entries:
         return {

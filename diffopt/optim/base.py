@@ -3,41 +3,21 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
-from numbers import Real
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from diffopt.optim import options
 from diffopt.optim.lists import Tensors
-from diffopt.optim.terms import Entries, Hyper
+from diffopt.optim.options import SWITCHES, Ranges
+from diffopt.optim.terms import Cotangents, Entries, Hyper, Pullback
 
-#: A hyperparameter: a number, a tensor, or a schedule ``step -> number or tensor``.
-Value = float | Tensor | Callable[[int], float | Tensor]
 #: The state of every parameter, by name.
 OptState = dict[str, Entries]
-
-#: The options that switch; all others are numbers, and differentiable.
-SWITCHES = frozenset(
-    {
-        "amsgrad",
-        "capturable",
-        "centered",
-        "decoupled_weight_decay",
-        "differentiable",
-        "foreach",
-        "fused",
-        "maximize",
-        "nesterov",
-    }
-)
-
-#: Types of options that are the same at every step.
-_CONSTANT = frozenset({bool, int, float, type(None)})
 
 _STEPS = "steps"  # the key in `state_dict()` for the number of `step()` calls
 
@@ -52,18 +32,32 @@ class Optimizer(torch.optim.Optimizer):
 
     Every numeric option may be a number, a tensor (0-d, or broadcastable against each parameter of
     its group; it may require grad) or a callable from the 0-based step number to either, also
-    inside a tuple such as ``betas``. ``step()`` counts its own calls for it.
+    inside a tuple such as ``betas``. ``step()`` counts its own calls for it. Numbers, what
+    callables return, and tensors on the CPU are checked at every step; a learning rate for each
+    entry may be negative, as its direction is learned, too, in Meta-SGD.
 
-    Options that only choose a kernel in ``torch.optim`` (``foreach``, ``fused``, ``capturable``)
-    are accepted and have no effect; ``differentiable=True`` only lifts the demand that parameters
-    are leaves.
+    The constructors are those of their namesakes in ``torch.optim``. ``params`` are parameters,
+    named parameters, or dicts that define param groups. ``maximize`` ascends. The options that only
+    choose a kernel there (``foreach``, ``fused``, ``capturable``) have no effect;
+    ``differentiable`` only lifts the demand that parameters are leaves.
+
+    Attributes:
+        elementwise: each entry of a parameter is updated by itself, so that the rule may be given
+            the parameters of several tasks at once, which lead with a task dimension. Where the
+            class that states the rule does not say so, the rule is mapped over the tasks.
+        ranges: the range of each numeric option.
+
+    Raises:
+        TypeError: an option is of a wrong kind.
+        ValueError: a number is out of its range, or a tensor does not broadcast to a parameter.
     """
 
-    #: Whether an unroll numbers its steps on from ``_steps``, as they were loaded from another.
-    _continues = False
+    elementwise: ClassVar[bool] = False
+    ranges: ClassVar[Ranges] = {}
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         self._steps = 0
+        self._continued = False  # whether an unroll has counted them: `load_state_into`
         super().__init__(params, defaults)
 
     # The rule, to be stated by each subclass.
@@ -78,20 +72,11 @@ class Optimizer(torch.optim.Optimizer):
         """The group's parameters and states after one step."""
         raise NotImplementedError
 
-    def _vjp(
-        self,
-        hyper: Hyper,
-        params: Tensors,
-        grads: Tensors,
-        states: list[Entries],
-        cot_params: Tensors,
-        cot_states: list[Entries],
-    ) -> tuple[Tensors, Tensors, list[Entries]] | None:
+    def _vjp(self, pullback: Pullback) -> Cotangents | None:
         """Carry cotangents of ``_update``'s results back to params, grads and states.
 
         Optional: a rule that is differentiated often states it by hand, for options that are plain
-        numbers, and returns None for those it does not cover. Entries missing from
-        ``cot_states`` stand for zero.
+        numbers, and returns None for those it does not cover.
         """
         return None
 
@@ -108,16 +93,52 @@ class Optimizer(torch.optim.Optimizer):
         methods = (type(self)._update, type(self).update, type(self).hyperparameters)
         return all((method.__module__ or "").startswith("diffopt.optim.") for method in methods)
 
+    @property
+    def rules(self) -> Sequence[Optimizer]:
+        """The rule of each param group: this one, unless several optimizers are joined."""
+        return [self] * len(self.param_groups)
+
+    @property
+    def first_step(self) -> int:
+        """The number of an unroll's first step: 0, or where the unroll left off that was loaded."""
+        return self._steps if self._continued else 0
+
+    @classmethod
+    def _declares(cls, name: str) -> bool:
+        """Whether an attribute belongs to the rule, not to another one that it inherits from."""
+        for base in cls.__mro__:
+            if name in base.__dict__:
+                return base is not Optimizer
+            if "_update" in base.__dict__ or "update" in base.__dict__:
+                return False
+        return False
+
     # The rule as a pure function of dicts by name.
 
     def hyperparameters(self, step: int) -> list[dict[str, Any]]:
-        """The options of each param group at a step: callables called, tensors as they are."""
+        """The options of each param group at a step: callables called, tensors as they are.
+
+        Raises:
+            TypeError: a callable returned no number or tensor.
+            ValueError: a value is out of its range; of tensors only those on the CPU are looked at.
+        """
         return [
-            {key: _option(group[key], step) for key in self.defaults} for group in self.param_groups
+            rule._options_at(group, step)
+            for rule, group in zip(self.rules, self.param_groups, strict=True)
+        ]
+
+    def at_start(self) -> list[Hyper]:
+        """The options before the first step: a callable is called where its value is asked for."""
+        return [
+            _AtStart(rule, group) for rule, group in zip(self.rules, self.param_groups, strict=True)
         ]
 
     def init(
-        self, params: Mapping[str, Tensor], *, groups: Sequence[Sequence[str]] | None = None
+        self,
+        params: Mapping[str, Tensor],
+        *,
+        groups: Sequence[Sequence[str]] | None = None,
+        hyper: Sequence[Hyper] | None = None,
     ) -> OptState:
         """The state before the first step, by parameter name and then by ``torch.optim``'s keys.
 
@@ -129,19 +150,19 @@ class Optimizer(torch.optim.Optimizer):
             params: tensors by name.
             groups: the names of each param group. Default: as the optimizer knows them, from
                 ``model.named_parameters()`` or from having a single group.
+            hyper: what to take for ``self.at_start()``.
 
         Raises:
             NotImplementedError: a parameter is complex.
             ValueError: the names cannot be assigned to the param groups.
         """
         state: OptState = {}
-        for names, group in zip(self._names(params, groups), self.param_groups, strict=True):
-            options = _AtStart(group)
-            plain = {key: group[key] for key in self.defaults if not is_scheduled(group[key])}
-            self._check_shapes(plain, {name: params[name] for name in names})
+        every = self.at_start() if hyper is None else hyper
+        for names, own in zip(self._names(params, groups), every, strict=True):
+            options.check_shapes(type(self).__name__, own, {name: params[name] for name in names})
             for name in names:
                 _refuse_complex(params[name], name)
-                state[name] = self._init(options, params[name])
+                state[name] = self._init(own, params[name])
         return {name: state[name] for name in params if name in state}
 
     def update(
@@ -172,8 +193,8 @@ class Optimizer(torch.optim.Optimizer):
         """
         new_params = dict(params)
         new_state: dict[str, Any] = dict(state)
-        options = self.hyperparameters(step) if hyper is None else hyper
-        for names, option in zip(self._names(params, groups), options, strict=True):
+        every = self.hyperparameters(step) if hyper is None else hyper
+        for names, option in zip(self._names(params, groups), every, strict=True):
             given = {name: g for name in names if (g := grads.get(name)) is not None}
             if not given:
                 continue
@@ -188,7 +209,7 @@ class Optimizer(torch.optim.Optimizer):
                         f"the state has no entry for {name!r}: start from init(params)"
                     )
             own = {name: params[name] for name in given}
-            self._check_shapes(option, own)
+            options.check_shapes(type(self).__name__, option, own)
             values, entries = self._update(
                 option,
                 list(own.values()),
@@ -222,10 +243,10 @@ class Optimizer(torch.optim.Optimizer):
         with torch.no_grad():
             hyper = self.hyperparameters(self._steps)
             state = {}
-            for names, options in zip(groups, hyper, strict=True):
+            for names, own_hyper in zip(groups, hyper, strict=True):
                 for name in names:
                     present = as_tensors(self.state.get(live[name], {}))
-                    state[name] = present or self._init(options, live[name])
+                    state[name] = present or self._init(own_hyper, live[name])
             grads = {name: p.grad for name, p in live.items()}
             values, states = self.update(live, grads, state, groups=groups, hyper=hyper)
             for name, p in live.items():
@@ -241,15 +262,23 @@ class Optimizer(torch.optim.Optimizer):
         """As in ``torch.optim``; complex parameters and ill-typed options are refused."""
         super().add_param_group(param_group)
         try:
-            group = self.param_groups[-1]
-            for key in self.defaults:
-                self._check_kind(key, group[key])
-            names = group.get("param_names") or [str(i) for i in range(len(group["params"]))]
-            for name, p in zip(names, group["params"], strict=True):
-                _refuse_complex(p, name)
+            self._check_group(self.param_groups[-1])
         except Exception:
             del self.param_groups[-1]
             raise
+
+    def _check_kind(self, key: str, value: Any) -> None:
+        options.check_kinds(type(self).__name__, self.ranges, key, value)
+
+    def _check_group(self, group: Mapping[str, Any]) -> None:
+        for key in self.defaults:
+            self._check_kind(key, group[key])
+        names = group.get("param_names") or [str(i) for i in range(len(group["params"]))]
+        params = dict(zip(names, group["params"], strict=True))
+        for name, p in params.items():
+            _refuse_complex(p, name)
+        own = {key: group[key] for key in self.defaults}
+        options.check_shapes(type(self).__name__, own, params)
 
     # Saving.
 
@@ -260,10 +289,7 @@ class Optimizer(torch.optim.Optimizer):
         """
         packed = super().state_dict()
         packed["param_groups"] = [
-            {
-                key: _map(_packed, value) if key in self.defaults else value
-                for key, value in g.items()
-            }
+            {key: _packed(value) if key in self.defaults else value for key, value in g.items()}
             for g in packed["param_groups"]
         ]
         packed[_STEPS] = self._steps
@@ -285,15 +311,13 @@ class Optimizer(torch.optim.Optimizer):
         self._steps = int(state_dict.get(_STEPS, max(counts, default=0)))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **super().__getstate__(),
-            "_steps": self._steps,
-            "_continues": self._continues,
-        }
+        counts = {"_steps": self._steps, "_continued": self._continued}
+        return {**super().__getstate__(), **counts}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_steps", 0)
+        self.__dict__.setdefault("_continued", False)
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
@@ -348,53 +372,21 @@ class Optimizer(torch.optim.Optimizer):
             "or pass groups=, a list of names for each param group"
         )
 
-    def _check_kind(self, key: str, value: Any) -> None:
-        if key in SWITCHES:
-            if isinstance(value, Tensor) or callable(value):
-                raise NotImplementedError(
-                    f"{type(self).__name__}: {key} is a switch and has no derivative: "
-                    f"pass a bool, not a {type(value).__name__}"
-                )
-            return
-        for item in value if isinstance(value, (tuple, list)) else (value,):
-            if not (isinstance(item, (Real, Tensor)) or callable(item)):
-                raise TypeError(
-                    f"{type(self).__name__}: {key} must be a number, a tensor or a callable "
-                    f"from the step number to either, not {item!r}"
-                )
-
-    def _check_shapes(self, hyper: Hyper, params: Mapping[str, Tensor]) -> None:
-        """A tensor hyperparameter must not change the shape of a parameter."""
-        for key, value in hyper.items():
-            if key not in self.defaults:
-                continue
-            for item in value if isinstance(value, (tuple, list)) else (value,):
-                if not (isinstance(item, Tensor) and item.dim() and item.numel() > 1):
-                    continue
-                for name, p in params.items():
-                    if not _broadcasts(item.shape, p.shape):
-                        raise ValueError(
-                            f"{type(self).__name__}: {key} of shape {tuple(item.shape)} does not "
-                            f"broadcast to parameter {name!r} of shape {tuple(p.shape)}: make it "
-                            "0-d, or put the parameter into a param group of its own"
-                        )
+    def _options_at(self, group: Mapping[str, Any], step: int) -> dict[str, Any]:
+        return options.values_at(type(self).__name__, self.ranges, self.defaults, group, step)
 
 
-def check(what: str, value: Any, *, most: float = math.inf, below: float | None = None) -> None:
-    """Raise ``torch.optim``'s error for a number outside [0, most], or not below a bound.
+class _AtStart(dict[str, Any]):
+    def __init__(self, rule: Optimizer, group: Mapping[str, Any]) -> None:
+        super().__init__({key: group[key] for key in rule.defaults})
+        self._rule = rule
 
-    Tensors are not looked at, which would wait for an accelerator, nor are callables.
-    """
-    if isinstance(value, (int, float)) and (
-        not 0.0 <= value <= most or (below is not None and value >= below)
-    ):
-        raise ValueError(f"Invalid {what}: {value}")
+    def __getitem__(self, key: str) -> Any:
+        rule, value = self._rule, super().__getitem__(key)
+        return options.values_at(type(rule).__name__, rule.ranges, (key,), {key: value}, 0)[key]
 
-
-def check_betas(betas: Any) -> None:
-    """Raise ``torch.optim``'s error for decay rates outside [0, 1)."""
-    for index, beta in enumerate(betas):
-        check(f"beta parameter at index {index}", beta, below=1.0)
+    def get(self, key: str, default: Any = None) -> Any:
+        return self[key] if key in self else default  # noqa: SIM401
 
 
 def _refuse_complex(param: Tensor, name: str) -> None:
@@ -404,49 +396,9 @@ def _refuse_complex(param: Tensor, name: str) -> None:
         )
 
 
-def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
-    return len(shape) <= len(to) and all(
-        a in (1, b) for a, b in zip(reversed(shape), reversed(to), strict=False)
-    )
-
-
-def _map(function: Callable[[Any], Any], value: Any) -> Any:
-    """``function`` of an option, or of each entry where it is a tuple."""
-    return tuple(map(function, value)) if isinstance(value, (tuple, list)) else function(value)
-
-
-def _option(value: Any, step: int) -> Any:
-    if type(value) in _CONSTANT:
-        return value
-    return _map(lambda item: _at(item, step), value)
-
-
-def _at(value: Any, step: int) -> Any:
-    value = value(step) if callable(value) else value
-    # NumPy scalars are real numbers, but not all of them floats.
-    return value if isinstance(value, (Tensor, int, float)) else _number(value)
-
-
-class _AtStart(dict[str, Any]):
-    """Options before the first step: a callable is called where its value is asked for."""
-
-    def __getitem__(self, key: str) -> Any:
-        return _option(super().__getitem__(key), 0)
-
-    def get(self, key: str, default: Any = None) -> Any:
-        return self[key] if key in self else default  # noqa: SIM401
-
-
-def is_scheduled(value: Any) -> bool:
-    """Whether an option, or an entry of it, is a callable of the step number."""
-    return any(map(callable, value)) if isinstance(value, (tuple, list)) else callable(value)
-
-
-def _number(value: Any) -> Any:
-    return float(value) if isinstance(value, Real) else value
-
-
 def _packed(value: Any) -> Any:
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_packed, value))
     if isinstance(value, Tensor):
         return value.detach()  # a checkpoint holds values, and no graph can be pickled
     return None if callable(value) else value

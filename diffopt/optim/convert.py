@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain, count
 from typing import Any
 
@@ -15,6 +15,8 @@ from diffopt.optim.adam import Adam, AdamW
 from diffopt.optim.adamax import Adamax
 from diffopt.optim.asgd import ASGD
 from diffopt.optim.base import Optimizer
+from diffopt.optim.joint import Joint
+from diffopt.optim.muon import Muon
 from diffopt.optim.nadam import NAdam
 from diffopt.optim.radam import RAdam
 from diffopt.optim.rmsprop import RMSprop
@@ -23,19 +25,15 @@ from diffopt.optim.sgd import SGD
 
 Convert = Callable[[Any], Optimizer]
 
+_RULES = Adadelta, Adagrad, Adam, Adamax, AdamW, ASGD, Muon, NAdam, RAdam, RMSprop, Rprop, SGD
 _REGISTRY: dict[type, Convert] = {
-    torch.optim.Adadelta: Adadelta.from_torch,
-    torch.optim.Adagrad: Adagrad.from_torch,
-    torch.optim.Adam: Adam.from_torch,
-    torch.optim.Adamax: Adamax.from_torch,
-    torch.optim.AdamW: AdamW.from_torch,
-    torch.optim.ASGD: ASGD.from_torch,
-    torch.optim.NAdam: NAdam.from_torch,
-    torch.optim.RAdam: RAdam.from_torch,
-    torch.optim.RMSprop: RMSprop.from_torch,
-    torch.optim.Rprop: Rprop.from_torch,
-    torch.optim.SGD: SGD.from_torch,
+    getattr(torch.optim, rule.__name__): rule.from_torch
+    for rule in _RULES
+    if hasattr(torch.optim, rule.__name__)  # PyTorch has Muon since 2.9
 }
+
+#: One optimizer, or several over disjoint parameters.
+Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
 
 
 def register(torch_class: type, convert: Convert) -> None:
@@ -69,27 +67,39 @@ def registered() -> list[type]:
     return list(_REGISTRY)
 
 
-def convert(opt: Any) -> Optimizer:
+def convert(opt: Any, names: Mapping[Tensor, str] | None = None) -> Optimizer:
     """The diffopt optimizer with the param groups and the present state of ``opt``.
 
-    A diffopt optimizer is returned as it is. Tensors are shared with ``opt``, not copied: what it
-    changes in place later, autograd's version counters notice.
+    A diffopt optimizer is returned as it is, and a list of optimizers as one. Tensors are shared
+    with ``opt``, not copied: what it changes in place later, autograd's version counters notice.
+
+    Args:
+        opt: an optimizer, or a list of them over disjoint parameters.
+        names: of the parameters, for messages.
 
     Raises:
         TypeError: the class of ``opt`` is not known (a subclass of a known one is not).
+        ValueError: two optimizers of a list hold the same parameter.
     """
+    if isinstance(opt, (list, tuple)):
+        wrong = next((x for x in opt if not isinstance(x, torch.optim.Optimizer)), None)
+        if wrong is not None:
+            raise TypeError(
+                f"expected a diffopt or torch.optim optimizer, got {_name(type(opt))} that holds a "
+                f"{_name(type(wrong))}: pass an optimizer, or a list of them"
+            )
+        return Joint([convert(each) for each in opt], names)
     if isinstance(opt, Optimizer):
         return opt
     cls = type(opt)
     make = _REGISTRY.get(cls)
     if make is None:
-        name = f"{cls.__module__}.{cls.__qualname__}"
         if not isinstance(opt, torch.optim.Optimizer):
-            raise TypeError(f"expected a diffopt or torch.optim optimizer, got {name}")
+            raise TypeError(f"expected a diffopt or torch.optim optimizer, got {_name(cls)}")
         base = next((b.__name__ for b in cls.__mro__ if b in _REGISTRY), None)
         raise TypeError(
-            f"diffopt does not know how {name} steps: call diffopt.register({cls.__name__}, fn), "
-            "where fn(instance) returns a diffopt optimizer"
+            f"diffopt does not know how {_name(cls)} steps: call "
+            f"diffopt.register({cls.__name__}, fn), where fn(instance) returns a diffopt optimizer"
             + (
                 f"; if it steps as {base} does, fn is diffopt.optim.{base}.from_torch"
                 if base
@@ -105,8 +115,17 @@ def convert(opt: Any) -> Optimizer:
     return new
 
 
+def _name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def all_of(opt: Optimizers) -> Sequence[torch.optim.Optimizer]:
+    """The optimizers of a list, or the only one."""
+    return opt if isinstance(opt, (list, tuple)) else [opt]  # type: ignore[list-item]
+
+
 def load_state_into(
-    opt: torch.optim.Optimizer,
+    opt: Optimizers,
     states: Mapping[Tensor, Mapping[str, Tensor]],
     *,
     steps: int | None = None,
@@ -114,7 +133,7 @@ def load_state_into(
     """Write optimizer state back, so that ``opt`` continues as if it had taken the steps itself.
 
     Args:
-        opt: a ``torch.optim`` or diffopt optimizer.
+        opt: a ``torch.optim`` or diffopt optimizer, or a list of them.
         states: for each of its parameters, the state by ``torch.optim``'s names. It is copied.
         steps: the step number to continue from, for the callable hyperparameters of a diffopt one.
 
@@ -122,7 +141,15 @@ def load_state_into(
         ValueError: an entry is missing that ``opt`` starts with, so that it could not go on from
             there; ``opt`` is unchanged then.
     """
-    _check_entries(opt, states)
+    for each in all_of(opt):
+        _check_entries(each, states)
+    for each in all_of(opt):
+        _load_into(each, states)
+        if steps is not None and isinstance(each, Optimizer):
+            each._steps, each._continued = steps, True
+
+
+def _load_into(opt: torch.optim.Optimizer, states: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
     for group in opt.param_groups:
         on_device = bool(group.get("capturable") or group.get("fused"))
         for p in group["params"]:
@@ -140,9 +167,6 @@ def load_state_into(
                 elif x.shape == p.shape and p.dtype in (torch.bfloat16, torch.float16):
                     entries[key] = x.to(p.dtype)  # an unroll holds these in float32
             opt.state[p] = entries
-    if steps is not None and isinstance(opt, Optimizer):
-        opt._steps = steps
-        opt._continues = True
 
 
 def _check_entries(

@@ -181,7 +181,7 @@ def addcdiv(xs: Tensors, ys: Tensors, zs: Tensors, c: Coefficient = 1.0) -> Tens
     """x + c·y/z."""
     # The backward pass of torch._foreach_addcdiv raises IndexError for more tensors than the first
     # has rows (seen in PyTorch 2.13): it serves where there is none.
-    if _one_call_with_many(c) and not _carry_derivative(zs):
+    if _one_call_with_many(c) and not carry_derivative(zs):
         return list(torch._foreach_addcdiv(xs, ys, zs, c))
     apart = _one_by_one.get()  # torch.addcdiv, too, saves more than is needed
     return [
@@ -205,7 +205,7 @@ def sqrt(xs: Tensors, *, give_up: bool = False) -> Tensors:
     product is 0, which autograd would compute as 0·∞ = NaN. Zeros are therefore kept away from the
     square root. The value is unchanged, and NaN (of a negative x, too) stays NaN.
     """
-    if _one_call() and not _carry_derivative(xs):
+    if _one_call() and not carry_derivative(xs):
         if give_up and _may_overwrite(xs):
             torch._foreach_sqrt_(xs)
             return xs
@@ -221,7 +221,7 @@ def divide_by_roots(xs: Tensors, roots: Tensors) -> Tensors:
     return [q.masked_fill(root == 0, 0.0) for q, root in zip(quotients, roots, strict=True)]
 
 
-def _carry_derivative(xs: Tensors) -> bool:
+def carry_derivative(xs: Tensors) -> bool:
     recording = torch.is_grad_enabled()
     return any((recording and x.requires_grad) or has_tangent(x) for x in xs)
 

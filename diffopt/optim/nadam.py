@@ -7,9 +7,10 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from diffopt.optim import lists as L
-from diffopt.optim.adam import init_moments, moments
-from diffopt.optim.base import Optimizer, Value, check, check_betas
+from diffopt.optim.adam import Adam, init_moments, moments
+from diffopt.optim.base import Optimizer
 from diffopt.optim.lists import Tensors
+from diffopt.optim.options import Value, arguments, at_least_0, within
 from diffopt.optim.scalars import Scalar, as_numbers, at, each_of
 from diffopt.optim.terms import Entries, Hyper, decayed, scalar_dtype, with_entries
 
@@ -38,20 +39,19 @@ class NAdam(Optimizer):
     Cost: about ten passes over the parameters; two copies of them as state.
 
     Args:
-        params: parameters, named parameters or dicts that define param groups.
         lr: γ.
         betas: (β₁, β₂), each a number, a tensor or a callable.
         eps: ε.
         weight_decay: λ.
         momentum_decay: ψ.
         decoupled_weight_decay: decay the parameters, not their gradients.
-        foreach, capturable: no effect.
-        maximize: ascend.
-        differentiable: allow parameters that are not leaves.
 
     Raises:
         ValueError: a number is negative, or a beta not below 1.
     """
+
+    elementwise = True
+    ranges = within(**Adam.ranges, momentum_decay=at_least_0("momentum_decay value"))
 
     def __init__(
         self,
@@ -68,26 +68,7 @@ class NAdam(Optimizer):
         capturable: bool = False,
         differentiable: bool = False,
     ) -> None:
-        check("learning rate", lr)
-        check("epsilon value", eps)
-        check_betas(betas)
-        check("weight_decay value", weight_decay)
-        check("momentum_decay value", momentum_decay)
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "betas": betas,
-                "eps": eps,
-                "weight_decay": weight_decay,
-                "momentum_decay": momentum_decay,
-                "decoupled_weight_decay": decoupled_weight_decay,
-                "maximize": maximize,
-                "foreach": foreach,
-                "capturable": capturable,
-                "differentiable": differentiable,
-            },
-        )
+        super().__init__(params, arguments(locals()))
 
     def _init(self, hyper: Hyper, param: Tensor) -> Entries:
         return {**init_moments(param), "mu_product": torch.ones((), dtype=scalar_dtype())}

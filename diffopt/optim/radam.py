@@ -7,8 +7,9 @@ from torch.optim.optimizer import ParamsT
 
 from diffopt.optim import lists as L
 from diffopt.optim.adam import init_moments, moments
-from diffopt.optim.base import Optimizer, Value, check, check_betas
+from diffopt.optim.base import Optimizer
 from diffopt.optim.lists import Tensors
+from diffopt.optim.options import BETAS, EPS, LR, WEIGHT_DECAY, Value, arguments, within
 from diffopt.optim.scalars import Scalar, at, is_zero, select
 from diffopt.optim.terms import Entries, Hyper, decayed, with_entries
 
@@ -37,19 +38,18 @@ class RAdam(Optimizer):
     Cost: about ten passes over the parameters; two copies of them as state.
 
     Args:
-        params: parameters, named parameters or dicts that define param groups.
         lr: γ.
         betas: (β₁, β₂), each a number, a tensor or a callable.
         eps: ε.
         weight_decay: λ.
         decoupled_weight_decay: decay the parameters, not their gradients.
-        foreach, capturable: no effect.
-        maximize: ascend.
-        differentiable: allow parameters that are not leaves.
 
     Raises:
         ValueError: a number is negative, or a beta not below 1.
     """
+
+    elementwise = True
+    ranges = within(lr=LR, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY)
 
     def __init__(
         self,
@@ -65,24 +65,7 @@ class RAdam(Optimizer):
         capturable: bool = False,
         differentiable: bool = False,
     ) -> None:
-        check("learning rate", lr)
-        check("epsilon value", eps)
-        check_betas(betas)
-        check("weight_decay value", weight_decay)
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "betas": betas,
-                "eps": eps,
-                "weight_decay": weight_decay,
-                "maximize": maximize,
-                "foreach": foreach,
-                "capturable": capturable,
-                "decoupled_weight_decay": decoupled_weight_decay,
-                "differentiable": differentiable,
-            },
-        )
+        super().__init__(params, arguments(locals()))
 
     def _init(self, hyper: Hyper, param: Tensor) -> Entries:
         return init_moments(param)

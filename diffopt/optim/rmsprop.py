@@ -6,12 +6,15 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from diffopt.optim import lists as L
-from diffopt.optim.base import Optimizer, Value, check
+from diffopt.optim.base import Optimizer
 from diffopt.optim.lists import Tensors
+from diffopt.optim.options import EPS, LR, MOMENTUM, WEIGHT_DECAY, Value, arguments, up_to_1, within
 from diffopt.optim.scalars import is_zero
 from diffopt.optim.terms import (
+    Cotangents,
     Entries,
     Hyper,
+    Pullback,
     advance,
     average_of_squares,
     column,
@@ -51,20 +54,21 @@ class RMSprop(Optimizer):
     Cost: six to ten passes over the parameters; one to three copies of them as state.
 
     Args:
-        params: parameters, named parameters or dicts that define param groups.
         lr: γ.
         alpha: α.
         eps: ε.
         weight_decay: λ.
         momentum: μ. A tensor counts as not 0.
         centered: divide by an estimate of the standard deviation.
-        maximize: ascend.
-        capturable, foreach: no effect.
-        differentiable: allow parameters that are not leaves.
 
     Raises:
         ValueError: a number is negative.
     """
+
+    elementwise = True
+    ranges = within(
+        lr=LR, eps=EPS, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, alpha=up_to_1("alpha value")
+    )
 
     def __init__(
         self,
@@ -80,26 +84,7 @@ class RMSprop(Optimizer):
         maximize: bool = False,
         differentiable: bool = False,
     ) -> None:
-        check("learning rate", lr)
-        check("epsilon value", eps)
-        check("momentum value", momentum)
-        check("weight_decay value", weight_decay)
-        check("alpha value", alpha)
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "momentum": momentum,
-                "alpha": alpha,
-                "eps": eps,
-                "centered": centered,
-                "weight_decay": weight_decay,
-                "capturable": capturable,
-                "foreach": foreach,
-                "maximize": maximize,
-                "differentiable": differentiable,
-            },
-        )
+        super().__init__(params, arguments(locals()))
 
     def _init(self, hyper: Hyper, param: Tensor) -> Entries:
         state = {"step": count(), "square_avg": zeros(param)}
@@ -130,19 +115,13 @@ class RMSprop(Optimizer):
             params = L.add(params, new["momentum_buffer"], -lr)
         return params, with_entries(states, new)
 
-    def _vjp(
-        self,
-        hyper: Hyper,
-        params: Tensors,
-        grads: Tensors,
-        states: list[Entries],
-        cot_params: Tensors,
-        cot_states: list[Entries],
-    ) -> tuple[Tensors, Tensors, list[Entries]] | None:
+    def _vjp(self, pullback: Pullback) -> Cotangents | None:
+        hyper, params, states = pullback.hyper, pullback.params, pullback.states
+        cot_params, cot_states = pullback.cot_params, pullback.cot_states
         if hyper["centered"]:
             return None
         lr, alpha, momentum = hyper["lr"], hyper["alpha"], hyper["momentum"]
-        _, grads = decayed(hyper, params, grads)
+        _, grads = decayed(hyper, params, pullback.grads)
         v = average_of_squares(column(states, "square_avg", params), grads, alpha)
         root = L.sqrt(v, give_up=True)
         scale = L.shift(root, hyper["eps"])
@@ -161,4 +140,4 @@ class RMSprop(Optimizer):
         cot_grads = L.addcmul(quotient, grads, cot_v, 2 * (1 - alpha), give_up=True)
         before["square_avg"] = L.scale(cot_v, alpha, give_up=True)
         cot_params, cot_grads = decayed_vjp(hyper, cot_params, cot_grads)
-        return cot_params, cot_grads, with_entries([{} for _ in states], before)
+        return Cotangents(cot_params, cot_grads, with_entries([{} for _ in states], before))

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from diffopt.optim import lists as L
-from diffopt.optim.base import Optimizer, Value, check
+from diffopt.optim.base import Optimizer
 from diffopt.optim.lists import Tensors, fit
+from diffopt.optim.options import ANY, LR, Range, Value, arguments, within
 from diffopt.optim.scalars import Scalar
 from diffopt.optim.terms import Entries, Hyper, advance, column, count, filled, with_entries, zeros
+
+_ETAS = "eta values", "", True  # as torch.optim's error has it
 
 
 class Rprop(Optimizer):
@@ -39,17 +44,23 @@ class Rprop(Optimizer):
     Cost: about eight passes over the parameters; two copies of them as state.
 
     Args:
-        params: parameters, named parameters or dicts that define param groups.
         lr: s before the first step.
         etas: (η⁻, η⁺), each a number, a tensor or a callable.
         step_sizes: (s_min, s_max), likewise.
-        capturable, foreach: no effect.
-        maximize: ascend.
-        differentiable: allow parameters that are not leaves.
 
     Raises:
         ValueError: lr is negative, or not 0 < η⁻ < 1 < η⁺.
     """
+
+    elementwise = True
+    ranges = within(
+        lr=LR,
+        etas=(
+            Range("above 0 and below 1", lambda low, high: 0 < low <= high < 1, *_ETAS),
+            Range("above 1", lambda low, high: 1 < low <= high < math.inf, *_ETAS),
+        ),
+        step_sizes=(ANY, ANY),
+    )
 
     def __init__(
         self,
@@ -63,24 +74,7 @@ class Rprop(Optimizer):
         maximize: bool = False,
         differentiable: bool = False,
     ) -> None:
-        check("learning rate", lr)
-        minus, plus = etas
-        if (isinstance(minus, (int, float)) and not 0.0 < minus < 1.0) or (
-            isinstance(plus, (int, float)) and not plus > 1.0
-        ):
-            raise ValueError(f"Invalid eta values: {minus}, {plus}")
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "etas": etas,
-                "step_sizes": step_sizes,
-                "foreach": foreach,
-                "maximize": maximize,
-                "differentiable": differentiable,
-                "capturable": capturable,
-            },
-        )
+        super().__init__(params, arguments(locals()))
 
     def _init(self, hyper: Hyper, param: Tensor) -> Entries:
         return {"step": count(), "prev": zeros(param)}

@@ -8,12 +8,15 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from diffopt.optim import lists as L
-from diffopt.optim.base import Optimizer, Value, check
+from diffopt.optim.base import Optimizer
 from diffopt.optim.lists import Tensors
+from diffopt.optim.options import ANY, LR, MOMENTUM, WEIGHT_DECAY, Value, arguments, within
 from diffopt.optim.scalars import is_zero
 from diffopt.optim.terms import (
+    Cotangents,
     Entries,
     Hyper,
+    Pullback,
     cotangents,
     decayed,
     decayed_vjp,
@@ -45,15 +48,11 @@ class SGD(Optimizer):
     Cost: a forward pass over the parameters per line; one copy of the parameters as state.
 
     Args:
-        params: parameters, named parameters or dicts that define param groups.
         lr: γ.
         momentum: μ.
         dampening: τ.
         weight_decay: λ.
         nesterov: look ahead along the buffer.
-        maximize: ascend.
-        foreach, fused: no effect.
-        differentiable: allow parameters that are not leaves.
 
     Raises:
         ValueError: a number is negative, or nesterov has no momentum or some dampening.
@@ -66,6 +65,9 @@ class SGD(Optimizer):
         >>> new["w"]
         tensor([0.8000], grad_fn=<AddBackward0>)
     """
+
+    elementwise = True
+    ranges = within(lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, dampening=ANY)
 
     def __init__(
         self,
@@ -81,25 +83,9 @@ class SGD(Optimizer):
         differentiable: bool = False,
         fused: bool | None = None,
     ) -> None:
-        check("learning rate", lr)
-        check("momentum value", momentum)
-        check("weight_decay value", weight_decay)
+        super().__init__(params, arguments(locals()))
         if nesterov and (momentum == 0 or (isinstance(dampening, (int, float)) and dampening != 0)):
             raise ValueError("Nesterov momentum requires a momentum and zero dampening")
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "momentum": momentum,
-                "dampening": dampening,
-                "weight_decay": weight_decay,
-                "nesterov": nesterov,
-                "maximize": maximize,
-                "foreach": foreach,
-                "differentiable": differentiable,
-                "fused": fused,
-            },
-        )
 
     def _init(self, hyper: Hyper, param: Tensor) -> Entries:
         if is_zero(hyper["momentum"]) or not is_zero(hyper["dampening"]):
@@ -118,24 +104,17 @@ class SGD(Optimizer):
         states = with_entries(states, {"momentum_buffer": buffers})
         return L.add(params, directions, -lr), states
 
-    def _vjp(
-        self,
-        hyper: Hyper,
-        params: Tensors,
-        grads: Tensors,
-        states: list[Entries],
-        cot_params: Tensors,
-        cot_states: list[Entries],
-    ) -> tuple[Tensors, Tensors, list[Entries]] | None:
+    def _vjp(self, pullback: Pullback) -> Cotangents | None:
+        hyper, params, states = pullback.hyper, pullback.params, pullback.states
         lr, momentum, keep = hyper["lr"], hyper["momentum"], 1 - hyper["dampening"]
-        cot_directions = L.scale(cot_params, -lr)
+        cot_directions = L.scale(pullback.cot_params, -lr)
         if momentum == 0:
-            cot_params, cot_grads = decayed_vjp(hyper, cot_params, cot_directions)
-            return cot_params, cot_grads, cot_states
+            found = decayed_vjp(hyper, pullback.cot_params, cot_directions)
+            return Cotangents(*found, pullback.cot_states)
         started = ["momentum_buffer" in s for s in states]
         if any(started) != all(started):
             return None
-        cot_buffers = cotangents(cot_states, "momentum_buffer", params)
+        cot_buffers = cotangents(pullback.cot_states, "momentum_buffer", params)
         if hyper["nesterov"]:
             cot_buffers = plus(cot_buffers, L.scale(cot_directions, momentum))
         else:
@@ -147,7 +126,7 @@ class SGD(Optimizer):
         if all(started):
             scaled = L.scale(cot_buffers, momentum)
             before = [{"momentum_buffer": c} for c in scaled]
-        return *decayed_vjp(hyper, cot_params, cot_grads), before
+        return Cotangents(*decayed_vjp(hyper, pullback.cot_params, cot_grads), before)
 
     def _vjp_reads_gradients(self, states: Sequence[Mapping[str, Tensor]]) -> bool:
         return len({"momentum_buffer" in s for s in states}) > 1
@@ -165,19 +144,7 @@ class SGD(Optimizer):
 
 
 class Momentum(SGD):
-    """``SGD`` whose ``momentum`` defaults to 0.9.
-
-    Args:
-        params: as for ``SGD``, like everything else.
-        lr: γ.
-        momentum: μ.
-        dampening: τ.
-        weight_decay: λ.
-        nesterov: look ahead along the buffer.
-        maximize: ascend.
-        foreach, fused: no effect.
-        differentiable: allow parameters that are not leaves.
-    """
+    """``SGD`` whose ``momentum`` defaults to 0.9."""
 
     def __init__(
         self,
@@ -193,15 +160,4 @@ class Momentum(SGD):
         differentiable: bool = False,
         fused: bool | None = None,
     ) -> None:
-        super().__init__(
-            params,
-            lr,
-            momentum,
-            dampening,
-            weight_decay,
-            nesterov,
-            maximize=maximize,
-            foreach=foreach,
-            differentiable=differentiable,
-            fused=fused,
-        )
+        super().__init__(params, **arguments(locals()))

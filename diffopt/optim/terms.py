@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,31 @@ from diffopt.optim.scalars import Coefficient, Scalar, as_numbers, is_zero
 Hyper = Mapping[str, Any]
 #: The state of one parameter.
 Entries = dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Pullback:
+    """The update of one param group, and cotangents of its results to carry back through it.
+
+    ``hyper``, ``params``, ``grads`` and ``states`` are the arguments of the update. Entries missing
+    from ``cot_states`` stand for zero.
+    """
+
+    hyper: Hyper
+    params: Tensors
+    grads: Tensors
+    states: list[Entries]
+    cot_params: Tensors
+    cot_states: list[Entries]
+
+
+@dataclass(frozen=True, slots=True)
+class Cotangents:
+    """What a pullback gives: cotangents of the arguments of the update."""
+
+    params: Tensors
+    grads: Tensors
+    states: list[Entries]
 
 
 def tensors_of(options: Sequence[Hyper]) -> list[Tensor]:

@@ -1,22 +1,22 @@
 """The vector-Jacobian product of an optimizer's update.
 
 A rule may state its own (``Optimizer._vjp``): a dozen passes over the parameters instead of the
-graph of the update, which has twice as many nodes. It counts where every option is a plain number;
-otherwise, and for rules that state none, autograd differentiates the update.
+graph of the update, which has twice as many nodes. It counts for param groups whose options are all
+plain numbers; autograd differentiates the update of the others, and of rules that state none.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from diffopt.optim.terms import Entries, Hyper, tensors_of, zeros
-
-if TYPE_CHECKING:
-    from diffopt.optim.base import Optimizer
+from diffopt.optim.base import Optimizer
+from diffopt.optim.mapped import is_elementwise, update_over_tasks
+from diffopt.optim.terms import Entries, Hyper, Pullback, tensors_of, zeros
 
 ByName = dict[str, Tensor]
 StateByName = dict[str, Entries]
@@ -41,25 +41,76 @@ def update_vjp(
     *,
     hyper: Sequence[Hyper],
     groups: Sequence[Sequence[str]],
+    tasks: int | None = None,
     seen: Sequence[Any] = (),
     retain_graph: bool = False,
 ) -> UpdateCotangents:
-    """Carry cotangents of ``opt.update``'s results back to its arguments.
+    """Carry cotangents of ``update_over_tasks``'s results back to its arguments.
 
     Args:
         opt: the rule.
         params, grads, state: the arguments of the update; their graphs are not looked at.
         cot_params, cot_state: cotangents of its results, by name.
-        hyper, groups: as for ``update``.
+        hyper, groups, tasks: as for ``update_over_tasks``.
         seen: further tensors or gradient edges to differentiate with respect to, those that
             hyperparameters are made of.
         retain_graph: keep the graphs behind ``seen``.
     """
-    by_hand = _by_hand(opt, params, grads, state, cot_params, cot_state, hyper, groups)
-    if by_hand is not None:
-        return by_hand._replace(seen=[None] * len(seen))
-    return _by_autograd(
-        opt, params, grads, state, cot_params, cot_state, hyper, groups, seen, retain_graph
+    found = UpdateCotangents(
+        dict(cot_params),
+        {},
+        {name: dict(entries) for name, entries in cot_state.items()},
+        [None] * len(seen),
+    )
+    left: list[list[str]] = []  # of each group, the names that autograd has to see to
+    for rule, names, options in zip(opt.rules, groups, hyper, strict=True):
+        flowing = [
+            n for n in names if grads.get(n) is not None and (n in cot_params or cot_state.get(n))
+        ]
+        result = None
+        if flowing and has_own_vjp(rule, options, tasks):
+            result = rule._vjp(
+                Pullback(
+                    options,
+                    [params[n] for n in flowing],
+                    [g for n in flowing if (g := grads[n]) is not None],
+                    [dict(state[n]) for n in flowing],
+                    [cot_params[n] if n in cot_params else zeros(params[n]) for n in flowing],
+                    [dict(cot_state.get(n, {})) for n in flowing],
+                )
+            )
+        if result is None:
+            left.append(flowing)
+            continue
+        left.append([])
+        for n, p, g, s in zip(flowing, result.params, result.grads, result.states, strict=True):
+            found.params[n], found.grads[n], found.state[n] = p, g, s
+    if any(left):
+        rest = _by_autograd(
+            opt, params, grads, state, cot_params, cot_state, hyper, left, tasks, seen, retain_graph
+        )
+        for name in chain.from_iterable(left):
+            found.params.pop(name, None)
+            found.state.pop(name, None)
+        found.params.update(rest.params)
+        found.grads.update(rest.grads)
+        found.state.update(rest.state)
+        found.seen[:] = rest.seen
+    return found
+
+
+def has_own_vjp(rule: Optimizer, hyper: Hyper, tasks: int | None) -> bool:
+    """Whether the derivative that a rule states by hand counts for its update with ``hyper``."""
+    if tensors_of([hyper]) or not rule._declares("_vjp"):
+        return False
+    return tasks is None or is_elementwise(rule)
+
+
+def is_known(opt: Optimizer, hyper: Sequence[Hyper], tasks: int | None) -> bool:
+    """Whether every rule is a function of its arguments alone, whose derivative is known."""
+    return all(
+        rule.is_pure or has_own_vjp(rule, options, tasks)
+        for rule, options in zip(opt.rules, hyper, strict=True)
     )
 
 
@@ -70,58 +121,14 @@ def reads_gradients(
     *,
     hyper: Sequence[Hyper],
     groups: Sequence[Sequence[str]],
+    tasks: int | None = None,
 ) -> bool:
     """Whether ``update_vjp`` looks at the values of the gradients."""
-    return not states_own_vjp(type(opt)) or any(
-        tensors_of([options]) or opt._vjp_reads_gradients([state[n] for n in names if n in grads])
-        for names, options in zip(groups, hyper, strict=True)
+    return any(
+        not has_own_vjp(rule, options, tasks)
+        or rule._vjp_reads_gradients([state[n] for n in names if n in grads])
+        for rule, names, options in zip(opt.rules, groups, hyper, strict=True)
     )
-
-
-def _by_hand(
-    opt: Optimizer,
-    params: Mapping[str, Tensor],
-    grads: Mapping[str, Tensor | None],
-    state: Mapping[str, Mapping[str, Tensor]],
-    cot_params: Mapping[str, Tensor],
-    cot_state: Mapping[str, Mapping[str, Tensor]],
-    options: Sequence[Hyper],
-    groups: Sequence[Sequence[str]],
-) -> UpdateCotangents | None:
-    if not states_own_vjp(type(opt)):
-        return None
-    found = UpdateCotangents(dict(cot_params), {}, {n: dict(s) for n, s in cot_state.items()}, [])
-    for names, hyper in zip(groups, options, strict=True):
-        given = [n for n in names if grads.get(n) is not None]
-        flowing = [n for n in given if n in cot_params or cot_state.get(n)]
-        if not flowing:
-            continue
-        if tensors_of([hyper]):
-            return None
-        own = [params[n] for n in flowing]
-        result = opt._vjp(
-            hyper,
-            own,
-            [g for n in flowing if (g := grads[n]) is not None],
-            [dict(state[n]) for n in flowing],
-            [cot_params[n] if n in cot_params else zeros(params[n]) for n in flowing],
-            [dict(cot_state.get(n, {})) for n in flowing],
-        )
-        if result is None:
-            return None
-        for name, p, g, s in zip(flowing, *result, strict=True):
-            found.params[name], found.grads[name], found.state[name] = p, g, s
-    return found
-
-
-def states_own_vjp(rule: type) -> bool:
-    """Whether ``_vjp`` belongs to the rule, not to another one that it inherits from."""
-    for cls in rule.__mro__:
-        if "_vjp" in cls.__dict__:
-            return True
-        if "_update" in cls.__dict__ or "update" in cls.__dict__:
-            return False
-    return False
 
 
 def _by_autograd(
@@ -133,14 +140,17 @@ def _by_autograd(
     cot_state: Mapping[str, Mapping[str, Tensor]],
     options: Sequence[Hyper],
     groups: Sequence[Sequence[str]],
+    tasks: int | None,
     seen: Sequence[Any],
     retain_graph: bool,
 ) -> UpdateCotangents:
-    p = {name: _leaf(x) for name, x in params.items()}
-    g = {name: x if x is None else _leaf(x) for name, x in grads.items()}
-    s = {name: {k: _state_leaf(k, x) for k, x in held.items()} for name, held in state.items()}
+    """The same for the names in ``groups``, all of which have gradients."""
+    names = list(chain.from_iterable(groups))
+    p = {name: _leaf(params[name]) for name in names}
+    g = {name: _leaf(x) for name in names if (x := grads[name]) is not None}
+    s = {name: {k: _state_leaf(k, x) for k, x in state[name].items()} for name in names}
     with torch.enable_grad():
-        new_params, new_state = opt.update(p, g, s, hyper=options, groups=groups)
+        new_params, new_state = update_over_tasks(opt, tasks, p, g, s, hyper=options, groups=groups)
     pairs = [(x, cot_params[n]) for n, x in new_params.items() if n in cot_params]
     for name, held in new_state.items():
         given = cot_state.get(name, {})
@@ -148,7 +158,7 @@ def _by_autograd(
     pairs = [(x, c) for x, c in pairs if x.requires_grad]
     leaves: list[Any] = [
         *p.values(),
-        *(x for x in g.values() if x is not None),
+        *g.values(),
         *(x for _, _, x in _flowing(s)),
     ]
     found: Sequence[Tensor | None] = [None] * (len(leaves) + len(seen))
@@ -162,7 +172,7 @@ def _by_autograd(
         )
     cots = iter(found)
     to_params = {n: c for n in p if (c := next(cots)) is not None}
-    to_grads = {n: c for n, x in g.items() if x is not None and (c := next(cots)) is not None}
+    to_grads = {n: c for n in g if (c := next(cots)) is not None}
     to_state: StateByName = {name: {} for name in s}
     for name, key, _ in _flowing(s):
         if (c := next(cots)) is not None:

@@ -1,0 +1,96 @@
+"""Several optimizers over disjoint parameters as one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
+
+from torch import Tensor
+
+from diffopt.optim.base import Optimizer, OptState
+from diffopt.optim.mapped import init_over_tasks, update_over_tasks
+from diffopt.optim.terms import Hyper
+
+
+class Joint(Optimizer):
+    """Several optimizers, each of which updates its own parameters.
+
+    What ``unroll`` makes of a list of optimizers, such as Muon for matrices and AdamW for the rest.
+    The param groups are theirs, one after the other, and so are the rules: the options, state and
+    derivative of a parameter are those of the optimizer that holds it.
+
+    Args:
+        optimizers: over disjoint parameters.
+        names: of the parameters, for messages.
+
+    Raises:
+        ValueError: two of them hold the same parameter, or there are none.
+    """
+
+    def __init__(
+        self, optimizers: Sequence[Optimizer], names: Mapping[Tensor, str] | None = None
+    ) -> None:
+        if not optimizers:
+            raise ValueError("the list of optimizers is empty: pass at least one")
+        self.optimizers = list(optimizers)
+        self._check_disjoint(names or {})
+        groups = [group for opt in optimizers for group in opt.param_groups]
+        super().__init__([dict(groups[0])], {"differentiable": True})
+        self.param_groups = groups
+        for opt in optimizers:
+            self.state.update(opt.state)
+
+    def _check_disjoint(self, names: Mapping[Tensor, str]) -> None:
+        holders: dict[Tensor, Optimizer] = {}
+        for opt in self.optimizers:
+            for group in opt.param_groups:
+                given = group.get("param_names", ())
+                for i, p in enumerate(group["params"]):
+                    if p in holders:
+                        name = given[i] if given else f"{i}, of shape {tuple(p.shape)}"
+                        both = f"{type(holders[p]).__name__} and {type(opt).__name__}"
+                        raise ValueError(
+                            f"{both} both hold the parameter {names.get(p, name)!r}: give each "
+                            "parameter to one optimizer"
+                        )
+                    holders[p] = opt
+
+    @property
+    def rules(self) -> Sequence[Optimizer]:
+        return [opt for opt in self.optimizers for _ in opt.param_groups]
+
+    @property
+    def first_step(self) -> int:
+        return max(opt.first_step for opt in self.optimizers)
+
+    def init(
+        self,
+        params: Mapping[str, Tensor],
+        *,
+        groups: Sequence[Sequence[str]] | None = None,
+        hyper: Sequence[Hyper] | None = None,
+    ) -> OptState:
+        return init_over_tasks(self, None, params, groups=self._names(params, groups), hyper=hyper)
+
+    def update(
+        self,
+        params: Mapping[str, Tensor],
+        grads: Mapping[str, Tensor | None],
+        state: Mapping[str, Mapping[str, Tensor]],
+        *,
+        step: int = 0,
+        groups: Sequence[Sequence[str]] | None = None,
+        hyper: Sequence[Hyper] | None = None,
+    ) -> tuple[dict[str, Tensor], OptState]:
+        every = self.hyperparameters(step) if hyper is None else hyper
+        names = self._names(params, groups)
+        return update_over_tasks(self, None, params, grads, state, hyper=every, groups=names)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> NoReturn:
+        raise NotImplementedError("call step() of each of the optimizers that were joined")
+
+    def state_dict(self) -> NoReturn:
+        raise NotImplementedError("save state_dict() of each of the optimizers that were joined")
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> NoReturn:
+        raise NotImplementedError("load the state of each of the optimizers that were joined")

@@ -1,0 +1,209 @@
+"""Rules for the parameters of several tasks at once, which lead with a task dimension.
+
+An elementwise rule, which updates each number by itself, takes those parameters as they are. Any
+other would mix the tasks (a norm of the parameter, a mean over its rows), and so would options that
+differ between the tasks; ``torch.vmap`` then maps the rule, which sees one task. State with a
+dimension leads with the tasks, too; 0-dimensional state, such as step counts, is the same for all.
+
+Limits: what ``torch.vmap`` cannot map (control flow by a tensor's value, ``.item()``) is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+from torch._C._functorch import is_batchedtensor
+
+from diffopt.optim.base import Optimizer, OptState
+from diffopt.optim.options import broadcasts
+from diffopt.optim.terms import Hyper, tensors_of
+
+Params = Mapping[str, Tensor]
+Groups = Sequence[Sequence[str]]
+
+
+def is_elementwise(rule: Optimizer) -> bool:
+    """Whether the class that states the rule says that it updates each number by itself."""
+    return rule._declares("elementwise") and rule.elementwise
+
+
+def init_over_tasks(
+    opt: Optimizer,
+    tasks: int | None,
+    params: Params,
+    *,
+    groups: Groups,
+    hyper: Sequence[Hyper] | None = None,
+) -> OptState:
+    """``opt.init``, for parameters that lead with the tasks unless ``tasks`` is None."""
+    state: OptState = {}
+    if hyper is None:  # whether the tasks differ, the values tell
+        hyper = opt.at_start() if tasks is None else opt.hyperparameters(0)
+    for part in _parts(opt, groups, hyper):
+        own = {name: params[name] for names in part.groups for name in names}
+
+        def init(params: Params, hyper: Sequence[Hyper], part: _Part = part) -> OptState:
+            return part.rule.init(params, groups=part.groups, hyper=hyper)
+
+        state.update(part.apply(tasks, init, own, {}))
+    return {name: state[name] for name in params if name in state}
+
+
+def update_over_tasks(
+    opt: Optimizer,
+    tasks: int | None,
+    params: Params,
+    grads: Mapping[str, Tensor | None],
+    state: Mapping[str, Mapping[str, Tensor]],
+    *,
+    hyper: Sequence[Hyper],
+    groups: Groups,
+) -> tuple[dict[str, Tensor], OptState]:
+    """``opt.update``, for tensors that lead with the tasks unless ``tasks`` is None.
+
+    A tensor among ``hyper`` holds, under tasks, one value for each task, or for each entry of the
+    parameters, or for both: a shape (N,), one that broadcasts against them, or N before such a one.
+
+    Raises:
+        ValueError: a tensor's shape says both that its values are the tasks' and the entries'.
+        RuntimeError: ``torch.vmap`` cannot map the rule.
+    """
+    if tasks is None and opt.rules[0] is opt:
+        return opt.update(params, grads, state, hyper=hyper, groups=groups)
+    new_params = dict(params)
+    new_state: dict[str, Any] = dict(state)
+    for part in _parts(opt, groups, hyper):
+        part.groups = [[n for n in names if grads.get(n) is not None] for names in part.groups]
+        given = [name for names in part.groups for name in names]
+        if not given:
+            continue
+        own = {name: params[name] for name in given}
+        entries = {name: dict(state[name]) for name in given if name in state}
+
+        def update(
+            params: Params, hyper: Sequence[Hyper], state: Any, grads: Any, part: _Part = part
+        ) -> tuple[dict[str, Tensor], OptState]:
+            return part.rule.update(params, grads, state, hyper=hyper, groups=part.groups)
+
+        values, entries = part.apply(tasks, update, own, entries, {n: grads[n] for n in given})
+        new_params.update(values)
+        new_state.update(entries)
+    return new_params, new_state
+
+
+class _Part:
+    """The param groups of one rule, in the order in which the rule has them."""
+
+    def __init__(self, rule: Optimizer, groups: Groups, hyper: Sequence[Hyper]) -> None:
+        self.rule, self.groups, self.hyper = rule, groups, hyper
+
+    def apply(
+        self,
+        tasks: int | None,
+        function: Callable[..., Any],
+        params: Params,
+        state: Mapping[str, Mapping[str, Tensor]],
+        *grads: Any,
+    ) -> Any:
+        """``function(params, hyper, [state, grads])``, mapped over the tasks where it has to be."""
+        rest = (state, *grads) if grads else ()
+        if tasks is None or not self._is_mapped(params, state):
+            return function(params, self.hyper, *rest)
+        return _mapped(self, tasks, function, params, *rest)
+
+    def _is_mapped(self, params: Params, state: Mapping[str, Mapping[str, Tensor]]) -> bool:
+        """Whether tasks differ in more than the entries of their parameters."""
+        if not is_elementwise(self.rule):
+            return True
+        return any(x.dim() and x.numel() > 1 for x in tensors_of(self.hyper)) or any(
+            x.dim() and x.shape != params[name].shape
+            for name, entries in state.items()
+            for x in entries.values()
+        )
+
+
+def _parts(opt: Optimizer, groups: Groups, hyper: Sequence[Hyper]) -> list[_Part]:
+    of_groups = groupby(zip(opt.rules, groups, hyper, strict=True), key=lambda group: id(group[0]))
+    parts = []
+    for _, found in of_groups:
+        rules, names, options = zip(*found, strict=True)
+        parts.append(_Part(rules[0], names, options))
+    return parts
+
+
+def _mapped(
+    part: _Part, tasks: int, function: Callable[..., Any], params: Params, *rest: Any
+) -> Any:
+    """``function(params, hyper, *rest)`` for every task."""
+    hyper = [dict(options) for options in part.hyper]
+    tensors, spec = pytree.tree_flatten((params, hyper, *rest))
+    of_hyper = iter(_dims(part, tasks, params))
+    count_before, count = len(params), len(pytree.tree_leaves(hyper))
+    dims = [
+        next(of_hyper)
+        if count_before <= i < count_before + count
+        else (0 if isinstance(x, Tensor) and x.dim() else None)
+        for i, x in enumerate(tensors)
+    ]
+    results: list[Any] = []
+
+    def one(*leaves: Any) -> list[Tensor]:
+        found = function(*pytree.tree_unflatten(list(leaves), spec))
+        leaves_out, out_spec = pytree.tree_flatten(found)
+        shared = [None if x.dim() or is_batchedtensor(x) else x for x in leaves_out]
+        results[:] = [shared, out_spec]
+        return [x for x, same in zip(leaves_out, shared, strict=True) if same is None]
+
+    try:
+        outputs = iter(torch.vmap(one, in_dims=tuple(dims), randomness="different")(*tensors))
+    except RuntimeError as error:
+        if "vmap" not in str(error):
+            raise
+        name = type(part.rule).__name__
+        raise RuntimeError(
+            f"the rule of {name} cannot be mapped over the tasks of tasks={tasks}: write it in "
+            "operations on tensors, without .item() or an if that reads a tensor; or, if it "
+            f"updates each entry of a parameter by itself, declare `elementwise = True` in the "
+            f"class. PyTorch says: {error}"
+        ) from error
+    shared, out_spec = results
+    leaves = [next(outputs) if same is None else same for same in shared]
+    return pytree.tree_unflatten(leaves, out_spec)
+
+
+def _dims(part: _Part, tasks: int, params: Params) -> list[int | None]:
+    """Which dimension of each leaf among the options holds the tasks, if one does."""
+    found: list[int | None] = []
+    for names, options in zip(part.groups, part.hyper, strict=True):
+        shapes = {name: params[name].shape[1:] for name in names}
+        for key, value in options.items():
+            items = value if isinstance(value, (tuple, list)) else (value,)
+            found += [_dim(part.rule, key, x, tasks, shapes) for x in items]
+    return found
+
+
+def _dim(
+    rule: Optimizer, key: str, x: Any, tasks: int, shapes: Mapping[str, torch.Size]
+) -> int | None:
+    if not isinstance(x, Tensor) or not x.dim() or x.numel() == 1:
+        return None
+    leads = x.shape[0] == tasks and all(
+        broadcasts(x.shape[1:], s) or x[0].numel() == 1 for s in shapes.values()
+    )
+    if not leads or tasks == 1:
+        return 0 if leads else None
+    ambiguous = [name for name, s in shapes.items() if broadcasts(x.shape, s)]
+    if len(ambiguous) == len(shapes) and shapes:
+        ones = ", ".join("1" for _ in range(max(len(s) for s in shapes.values())))
+        raise ValueError(
+            f"{type(rule).__name__}: with tasks={tasks}, {key} of shape {tuple(x.shape)} may hold "
+            f"one value for each task or for entries of parameter {ambiguous[0]!r}: for the tasks "
+            f"write {key}=lambda t: value.reshape({tasks}, {ones}), for the entries "
+            f"{key}=lambda t: value.expand({tasks}, *parameter.shape)"
+        )
+    return 0
