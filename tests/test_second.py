@@ -6,7 +6,7 @@ the statistics count as constants, and in second ones with a bias but no weight.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,9 +18,7 @@ from torch import Tensor
 from diffopt._derivatives import batch_norm as _batch_norm
 from diffopt._derivatives import gelu as _gelu
 from diffopt._derivatives import layer_norm as _layer_norm
-from diffopt._derivatives import linear as _linear
 from diffopt._derivatives import missing as _missing
-from diffopt._derivatives.table import Evaluation
 
 Function = Callable[..., Tensor]
 
@@ -64,18 +62,6 @@ def written_gelu(x: Tensor, approximate: str = "none") -> Tensor:
     return x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))) / 2
 
 
-def written_linear(x: Tensor, w: Any, b: Any = None) -> Tensor:
-    y = torch.einsum("...i,oi->...o", x, w)
-    return y if b is None else y + b
-
-
-@pytest.fixture(autouse=True)
-def layers_of_any_size(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(_linear, "WORTHWHILE", 0)
-    with Evaluation().of_loss():
-        yield
-
-
 def params(*shapes: tuple[int, ...]) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
     return [torch.randn(s, generator=generator).double().requires_grad_() for s in shapes]
@@ -109,7 +95,6 @@ BN = F.batch_norm, _batch_norm.batch_norm, written_batch_norm
 IN = F.instance_norm, _batch_norm.instance_norm, written_instance_norm
 LN = F.layer_norm, _layer_norm.layer_norm, written_layer_norm
 GELU = F.gelu, _gelu.gelu, written_gelu
-LINEAR = F.linear, _linear.linear, written_linear
 
 CASES: dict[str, tuple[Any, Any, list[tuple[int, ...]]]] = {
     "gelu": (GELU, lambda f, x: f(x), [(3, 5)]),
@@ -127,12 +112,6 @@ CASES: dict[str, tuple[Any, Any, list[tuple[int, ...]]]] = {
     "layer_norm, all dimensions": (LN, partial(layer_norm, n=2), [(3, 5), (3, 5), (3, 5)]),
     "layer_norm, plain": (LN, layer_norm, [(4, 3, 5)]),
     "layer_norm, no bias": (LN, layer_norm, [(6, 3), (3,)]),
-    "linear": (LINEAR, lambda f, *xs: f(*xs), [(6, 3), (5, 3), (5,)]),
-    "linear, no bias": (LINEAR, lambda f, *xs: f(*xs), [(6, 3), (5, 3)]),
-    "linear, sequences": (LINEAR, lambda f, *xs: f(*xs), [(2, 4, 3), (5, 3), (5,)]),
-    "linear, sequences, no bias": (LINEAR, lambda f, *xs: f(*xs), [(2, 4, 3), (5, 3)]),
-    "linear, strided": (LINEAR, lambda f, x, *xs: f(x.mT, *xs), [(2, 3, 4), (5, 3), (5,)]),
-    "linear, in columns": (LINEAR, lambda f, x, *xs: f(x.mT, *xs), [(3, 4), (5, 3), (5,)]),
     "layer_norm, no weight": (LN, lambda f, x, b: layer_norm(f, x, None, b), [(6, 3), (3,)]),
 }
 
@@ -162,18 +141,6 @@ def test_values_and_first_derivatives_are_the_same_bits(case: Any) -> None:
     theirs, ours, _, xs = case
     (y, grads), (z, others) = first(ours, xs), first(theirs, xs)
     assert_equal([y, *grads], [z, *others], bits=True)
-
-
-@pytest.mark.parametrize("case", [name for name in CASES if "linear" in name], indirect=True)
-def test_second_derivatives_of_linear_layers_are_the_same_bits(case: Any) -> None:
-    """For only some adjoints have them from here."""
-    theirs, ours, _, xs = case
-
-    def second(function: Function) -> list[Tensor]:
-        grads = first(function, xs)[1]
-        return list(torch.autograd.grad([g.cos().sum() for g in grads], xs))
-
-    assert_equal(second(ours), second(theirs), bits=True)
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
