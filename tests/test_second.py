@@ -249,7 +249,7 @@ def test_pytorchs_own_where_it_knows_more() -> None:
 def test_hardsigmoid_in_place() -> None:
     x = torch.linspace(-4, 4, 9)
     y = x.clone()
-    assert _missing._hardsigmoid(y, inplace=True) is y
+    assert _missing.hardsigmoid(y, inplace=True) is y
     torch.testing.assert_close(y, F.hardsigmoid(x))
 
 

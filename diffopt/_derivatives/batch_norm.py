@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffopt._derivatives.own import differentiated, normalised, seen_by_modes, to_be_written_out
+from diffopt._derivatives.own import differentiated, normalised, to_be_written_out
 
 _batch_norm: Any = F.batch_norm
 _instance_norm: Any = F.instance_norm
@@ -32,7 +32,6 @@ _backward: Any = torch.ops.aten._batch_norm_impl_index_backward.default
 _sums: Any = torch.ops.aten.native_batch_norm_backward.default
 
 
-@seen_by_modes
 def batch_norm(
     input: Tensor,
     running_mean: Tensor | None,
@@ -61,7 +60,6 @@ def batch_norm(
     return result
 
 
-@seen_by_modes
 def instance_norm(
     input: Tensor,
     running_mean: Tensor | None = None,
@@ -86,11 +84,12 @@ def instance_norm(
             _instance_norm(input.detach(), *statistics, None, None, True, momentum, eps)
         return _by_channel(input, list(range(2, input.dim())), eps, weight, bias)
     n, channels = input.shape[:2]
-    own = [x if x is None else x.repeat(n) for x in (*statistics, weight, bias)]
+    own = [x if x is None else x.repeat(n) for x in statistics]
+    weight, bias = (x if x is None else x.repeat(n) for x in (weight, bias))
     joined = input.contiguous().view(1, n * channels, *input.shape[2:])
-    y: Tensor = batch_norm(joined, *own, True, momentum, eps)
+    y = batch_norm(joined, own[0], own[1], weight, bias, True, momentum, eps)
     with torch.no_grad():
-        for kept, new in zip(statistics, own, strict=False):
+        for kept, new in zip(statistics, own, strict=True):
             if kept is not None and new is not None:
                 kept.copy_(new.view(n, channels).mean(0))
     return y.view(input.shape)

@@ -22,14 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffopt._derivatives.own import differentiated, normalised, seen_by_modes, to_be_written_out
+from diffopt._derivatives.own import differentiated, normalised, to_be_written_out
 
 _layer_norm: Any = F.layer_norm
 _forward: Any = torch.ops.aten.native_layer_norm.default
 _backward: Any = torch.ops.aten.native_layer_norm_backward.default
 
 
-@seen_by_modes
 def layer_norm(
     input: Tensor,
     normalized_shape: Sequence[int],

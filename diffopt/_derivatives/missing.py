@@ -8,7 +8,6 @@ taken for zero.
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
@@ -16,11 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """``torch._weight_norm``."""
     return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
-def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
+def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
+    """``torch.nn.functional.hardsigmoid``."""
     y = F.relu6(input + 3) / 6
     return input.copy_(y) if inplace else y
 
@@ -28,7 +29,8 @@ def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
 _linear_cross_entropy = getattr(F, "linear_cross_entropy", None)  # new in PyTorch 2.13
 
 
-def _unchunked_linear_cross_entropy(*args: Any, options: Any = None, **kwargs: Any) -> Any:
+def linear_cross_entropy(*args: Any, options: Any = None, **kwargs: Any) -> Any:
+    """``torch.nn.functional.linear_cross_entropy``, in one chunk."""
     assert _linear_cross_entropy is not None
     return _linear_cross_entropy(*args, options=None, **kwargs)
 
@@ -37,7 +39,8 @@ _cdist: Any = torch.cdist
 _IF_LARGE = "use_mm_for_euclid_dist_if_necessary"
 
 
-def _distances(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str = _IF_LARGE) -> Any:
+def cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str = _IF_LARGE) -> Any:
+    """``torch.cdist``."""
     large = x1.size(-2) > 25 or x2.size(-2) > 25
     by_product = "donot" not in compute_mode and (large or "necessary" not in compute_mode)
     learning = torch.is_grad_enabled() and (x1.requires_grad or x2.requires_grad)
@@ -45,16 +48,6 @@ def _distances(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str = _IF_L
         return _cdist(x1, x2, p, compute_mode)  # this one can be differentiated, or need not be
     return torch.linalg.vector_norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), p, dim=-1)
 
-
-#: Where these operations are called from, and what is to be called instead.
-CALLED_FROM: list[tuple[Any, str, Any]] = [
-    (torch, "_weight_norm", _weight_norm),
-    (sys.modules["torch.nn.utils.weight_norm"], "_weight_norm", _weight_norm),
-    (F, "hardsigmoid", _hardsigmoid),
-    (torch, "cdist", _distances),
-]
-if _linear_cross_entropy is not None:
-    CALLED_FROM.append((F, "linear_cross_entropy", _unchunked_linear_cross_entropy))
 
 #: The graph nodes that are silently wrong when differentiated again: what is to be said of each.
 WRONG = {

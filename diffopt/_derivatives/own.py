@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._C import _functorch
 from torch.autograd import forward_ad
-from torch.overrides import handle_torch_function, has_torch_function
 
 from diffopt.optim.scalars import in_functorch
 
@@ -74,17 +72,6 @@ def differentiated(*operands: Tensor | None) -> bool:
         and forward_ad._current_level < 0
         and not _autocast(first)
     )
-
-
-def seen_by_modes(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function``, shown to the ``TorchFunctionMode`` that is active, as PyTorch's own are."""
-
-    def shown(*args: Any, **kwargs: Any) -> Any:
-        if has_torch_function(()):
-            return handle_torch_function(function, (), *args, **kwargs)
-        return function(*args, **kwargs)
-
-    return shown
 
 
 def normalised(

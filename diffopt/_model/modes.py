@@ -41,8 +41,11 @@ class Modes:
         return {dtype for dtype in self._autocast.values() if dtype is not None}
 
     @contextmanager
-    def active(self) -> Iterator[None]:
+    def active(self, *, routed: bool = True) -> Iterator[None]:
         """Enter them: autocast as it was, and kernels that can be differentiated twice.
+
+        Args:
+            routed: False where another mode calls the replacements of operations, or none is used.
 
         Attention runs on the math kernel, recurrent layers without cuDNN, compiled modules
         uncompiled: otherwise there is no second derivative. The weight cache of autocast is off,
@@ -53,7 +56,8 @@ class Modes:
                 stack.enter_context(torch.inference_mode(False))
                 stack.enter_context(torch.no_grad())  # leaving that mode alone would switch it on
             stack.enter_context(_math_attention)
-            stack.enter_context(with_second_derivatives)
+            if routed:
+                stack.enter_context(with_second_derivatives)
             if self._compiled and hasattr(torch.compiler, "set_stance"):
                 stack.enter_context(_uncompiled)
             if self._recurrent:

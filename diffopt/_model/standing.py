@@ -66,15 +66,21 @@ _present = _Present()
 
 @contextmanager
 def standing(
-    slots: ModuleSlots, modes: Modes, hooks: InnerHooks | None = None, *, as_at_call: bool = False
+    slots: ModuleSlots,
+    modes: Modes,
+    hooks: InnerHooks | None = None,
+    *,
+    as_at_call: bool = False,
+    routed: bool = True,
 ) -> Iterator[None]:
     """Where values may be loaded into a module and functions of it be evaluated.
 
     Args:
         hooks: takes note of the hooks that are registered; None leaves them alone.
         as_at_call: see ``ModuleSlots.as_at_call``.
+        routed: see ``Modes.active``.
     """
-    with slots.unchanged(), modes.active(), _as_now:
+    with slots.unchanged(), modes.active(routed=routed), _as_now:
         if as_at_call:
             slots.as_at_call()
         _present.stack.append((slots, modes, hooks))

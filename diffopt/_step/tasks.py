@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import repeat
 from typing import Any
 
@@ -14,7 +14,8 @@ from torch._C import _functorch
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from diffopt._torch.replaced import Shared, replaced
+from diffopt._derivatives.routing import Routed
+from diffopt._torch.operations import Operation, builtins
 
 Values = Mapping[str, Tensor]
 
@@ -61,7 +62,7 @@ def check_leads(tree: Any, tasks: int, what: str) -> None:
 _LARGE = 1 << 18
 
 
-def _by_task(function: Callable[..., Tensor], tensor: int, least: int = 0) -> Callable[..., Tensor]:
+def _by_task(function: Operation, position: int, name: str, least: int = 0) -> Operation:
     """``function``, mapped on the CPU by a loop over the tasks.
 
     ``torch.vmap`` makes one convolution of many, with the tasks as groups, and one normalisation,
@@ -69,13 +70,14 @@ def _by_task(function: Callable[..., Tensor], tensor: int, least: int = 0) -> Ca
     one after the other.
 
     Args:
-        tensor: which argument decides: it has to be mapped over, and of ``least`` numbers.
+        position, name: of the argument that decides: it has to be mapped over.
+        least: how many numbers that argument has to be of.
     """
 
     def mapped(*args: Any, **kwargs: Any) -> Any:
         levels = _functorch.get_interpreter_stack() or []
         alone = [level.key() for level in levels] == [_functorch.TransformType.Vmap]
-        x = args[tensor] if len(args) > tensor else None
+        x = args[position] if len(args) > position else kwargs.get(name)
         if not alone or get_proxy_mode() is not None:  # compiled code would be as many times longer
             return function(*args, **kwargs)
         if x is None or not _functorch.is_batchedtensor(x) or x.device.type != "cpu":
@@ -121,10 +123,16 @@ def _parts(x: Any, level: int, tasks: int) -> Iterable[Any]:
     return value.unbind(dim)
 
 
-_CONVOLUTIONS = [f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3)]
-_by_tasks = Shared(
-    lambda: replaced(
-        *((F, name, _by_task(getattr(F, name), tensor=1)) for name in _CONVOLUTIONS),
-        (F, "batch_norm", _by_task(F.batch_norm, tensor=0, least=_LARGE)),
-    )
-)
+def _rows() -> Iterator[tuple[Operation, Operation]]:
+    for kind in ("", "_transpose"):
+        for n in (1, 2, 3):
+            for operation in builtins(f"conv{kind}{n}d"):
+                yield operation, _by_task(operation, 1, "weight")
+    yield F.batch_norm, _by_task(F.batch_norm, 0, "input", least=_LARGE)
+    for operation in builtins("batch_norm"):
+        yield operation, _by_task(operation, 0, "input", least=_LARGE)
+
+
+#: Operations that go task by task, by their function object.
+BY_TASK: dict[Operation, Operation] = dict(_rows())
+_by_tasks = Routed(BY_TASK)
