@@ -280,6 +280,7 @@ def test_what_a_python_function_of_pytorchs_calls_is_seen() -> None:
         lambda x: F.multi_margin_loss(x, torch.tensor([0, 1, 2])),
         lambda x: F.max_pool1d(x[None], 2, return_indices=True)[0],
         lambda x: torch.einsum("ij,kj->ik", x, x),
+        lambda x: x.unflatten(1, (2, 2)),
         lambda x: 2 - x,
         lambda x: 2 / x,
         lambda x: x.split(2)[0].norm(dim=0, keepdim=True),

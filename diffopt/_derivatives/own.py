@@ -8,14 +8,12 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch._C import _functorch
-from torch.autograd import forward_ad
 
-from diffopt.optim.scalars import in_functorch
+from diffopt._torch.autograd import in_forward_mode
+from diffopt._torch.functorch import in_derivative, in_functorch
 
 _PLAIN = (Tensor, nn.Parameter)
 _DTYPES = (torch.float32, torch.float64)
-_DERIVATIVES = (_functorch.TransformType.Grad, _functorch.TransformType.Jvp)
 
 
 class _Orders(threading.local):
@@ -47,11 +45,7 @@ def to_be_written_out() -> bool:
     For PyTorch's own normalisations (2.13) have wrong third derivatives. A loss that takes a
     derivative itself, with ``torch.func``, is differentiated twice beyond that.
     """
-    return torch.is_grad_enabled() and (_orders.beyond_second or _in_derivative())
-
-
-def _in_derivative() -> bool:
-    return any(level.key() in _DERIVATIVES for level in _functorch.get_interpreter_stack() or ())
+    return torch.is_grad_enabled() and (_orders.beyond_second or in_derivative())
 
 
 def differentiated(*operands: Tensor | None) -> bool:
@@ -69,7 +63,7 @@ def differentiated(*operands: Tensor | None) -> bool:
         and first.dtype in _DTYPES
         and first.numel() > 0
         and not in_functorch()
-        and forward_ad._current_level < 0
+        and not in_forward_mode()
         and not _autocast(first)
     )
 

@@ -28,11 +28,18 @@ class Routed(TorchFunctionMode):
 
     Args:
         table: replacements by operation, of the same arguments.
+        running: a Python function that the mode runs inside. A method that goes on to its namesake
+            in C++, as ``Tensor.unflatten`` does, comes back under its own name.
     """
 
-    def __init__(self, table: Mapping[Callable[..., Any], Callable[..., Any]]) -> None:
+    def __init__(
+        self,
+        table: Mapping[Callable[..., Any], Callable[..., Any]],
+        running: FunctionType | None = None,
+    ) -> None:
         super().__init__()
-        self._replacement = table.get
+        self._table = table
+        self._running = running
 
     def __torch_function__(
         self,
@@ -41,12 +48,12 @@ class Routed(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        replacement = self._replacement(func)
+        replacement = self._table.get(func)
         if replacement is not None:
             return replacement(*args, **(kwargs or {}))
-        if type(func) is FunctionType and all(kind is Tensor for kind in types):
-            inside = opened(func)
+        if type(func) is FunctionType and func is not self._running:
+            inside = opened(func) if all(kind is Tensor for kind in types) else None
             if inside is not None:
-                with self:
+                with Routed(self._table, func):
                     return inside(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))

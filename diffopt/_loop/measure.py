@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffopt._loop.loop import Loop
+from diffopt._torch.dispatch import TorchDispatchMode
 from diffopt._values.tree import tensors_in
 
 _UNIT = 512  # bytes: allocators give whole multiples of this, or of less

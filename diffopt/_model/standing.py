@@ -2,8 +2,9 @@
 
 Two things that a loss may set up run only when it is differentiated: layers that recompute
 themselves (``torch.utils.checkpoint``) and hooks on gradients. By then other values may stand in
-the module, and the pass may be another one than the user meant. PyTorch has no public place to say
-so, hence four of its names are replaced while values stand in a module.
+the module, and the pass may be another one than the user meant. No mode sees either: they are no
+operations. So four names of PyTorch's are replaced, for the whole process, while values stand in a
+module. The replacements do nothing else than PyTorch's own on a thread where none do.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ import torch
 import torch.utils.checkpoint as torch_checkpoint
 import torch.utils.hooks as torch_hooks
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from diffopt._derivatives.table import beyond_second_derivatives, is_beyond_second
 from diffopt._model.modes import Modes
 from diffopt._model.slots import ModuleSlots, Values
+from diffopt._torch.checkpoint import HAS_FRAME, CheckpointFrame, belongs_to_checkpoint
 from diffopt._torch.replaced import Shared, replaced
 
 Hook = Callable[..., Any]
@@ -143,7 +146,7 @@ def _copied(slots: ModuleSlots, buffers: Values) -> Values:
         }
 
 
-class _Frame(torch_checkpoint._CheckpointFrame):
+class _Frame(CheckpointFrame):
     """A checkpointed layer, which is recomputed with the values that stand there now."""
 
     def __init__(self, recompute: Callable[..., None], *args: Any, **kwargs: Any) -> None:
@@ -191,9 +194,26 @@ def _register_inner_hook(self: Tensor, hook: Hook) -> Any:
     return _register_hook(self, hook if hooks is None else hooks.only_here(hook))
 
 
+_enter_hooks: Any = saved_tensors_hooks.__enter__
+
+
+def _enter_hooks_of_no_checkpoint(self: saved_tensors_hooks) -> None:
+    """In place of ``_Frame``, where PyTorch makes no frames that can be replaced."""
+    if _present.stack and belongs_to_checkpoint(self):
+        raise NotImplementedError(
+            "a layer calls torch.utils.checkpoint, which PyTorch "
+            f"{torch.__version__} computes again in a way that diffopt does not know: it would see "
+            "the weights of another step. Call the layer without it"
+        )
+    _enter_hooks(self)
+
+
+_recomputed: tuple[Any, str, Any] = (torch_checkpoint, "_CheckpointFrame", _Frame)
+if not HAS_FRAME:
+    _recomputed = (saved_tensors_hooks, "__enter__", _enter_hooks_of_no_checkpoint)
 _as_now = Shared(
     lambda: replaced(
-        (torch_checkpoint, "_CheckpointFrame", _Frame),
+        _recomputed,
         (torch_checkpoint, "CheckpointFunction", _Reentrant),
         (torch.nn.modules.module, "BackwardHook", _BackwardHook),
         (torch.Tensor, "register_hook", _register_inner_hook),

@@ -7,10 +7,7 @@ differentiating ⟨vᵀJ, ẋ⟩ in v gives J ẋ. It serves where an operation 
 
 from __future__ import annotations
 
-import importlib
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -20,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from diffopt._step.capture import Captured, end_of
 from diffopt._step.step import InnerStep
+from diffopt._torch.autograd import load_decompositions
 from diffopt._values.state import Cotangent, State
 from diffopt._values.tree import Path, map_tensors, tensors_in
 
@@ -43,7 +41,7 @@ def pushed(
         RuntimeError: an operation has no forward derivative, or took a captured tensor from out of
             sight, as a compiled or scripted function does.
     """
-    _load_decompositions()
+    load_decompositions()
     with forward_ad.dual_level(), torch.enable_grad():
         substitutes = {x: _dual(x, dx) for x, dx in captured.items()}
         given = {
@@ -110,14 +108,6 @@ def pushed_by_transposition(
         after = {p: dx for p, dx in zip(outputs, found, strict=False) if dx is not None}
         pushed.append((after, found[-1]))
     return pushed
-
-
-@cache
-def _load_decompositions() -> None:
-    """What ``make_dual`` does at its first call, without the deprecation warnings of doing it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        importlib.import_module("torch._decomp.decompositions_for_jvp")
 
 
 def _dual(x: Tensor, tangent: Tensor) -> Tensor:

@@ -8,13 +8,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import torch.utils._pytree as pytree
 from torch import Tensor
-from torch._C import _functorch
-from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from diffopt._derivatives.routing import Routed
+from diffopt._torch import functorch, pytree
 from diffopt._torch.operations import Operation, builtins
 
 Values = Mapping[str, Tensor]
@@ -75,27 +73,24 @@ def _by_task(function: Operation, position: int, name: str, least: int = 0) -> O
     """
 
     def mapped(*args: Any, **kwargs: Any) -> Any:
-        levels = _functorch.get_interpreter_stack() or []
-        alone = [level.key() for level in levels] == [_functorch.TransformType.Vmap]
-        x = args[position] if len(args) > position else kwargs.get(name)
-        if not alone or get_proxy_mode() is not None:  # compiled code would be as many times longer
+        level = functorch.only_level()
+        if level is None or get_proxy_mode() is not None:  # compiled code would be N times longer
             return function(*args, **kwargs)
-        if x is None or not _functorch.is_batchedtensor(x) or x.device.type != "cpu":
+        decides = functorch.unwrapped(
+            args[position] if len(args) > position else kwargs.get(name), level
+        )
+        if decides is None or decides[0].device.type != "cpu" or decides[0].numel() < least:
             return function(*args, **kwargs)
-        level = levels[0].level()
-        value, dim = _functorch._unwrap_batched(x, level)
-        assert dim is not None
-        if value.numel() < least:
-            return function(*args, **kwargs)
+        value, dim = decides
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        with temporarily_pop_interpreter_stack():
+        with functorch.outside():
             tasks = zip(*(_parts(leaf, level, value.shape[dim]) for leaf in leaves), strict=True)
             found = []
             for task in tasks:
                 own_args, own_kwargs = pytree.tree_unflatten(list(task), spec)
                 found.append(function(*own_args, **own_kwargs))
             stacked: Any = _Stacked.apply(*found)  # type: ignore[no-untyped-call]
-        return _functorch._add_batch_dim(stacked, 0, level)
+        return functorch.wrapped(stacked, level)
 
     return mapped
 
@@ -116,10 +111,10 @@ class _Stacked(torch.autograd.Function):
 
 def _parts(x: Any, level: int, tasks: int) -> Iterable[Any]:
     """What each task has for an argument."""
-    if not isinstance(x, Tensor) or not _functorch.is_batchedtensor(x):
+    inside = functorch.unwrapped(x, level)
+    if inside is None:
         return repeat(x, tasks)
-    value, dim = _functorch._unwrap_batched(x, level)
-    assert dim is not None
+    value, dim = inside
     return value.unbind(dim)
 
 
