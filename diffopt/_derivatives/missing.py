@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffopt._torch.autograd import saved
+
 
 def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """``torch._weight_norm``."""
@@ -49,29 +51,50 @@ def cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str = _IF_LARGE)
     return torch.linalg.vector_norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), p, dim=-1)
 
 
-#: The graph nodes that are silently wrong when differentiated again: what is to be said of each.
+#: The nodes whose derivatives are silently wrong, and the operations they belong to.
 WRONG = {
-    node: f"PyTorch's second derivative of {operation} is wrong: write that out in other operations"
-    for node, operation in {
-        "WeightNormInterfaceBackward0": "torch._weight_norm",
-        "GeneratedBackwardFor_torch_nn__linear_cross_entropy_batch_chunked_defaultBackward": (
-            "the chunked linear_cross_entropy"
-        ),
-    }.items()
+    "WeightNormInterfaceBackward0": "torch._weight_norm",
+    "GeneratedBackwardFor_torch_nn__linear_cross_entropy_batch_chunked_defaultBackward": (
+        "the chunked linear_cross_entropy"
+    ),
 }
 
-#: Those, and the ones that are silently wrong one order further on: where they are part of the loss
-#: itself, as in a gradient penalty.
-WRONG_BEYOND = WRONG | {
-    node: f"the loss takes a derivative of {operation} itself, and PyTorch's third derivative of "
-    "that is wrong: take it with torch.func.grad, for which the operation is written out"
-    for node, operation in {
-        "NativeBatchNormBackwardBackward0": "batch_norm",
-        "CudnnBatchNormBackwardBackward0": "batch_norm",
-        "MiopenBatchNormBackwardBackward0": "batch_norm",
-        "NativeLayerNormBackwardBackward0": "layer_norm",
-    }.items()
+#: The nodes whose second derivatives are silently wrong: those of the first derivatives of
+#: operations whose third derivatives are wrong.
+WRONG_BEYOND = {
+    "NativeBatchNormBackwardBackward0": "batch_norm",
+    "CudnnBatchNormBackwardBackward0": "batch_norm",
+    "MiopenBatchNormBackwardBackward0": "batch_norm",
+    "NativeLayerNormBackwardBackward0": "layer_norm",
 }
+
+
+def refuse_wrong(node: Any, before_gradient: bool) -> None:
+    """Raise where the derivative of a node that is going to be taken is wrong.
+
+    Args:
+        node: of the graph of a step.
+        before_gradient: whether the graph is going to be differentiated twice, as that of the loss
+            is, and not once.
+
+    Raises:
+        NotImplementedError: naming the operation, and what to write instead.
+    """
+    name = type(node).__name__
+    if name in WRONG:
+        raise NotImplementedError(
+            f"PyTorch's second derivative of {WRONG[name]} is wrong: write that out in other "
+            "operations"
+        )
+    if name in WRONG_BEYOND and before_gradient:
+        if saved(node, "train") is False:  # the statistics are constants, as PyTorch takes them
+            return
+        raise NotImplementedError(
+            f"the loss takes a derivative of {WRONG_BEYOND[name]} itself, and PyTorch's third "
+            "derivative of that is wrong: take it with torch.func.grad, for which the operation is "
+            "written out"
+        )
+
 
 _PHRASES = (  # how PyTorch says that there is no second derivative
     "is not implemented",

@@ -23,12 +23,11 @@ from diffopt._derivatives.batch_norm import batch_norm, instance_norm
 from diffopt._derivatives.gelu import gelu
 from diffopt._derivatives.layer_norm import layer_norm
 from diffopt._derivatives.missing import (
-    WRONG,
-    WRONG_BEYOND,
     cdist,
     hardsigmoid,
     linear_cross_entropy,
     refuse_missing,
+    refuse_wrong,
     weight_norm,
 )
 from diffopt._derivatives.own import beyond_second_derivatives, is_beyond_second
@@ -95,10 +94,9 @@ with_second_derivatives = Routed(REPLACEMENTS)
 
 __all__ = [
     "REPLACEMENTS",
-    "WRONG",
-    "WRONG_BEYOND",
     "beyond_second_derivatives",
     "is_beyond_second",
     "refuse_missing",
+    "refuse_wrong",
     "with_second_derivatives",
 ]

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from diffopt._derivatives.table import WRONG, WRONG_BEYOND
+from diffopt._derivatives.table import refuse_wrong
 from diffopt._step.observe import Edge, Observer, edge_of
 
 End = Edge | Tensor
@@ -113,7 +113,6 @@ class Captured:
         edges: list[Any] = [edge_of(x) for x in roots if x.requires_grad]
         if not edges:
             return ends
-        wrong = WRONG_BEYOND if twice else WRONG
         seen = {} if observer is None else observer.edges
         leaves = {id(x) for x in own if x.is_leaf}
         stops = {edge_of(x) for x in own if not x.is_leaf}
@@ -138,12 +137,10 @@ class Captured:
                 self._edges[edge] = seen[edge]
                 ends.captured.add(edge)
             else:
-                name = type(node).__name__
-                if name in wrong:
-                    raise NotImplementedError(wrong[name])
+                refuse_wrong(node, twice)
                 if node._sequence_nr() < since and not _comes_to(node, leaves, stops, observer):
                     raise NotImplementedError(
-                        f"a step uses a tensor made by {name} before that step and given where "
+                        f"a step uses a tensor made by {node.name()} before that step and given where "
                         "it cannot be seen, such as to a TorchScript function, so that no "
                         "gradient can be delivered to the tensor: pass it to loss_fn inside the "
                         "batch, or detach it"
