@@ -416,7 +416,6 @@ INSIDE_ONLY = {
     "tensor hook that changes the gradient",
     "hook on a parameter",
     "module hooks, forward and backward",
-    "custom Function that reads its weight again",
 }
 
 

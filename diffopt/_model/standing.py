@@ -24,7 +24,9 @@ from diffopt._derivatives.table import beyond_second_derivatives, is_beyond_seco
 from diffopt._model.modes import Modes
 from diffopt._model.slots import ModuleSlots, Values
 from diffopt._torch.checkpoint import HAS_FRAME, CheckpointFrame, belongs_to_checkpoint
+from diffopt._torch.functions import function_of, run_backward_inside
 from diffopt._torch.replaced import Shared, replaced
+from diffopt._values.tree import tensors_in
 
 Hook = Callable[..., Any]
 
@@ -136,6 +138,34 @@ def load_again(slots: ModuleSlots, loaded: tuple[Values, Values] | None) -> None
     if loaded is not None and slots.loaded is not loaded:
         params, buffers = loaded
         slots.load(params, _copied(slots, buffers))
+
+
+def stand_again_in_backward(result: Any, given: Any, since: int) -> None:
+    """Stand the present values in the module again where custom Functions run backward.
+
+    The backward pass of a ``torch.autograd.Function`` may read the module, as adjoint methods do,
+    after the module has been given back.
+
+    Args:
+        result: a pytree of what was computed while the values stood.
+        given: a pytree of what it was computed from.
+        since: ``present_sequence()`` before that. Nodes with a smaller number were there before.
+
+    Limits: a Function is found where it was called on this thread, behind a tensor in ``result``.
+    """
+    passed: set[Any] = {None, *(x.grad_fn for x in tensors_in(given))}
+    nodes: list[Any] = [x.grad_fn for x in tensors_in(result)]
+    moment: _Moment | None = None
+    while nodes:
+        node = nodes.pop()
+        if node in passed or node._sequence_nr() < since:
+            continue
+        passed.add(node)
+        nodes.extend(following for following, _ in node.next_functions)
+        function = function_of(node)
+        if function is not None and not function.__module__.startswith("diffopt."):
+            moment = _Moment() if moment is None else moment
+            run_backward_inside(node, moment.again)
 
 
 def _copied(slots: ModuleSlots, buffers: Values) -> Values:
