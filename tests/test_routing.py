@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from adjoints import every_adjoint
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import layer_norm as bound_layer_norm
 from torch.overrides import TorchFunctionMode
 
@@ -21,6 +23,8 @@ from diffopt._derivatives.routing import Routed
 from diffopt._derivatives.table import REPLACEMENTS, with_second_derivatives
 
 aten = torch.ops.aten
+FLASH, EFFICIENT = SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION
+MATH = SDPBackend.MATH
 Function = Callable[..., Any]
 
 
@@ -156,6 +160,14 @@ CALLS: dict[str, tuple[Function, list[tuple[int, ...]], list[Function]]] = {
         ],
     ),
 }
+CALLS["attention"] = (
+    lambda q, k, v: ((q @ k.mT) / 5**0.5).softmax(-1) @ v,
+    [(2, 4, 5), (2, 3, 5), (2, 3, 5)],
+    calls(
+        [F.scaled_dot_product_attention, *named("scaled_dot_product_attention", NN)],
+        lambda f, *xs: f(*xs),
+    ),
+)
 EVERY = [(what, i) for what, (_, _, called) in CALLS.items() for i in range(len(called))]
 
 
@@ -396,3 +408,31 @@ def test_a_gradient_penalty_through_any_name(norm: Function, adjoint: diffopt.Ad
     outer = written_layer_norm(x.tanh() * current[0], *current).sin().sum()
     for a, b in zip(got, torch.autograd.grad(outer, values), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
+@every_adjoint
+@pytest.mark.parametrize("backends", [[FLASH, MATH], [MATH, EFFICIENT], MATH])
+def test_attention_that_a_model_chooses_itself(backends: Any, adjoint: diffopt.Adjoint) -> None:
+    """The ways but ``MATH`` have no second derivative."""
+    torch.manual_seed(0)
+    x = torch.randn(1, 2, 3, 4).double()
+    layer = nn.Linear(4, 12).double()
+    params = list(layer.parameters())
+
+    def loss_fn(m: Any, x: Tensor) -> Tensor:
+        with sdpa_kernel(backends):
+            return F.scaled_dot_product_attention(*m(x).chunk(3, -1)).square().sum()
+
+    fast = diffopt.unroll(layer, diffopt.SGD(params, lr=0.1), [x] * 2, loss_fn, adjoint=adjoint)
+    got = torch.autograd.grad(loss_fn(fast, x), params)
+
+    def written(w: Tensor, b: Tensor) -> Tensor:
+        q, k, v = (x @ w.T + b).chunk(3, -1)
+        return ((q @ k.mT / 2).softmax(-1) @ v).square().sum()
+
+    values = list(params)
+    for _ in range(2):
+        grads = torch.autograd.grad(written(*values), values, create_graph=True)
+        values = [p - 0.1 * g for p, g in zip(values, grads, strict=True)]
+    for a, b in zip(got, torch.autograd.grad(written(*values), params), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)

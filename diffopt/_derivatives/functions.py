@@ -52,8 +52,8 @@ def refuse_unrecorded(nodes: Iterable[Node], step: int, recorded: set[type]) -> 
             raise NotImplementedError(
                 f"the loss of step {step} uses {_named(function)}, a custom autograd.Function "
                 "whose backward pass is not recorded (it runs under torch.no_grad(), or detaches): "
-                "the second derivative would be cut silently. Compute the gradient with grad mode as "
-                "it is, from ctx.saved_tensors (with torchdiffeq, call odeint instead of "
+                "the second derivative would be cut silently. Compute the gradient with grad mode "
+                "as it is, from ctx.saved_tensors (with torchdiffeq, call odeint instead of "
                 "odeint_adjoint), or use diffopt.FirstOrder(), which takes no second derivatives"
             )
 

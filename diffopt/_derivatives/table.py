@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from diffopt._derivatives import aliases
+from diffopt._derivatives.attention import math_attention, scaled_dot_product_attention
 from diffopt._derivatives.batch_norm import batch_norm, instance_norm
 from diffopt._derivatives.gelu import gelu
 from diffopt._derivatives.layer_norm import layer_norm
@@ -57,6 +58,7 @@ _IN_ATEN: dict[str, Callable[..., Any]] = {
     "layer_norm": aliases.layer_norm,
     "native_batch_norm": aliases.native_batch_norm,
     "native_layer_norm": aliases.native_layer_norm,
+    "scaled_dot_product_attention": scaled_dot_product_attention,
 }
 
 #: What cannot be replaced, since nobody can tell what its further results stand for: refused where
@@ -96,6 +98,7 @@ __all__ = [
     "REPLACEMENTS",
     "beyond_second_derivatives",
     "is_beyond_second",
+    "math_attention",
     "refuse_missing",
     "refuse_wrong",
     "with_second_derivatives",
