@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -59,12 +59,22 @@ def differentiated(*operands: Tensor | None) -> bool:
         return False
     first = given[0]
     return (
-        all(type(x) in _PLAIN and x.dtype == first.dtype for x in given)
+        all(x.dtype == first.dtype for x in given)
         and first.dtype in _DTYPES
-        and first.numel() > 0
+        and not _autocast(first)
+        and reversed_only(given)
+    )
+
+
+def reversed_only(operands: Sequence[Tensor]) -> bool:
+    """Whether gradients are recorded of plain tensors, and no transform and no tangent is there."""
+    return (
+        torch.is_grad_enabled()
+        and any(x.requires_grad for x in operands)
+        and all(type(x) in _PLAIN for x in operands)
+        and operands[0].numel() > 0
         and not in_functorch()
         and not in_forward_mode()
-        and not _autocast(first)
     )
 
 
