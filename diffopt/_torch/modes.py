@@ -10,6 +10,7 @@ and what it calls is not seen.
 
 from __future__ import annotations
 
+import builtins
 from functools import lru_cache
 from types import FunctionType
 from typing import Any
@@ -19,25 +20,30 @@ _QUESTIONS = frozenset(
 )
 
 
-def opened(function: FunctionType) -> FunctionType | None:
-    """``function`` without the question whether a mode is there; None if it does not ask."""
-    questions = _questions(function)
-    if not questions:
-        return None
-    names = {**function.__globals__, **questions}
-    copy = FunctionType(
-        function.__code__, names, function.__name__, function.__defaults__, function.__closure__
-    )
-    copy.__kwdefaults__ = function.__kwdefaults__
-    return copy
+class _Names(dict[str, Any]):
+    """The names of a function's module as they are now, but for those given here."""
+
+    def __init__(self, module: dict[str, Any], others: dict[str, Any]) -> None:
+        super().__init__(others, __builtins__=builtins)
+        self._module = module
+
+    def __missing__(self, name: str) -> Any:
+        return self._module[name]
 
 
 @lru_cache(maxsize=1024)
-def _questions(function: FunctionType) -> dict[str, Any]:
-    asked = _QUESTIONS.intersection(function.__code__.co_names)
-    if not asked or not all(name in function.__globals__ for name in asked):
-        return {}
-    return dict.fromkeys(asked, _never)
+def opened(function: FunctionType) -> FunctionType | None:
+    """``function`` without the question whether a mode is there; None if it does not ask."""
+    code, module = function.__code__, function.__globals__
+    asked = _QUESTIONS.intersection(code.co_names)
+    if not asked or not all(name in module for name in asked):
+        return None
+    names = _Names(module, dict.fromkeys(asked, _never))
+    inside = FunctionType(
+        code, names, function.__name__, function.__defaults__, function.__closure__
+    )
+    inside.__kwdefaults__ = function.__kwdefaults__
+    return inside
 
 
 def _never(*operands: object) -> bool:
