@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from torch.autograd import forward_ad, graph
 
 import diffopt
 from diffopt._model import standing
-from diffopt._torch import autograd, checkpoint, functorch
+from diffopt._torch import autograd, checkpoint, compiling, functorch
 from diffopt._torch.feature import optional, private
 from diffopt._torch.version import check_torch
 
@@ -115,6 +116,10 @@ NAMES = [
     ("torch._C._autograd", "_get_current_graph_task_keep_graph"),
     ("torch._C._autograd", "_get_sequence_nr"),
     ("torch.autograd.forward_ad", "_current_level"),
+    ("torch._C", "_is_any_autocast_enabled"),
+    ("torch._C", "_DisableAutocast"),
+    ("torch._inductor.compile_fx", "compile_fx"),
+    ("torch._ops", "OpOverload"),
     ("torch._C", "_VariableFunctions"),
     ("torch._C", "_nn"),
 ]
@@ -123,7 +128,9 @@ NAMES = [
 @pytest.mark.parametrize(("module", "name"), NAMES)
 def test_private_names_are_there(module: str, name: str) -> None:
     """One that is gone is no error for users: its feature is. Here it is one, to be found early."""
-    assert optional(module, name) is not None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # importing TorchInductor gives some
+        assert optional(module, name) is not None
 
 
 def test_the_list_of_names_is_complete() -> None:
@@ -178,6 +185,17 @@ def test_functorch() -> None:
     assert kinds == [False, True, True]
     assert functorch.unwrapped(x, 1) is None
     assert functorch.unwrapped("x", 1) is None
+
+
+def test_compiling() -> None:
+    x = torch.ones(2, 2)
+    assert compiling.is_overload(torch.ops.aten.sin.default)
+    assert not compiling.is_overload(torch.ops.aten.sin)
+    assert not compiling.is_overload(torch.sin)
+    with torch.autocast("cpu", dtype=torch.bfloat16), compiling.without_autocast():
+        assert (x @ x).dtype == torch.float32
+    with compiling.without_autocast():
+        assert (x @ x).dtype == torch.float32
 
 
 def test_forward_mode(monkeypatch: pytest.MonkeyPatch) -> None:
