@@ -18,7 +18,7 @@ from torch.autograd import forward_ad, graph
 
 import diffopt
 from diffopt._model import standing
-from diffopt._torch import autograd, checkpoint, compiling, functorch
+from diffopt._torch import autograd, checkpoint, compiling, engine, functorch
 from diffopt._torch.feature import optional, private
 from diffopt._torch.version import check_torch
 
@@ -31,7 +31,7 @@ DOCUMENTED = ("torch._foreach_", "torch.ops.aten.")
 #: Files that are being rewritten.
 NOT_YET = {
     *("_compile/compiled.py", "_compile/specialise.py", "_compile/trace.py"),
-    *("_step/capture.py", "_unroll/node.py"),
+    "_step/observe.py",
 }
 
 
@@ -115,6 +115,10 @@ NAMES = [
     ("torch._functorch.pyfunctorch", "temporarily_pop_interpreter_stack"),
     ("torch._C._autograd", "_get_current_graph_task_keep_graph"),
     ("torch._C._autograd", "_get_sequence_nr"),
+    ("torch._C._autograd", "_top_saved_tensors_default_hooks"),
+    ("torch._C", "DisableTorchFunction"),
+    ("torch.autograd.graph", "_engine_run_backward"),
+    ("torch._C._functorch", "is_functorch_wrapped_tensor"),
     ("torch.autograd.forward_ad", "_current_level"),
     ("torch._C", "_is_any_autocast_enabled"),
     ("torch._C", "_DisableAutocast"),
@@ -162,7 +166,8 @@ def test_functorch() -> None:
         assert level is not None
         parts = functorch.unwrapped(x, level)
         assert parts is not None
-        inside.append((parts[0].shape, parts[1], functorch.in_functorch()))
+        inside.append((parts[0].shape, parts[1], functorch.is_wrapped(x)))
+        assert functorch.in_functorch()
         with functorch.outside():
             inside.append(functorch.in_functorch())
             result = 2 * parts[0].movedim(parts[1], 0)
@@ -183,6 +188,7 @@ def test_functorch() -> None:
     torch.func.grad(noted)(x[0, 0])
     torch.func.jvp(noted, (x,), (x,))
     assert kinds == [False, True, True]
+    assert not functorch.is_wrapped(x)
     assert functorch.unwrapped(x, 1) is None
     assert functorch.unwrapped("x", 1) is None
 
@@ -210,7 +216,7 @@ def test_forward_mode(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_whether_a_pass_keeps_its_graph(keep: bool) -> None:
     x, told = torch.ones(2, requires_grad=True), []
     y = x.sin()
-    y.register_hook(lambda g: told.append(autograd.keeps_graph()))
+    y.register_hook(lambda g: told.append(engine.keeps_graph()))
     y.sum().backward(retain_graph=keep)
     assert told == [keep]
 

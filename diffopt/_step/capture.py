@@ -140,8 +140,8 @@ class Captured:
                 refuse_wrong(node, twice)
                 if node._sequence_nr() < since and not _comes_to(node, leaves, stops, observer):
                     raise NotImplementedError(
-                        f"a step uses a tensor made by {node.name()} before that step and given where "
-                        "it cannot be seen, such as to a TorchScript function, so that no "
+                        f"a step uses a tensor made by {node.name()} before that step and given "
+                        "where it cannot be seen, such as to a TorchScript function, so that no "
                         "gradient can be delivered to the tensor: pass it to loss_fn inside the "
                         "batch, or detach it"
                     )

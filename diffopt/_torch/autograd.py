@@ -10,18 +10,12 @@ from typing import Any
 from diffopt._torch.feature import optional, private
 
 _forward_ad = optional("torch.autograd", "forward_ad")
-_keeps_graph = optional("torch._C._autograd", "_get_current_graph_task_keep_graph")
 _sequence = private("torch._C._autograd", "_get_sequence_nr", "unroll")
 
 
 def in_forward_mode() -> bool:
     """Whether dual numbers may exist. Where PyTorch cannot tell, yes, which costs time alone."""
     return bool(getattr(_forward_ad, "_current_level", 0) >= 0)
-
-
-def keeps_graph() -> bool:
-    """Whether the backward pass now running was asked to retain the graph; yes, if unknown."""
-    return _keeps_graph is None or bool(_keeps_graph())
 
 
 def present_sequence() -> int:

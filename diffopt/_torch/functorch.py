@@ -15,6 +15,7 @@ _MAPPING = "going through tasks one by one"
 _peek = optional(_C, "peek_interpreter_stack")
 _stack = optional(_C, "get_interpreter_stack")
 _is_batched = optional(_C, "is_batchedtensor")
+_is_wrapped = optional(_C, "is_functorch_wrapped_tensor")
 _unwrap = private(_C, "_unwrap_batched", _MAPPING)
 _wrap = private(_C, "_add_batch_dim", _MAPPING)
 _outside = private("torch._functorch.pyfunctorch", "temporarily_pop_interpreter_stack", _MAPPING)
@@ -50,6 +51,11 @@ def unwrapped(x: Any, level: Level) -> tuple[Tensor, int] | None:
         return None
     value, dim = _unwrap(x, level)
     return value, int(dim)
+
+
+def is_wrapped(x: Tensor) -> bool:
+    """Whether ``x`` stands for another tensor inside a ``torch.func`` transform."""
+    return _is_wrapped is not None and bool(_is_wrapped(x))
 
 
 def wrapped(x: Tensor, level: Level) -> Any:
