@@ -87,13 +87,13 @@ _SEQUENCE = (3, 2, 4)  # length, batch, features
 _ELEMENTWISE = [
     "AlphaDropout", "CELU", "Dropout", "ELU", "GELU", "Hardshrink", "Hardsigmoid", "Hardswish",
     "Hardtanh", "Identity", "LeakyReLU", "LogSigmoid", "PReLU", "ReLU", "ReLU6", "RReLU",
-    "SELU", "Sigmoid", "SiLU", "Softplus", "Softshrink", "Softsign", "Tanh", "Tanhshrink",
+    "SELU", "Sigmoid", "Softplus", "Softshrink", "Softsign", "Tanh", "Tanhshrink",
 ]
 # fmt: on
 
 LAYERS = [
     *(_plain(name, _FLAT) for name in _ELEMENTWISE),
-    Layer("Mish", nn.Mish, _FLAT, rounds=True),
+    *(Layer(name, getattr(nn, name), _FLAT, rounds=True) for name in ("Mish", "SiLU")),
     _plain("GELU", _FLAT, approximate="tanh"),
     _plain("Threshold", _FLAT, 0.1, 0.2),
     _plain("GLU", _FLAT),

@@ -204,8 +204,12 @@ def test_such_a_loss_of_first_order_and_under_autocast(norm: str) -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             return diffopt.unroll(model, inner, 2, loss_fn, **more)
 
-    with pytest.raises(NotImplementedError, match="PyTorch's third derivative of that is wrong"):
-        unrolled()
+    params = list(model[0].parameters())
+    got = torch.autograd.grad(unrolled().losses.sum(), params)
+    model = nn.Sequential(model[0], Written(NORMS[norm][1]))
+    want = torch.autograd.grad(unrolled().losses.sum(), params)
+    scale = max(w.abs().max() for w in want)
+    assert all((g - w).abs().max() < 0.05 * scale for g, w in zip(got, want, strict=True))
     fast = unrolled(adjoint=diffopt.FirstOrder())
     sum(p.sum() for p in fast.params.values()).backward()
     assert all(p.grad is not None for p in model[0].parameters())

@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffopt._derivatives.own import differentiated, normalised, seen_by_modes, to_be_written_out
+from diffopt._derivatives.low_precision import by_kernel, in_low_precision
+from diffopt._derivatives.own import differentiated, normalised, to_be_written_out
 
 _batch_norm: Any = F.batch_norm
 _instance_norm: Any = F.instance_norm
@@ -32,7 +33,6 @@ _backward: Any = torch.ops.aten._batch_norm_impl_index_backward.default
 _sums: Any = torch.ops.aten.native_batch_norm_backward.default
 
 
-@seen_by_modes
 def batch_norm(
     input: Tensor,
     running_mean: Tensor | None,
@@ -48,12 +48,21 @@ def batch_norm(
     of_batch = training and input.dim() > 1 and input.numel() > input.shape[1]
     constant = not any(x is not None and x.requires_grad for x in statistics)
     if not (of_batch and constant and differentiated(input, weight, bias)):
+        if of_batch and constant and in_low_precision(input, weight, bias):
+
+            def kernel(x: Tensor, w: Tensor | None, b: Tensor | None) -> Tensor:
+                return _batch_norm(x, None, None, w, b, True, momentum, eps)  # type: ignore[no-any-return]
+
+            def wide(x: Tensor, w: Tensor | None, b: Tensor | None) -> Tensor:
+                return batch_norm(x, None, None, w, b, True, momentum, eps)
+
+            _advance(_batch_norm, input, statistics, (weight, bias), momentum)
+            return by_kernel(kernel, wide, input, weight, bias)
         if not (of_batch and to_be_written_out()):
             return _batch_norm(  # type: ignore[no-any-return]
                 input, *statistics, weight, bias, training, momentum, eps
             )
-        if running_mean is not None:  # which this advances
-            _batch_norm(input.detach(), *statistics, None, None, True, momentum, eps)
+        _advance(_batch_norm, input, statistics, (weight, bias), momentum)
         return _by_channel(input, [0, *range(2, input.dim())], eps, weight, bias)
     result: Tensor = _BatchNorm.apply(  # type: ignore[no-untyped-call]
         input, weight, bias, *statistics, momentum, eps
@@ -61,7 +70,6 @@ def batch_norm(
     return result
 
 
-@seen_by_modes
 def instance_norm(
     input: Tensor,
     running_mean: Tensor | None = None,
@@ -78,22 +86,42 @@ def instance_norm(
     of_input = use_input_stats and many
     constant = not any(x is not None and x.requires_grad for x in statistics)
     if not (of_input and constant and differentiated(input, weight, bias)):
+        if of_input and constant and in_low_precision(input, weight, bias):
+
+            def kernel(x: Tensor, w: Tensor | None, b: Tensor | None) -> Tensor:
+                return _instance_norm(x, None, None, w, b, True, momentum, eps)  # type: ignore[no-any-return]
+
+            def wide(x: Tensor, w: Tensor | None, b: Tensor | None) -> Tensor:
+                return instance_norm(x, None, None, w, b, True, momentum, eps)
+
+            _advance(_instance_norm, input, statistics, (weight, bias), momentum)
+            return by_kernel(kernel, wide, input, weight, bias)
         if not (of_input and to_be_written_out()):
             return _instance_norm(  # type: ignore[no-any-return]
                 input, *statistics, weight, bias, use_input_stats, momentum, eps
             )
-        if running_mean is not None:  # which this advances
-            _instance_norm(input.detach(), *statistics, None, None, True, momentum, eps)
+        _advance(_instance_norm, input, statistics, (weight, bias), momentum)
         return _by_channel(input, list(range(2, input.dim())), eps, weight, bias)
     n, channels = input.shape[:2]
-    own = [x if x is None else x.repeat(n) for x in (*statistics, weight, bias)]
+    own = [x if x is None else x.repeat(n) for x in statistics]
+    weight, bias = (x if x is None else x.repeat(n) for x in (weight, bias))
     joined = input.contiguous().view(1, n * channels, *input.shape[2:])
-    y: Tensor = batch_norm(joined, *own, True, momentum, eps)
+    y = batch_norm(joined, own[0], own[1], weight, bias, True, momentum, eps)
     with torch.no_grad():
-        for kept, new in zip(statistics, own, strict=False):
+        for kept, new in zip(statistics, own, strict=True):
             if kept is not None and new is not None:
                 kept.copy_(new.view(n, channels).mean(0))
     return y.view(input.shape)
+
+
+_Pair = tuple[Tensor | None, Tensor | None]
+
+
+def _advance(function: Any, x: Tensor, statistics: _Pair, affine: _Pair, momentum: float) -> None:
+    """Move running statistics towards those of ``x``, with the kernel that ``affine`` asks for."""
+    if statistics[0] is not None:
+        with torch.no_grad():
+            function(x, *statistics, *affine, True, momentum)
 
 
 def _by_channel(

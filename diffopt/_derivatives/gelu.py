@@ -9,13 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffopt._derivatives.own import differentiated, seen_by_modes
+from diffopt._derivatives.own import differentiated
 
 _gelu: Any = F.gelu
 _gelu_backward: Any = torch.ops.aten.gelu_backward.default
 
 
-@seen_by_modes
 def gelu(input: Tensor, approximate: str = "none") -> Tensor:
     """``torch.nn.functional.gelu``."""
     if differentiated(input):

@@ -22,14 +22,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffopt._derivatives.own import differentiated, normalised, seen_by_modes, to_be_written_out
+from diffopt._derivatives.low_precision import by_kernel, in_low_precision
+from diffopt._derivatives.own import differentiated, normalised, to_be_written_out
 
 _layer_norm: Any = F.layer_norm
 _forward: Any = torch.ops.aten.native_layer_norm.default
 _backward: Any = torch.ops.aten.native_layer_norm_backward.default
 
 
-@seen_by_modes
 def layer_norm(
     input: Tensor,
     normalized_shape: Sequence[int],
@@ -41,9 +41,18 @@ def layer_norm(
     shape = tuple(normalized_shape)
     fits = input.shape[input.dim() - len(shape) :] == shape
     if not differentiated(input, weight, bias) or not fits:
+        inner = list(range(input.dim() - len(shape), input.dim()))
+        if fits and in_low_precision(input, weight, bias):
+
+            def kernel(x: Tensor, w: Tensor | None, b: Tensor | None) -> Tensor:
+                return _layer_norm(x, shape, w, b, eps)  # type: ignore[no-any-return]
+
+            def wide(x: Tensor, w: Tensor | None, b: Tensor | None) -> Tensor:
+                return layer_norm(x, shape, w, b, eps)
+
+            return by_kernel(kernel, wide, input, weight, bias)
         if fits and to_be_written_out():
-            inner = range(input.dim() - len(shape), input.dim())
-            return normalised(input, list(inner), eps, weight, bias)
+            return normalised(input, inner, eps, weight, bias)
         return _layer_norm(input, normalized_shape, weight, bias, eps)  # type: ignore[no-any-return]
     result: Tensor = _LayerNorm.apply(  # type: ignore[no-untyped-call]
         input, shape, weight, bias, eps

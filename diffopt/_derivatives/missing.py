@@ -8,19 +8,22 @@ taken for zero.
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffopt._torch.autograd import saved
 
-def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+
+def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """``torch._weight_norm``."""
     return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
-def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
+def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
+    """``torch.nn.functional.hardsigmoid``."""
     y = F.relu6(input + 3) / 6
     return input.copy_(y) if inplace else y
 
@@ -28,7 +31,8 @@ def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
 _linear_cross_entropy = getattr(F, "linear_cross_entropy", None)  # new in PyTorch 2.13
 
 
-def _unchunked_linear_cross_entropy(*args: Any, options: Any = None, **kwargs: Any) -> Any:
+def linear_cross_entropy(*args: Any, options: Any = None, **kwargs: Any) -> Any:
+    """``torch.nn.functional.linear_cross_entropy``, in one chunk."""
     assert _linear_cross_entropy is not None
     return _linear_cross_entropy(*args, options=None, **kwargs)
 
@@ -37,7 +41,8 @@ _cdist: Any = torch.cdist
 _IF_LARGE = "use_mm_for_euclid_dist_if_necessary"
 
 
-def _distances(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str = _IF_LARGE) -> Any:
+def cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str = _IF_LARGE) -> Any:
+    """``torch.cdist``."""
     large = x1.size(-2) > 25 or x2.size(-2) > 25
     by_product = "donot" not in compute_mode and (large or "necessary" not in compute_mode)
     learning = torch.is_grad_enabled() and (x1.requires_grad or x2.requires_grad)
@@ -46,39 +51,50 @@ def _distances(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str = _IF_L
     return torch.linalg.vector_norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), p, dim=-1)
 
 
-#: Where these operations are called from, and what is to be called instead.
-CALLED_FROM: list[tuple[Any, str, Any]] = [
-    (torch, "_weight_norm", _weight_norm),
-    (sys.modules["torch.nn.utils.weight_norm"], "_weight_norm", _weight_norm),
-    (F, "hardsigmoid", _hardsigmoid),
-    (torch, "cdist", _distances),
-]
-if _linear_cross_entropy is not None:
-    CALLED_FROM.append((F, "linear_cross_entropy", _unchunked_linear_cross_entropy))
-
-#: The graph nodes that are silently wrong when differentiated again: what is to be said of each.
+#: The nodes whose derivatives are silently wrong, and the operations they belong to.
 WRONG = {
-    node: f"PyTorch's second derivative of {operation} is wrong: write that out in other operations"
-    for node, operation in {
-        "WeightNormInterfaceBackward0": "torch._weight_norm",
-        "GeneratedBackwardFor_torch_nn__linear_cross_entropy_batch_chunked_defaultBackward": (
-            "the chunked linear_cross_entropy"
-        ),
-    }.items()
+    "WeightNormInterfaceBackward0": "torch._weight_norm",
+    "GeneratedBackwardFor_torch_nn__linear_cross_entropy_batch_chunked_defaultBackward": (
+        "the chunked linear_cross_entropy"
+    ),
 }
 
-#: Those, and the ones that are silently wrong one order further on: where they are part of the loss
-#: itself, as in a gradient penalty.
-WRONG_BEYOND = WRONG | {
-    node: f"the loss takes a derivative of {operation} itself, and PyTorch's third derivative of "
-    "that is wrong: take it with torch.func.grad, for which the operation is written out"
-    for node, operation in {
-        "NativeBatchNormBackwardBackward0": "batch_norm",
-        "CudnnBatchNormBackwardBackward0": "batch_norm",
-        "MiopenBatchNormBackwardBackward0": "batch_norm",
-        "NativeLayerNormBackwardBackward0": "layer_norm",
-    }.items()
+#: The nodes whose second derivatives are silently wrong: those of the first derivatives of
+#: operations whose third derivatives are wrong.
+WRONG_BEYOND = {
+    "NativeBatchNormBackwardBackward0": "batch_norm",
+    "CudnnBatchNormBackwardBackward0": "batch_norm",
+    "MiopenBatchNormBackwardBackward0": "batch_norm",
+    "NativeLayerNormBackwardBackward0": "layer_norm",
 }
+
+
+def refuse_wrong(node: Any, before_gradient: bool) -> None:
+    """Raise where the derivative of a node that is going to be taken is wrong.
+
+    Args:
+        node: of the graph of a step.
+        before_gradient: whether the graph is going to be differentiated twice, as that of the loss
+            is, and not once.
+
+    Raises:
+        NotImplementedError: naming the operation, and what to write instead.
+    """
+    name = type(node).__name__
+    if name in WRONG:
+        raise NotImplementedError(
+            f"PyTorch's second derivative of {WRONG[name]} is wrong: write that out in other "
+            "operations"
+        )
+    if name in WRONG_BEYOND and before_gradient:
+        if saved(node, "train") is False:  # the statistics are constants, as PyTorch takes them
+            return
+        raise NotImplementedError(
+            f"the loss takes a derivative of {WRONG_BEYOND[name]} itself, and PyTorch's third "
+            "derivative of that is wrong: take it with torch.func.grad, for which the operation is "
+            "written out"
+        )
+
 
 _PHRASES = (  # how PyTorch says that there is no second derivative
     "is not implemented",

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C import _functorch
-from torch.autograd import forward_ad
-from torch.overrides import handle_torch_function, has_torch_function
 
-from diffopt.optim.scalars import in_functorch
+from diffopt._torch.autograd import in_forward_mode
+from diffopt._torch.functorch import in_derivative, in_functorch
 
 _PLAIN = (Tensor, nn.Parameter)
 _DTYPES = (torch.float32, torch.float64)
-_DERIVATIVES = (_functorch.TransformType.Grad, _functorch.TransformType.Jvp)
 
 
 class _Orders(threading.local):
@@ -49,11 +45,7 @@ def to_be_written_out() -> bool:
     For PyTorch's own normalisations (2.13) have wrong third derivatives. A loss that takes a
     derivative itself, with ``torch.func``, is differentiated twice beyond that.
     """
-    return torch.is_grad_enabled() and (_orders.beyond_second or _in_derivative())
-
-
-def _in_derivative() -> bool:
-    return any(level.key() in _DERIVATIVES for level in _functorch.get_interpreter_stack() or ())
+    return torch.is_grad_enabled() and (_orders.beyond_second or in_derivative())
 
 
 def differentiated(*operands: Tensor | None) -> bool:
@@ -67,24 +59,23 @@ def differentiated(*operands: Tensor | None) -> bool:
         return False
     first = given[0]
     return (
-        all(type(x) in _PLAIN and x.dtype == first.dtype for x in given)
+        all(x.dtype == first.dtype for x in given)
         and first.dtype in _DTYPES
-        and first.numel() > 0
-        and not in_functorch()
-        and forward_ad._current_level < 0
         and not _autocast(first)
+        and reversed_only(given)
     )
 
 
-def seen_by_modes(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function``, shown to the ``TorchFunctionMode`` that is active, as PyTorch's own are."""
-
-    def shown(*args: Any, **kwargs: Any) -> Any:
-        if has_torch_function(()):
-            return handle_torch_function(function, (), *args, **kwargs)
-        return function(*args, **kwargs)
-
-    return shown
+def reversed_only(operands: Sequence[Tensor]) -> bool:
+    """Whether gradients are recorded of plain tensors, and no transform and no tangent is there."""
+    return (
+        torch.is_grad_enabled()
+        and any(x.requires_grad for x in operands)
+        and all(type(x) in _PLAIN for x in operands)
+        and operands[0].numel() > 0
+        and not in_functorch()
+        and not in_forward_mode()
+    )
 
 
 def normalised(

@@ -88,13 +88,17 @@ class Loop:
         self.aux: list[Any] = []
         self._session = _Session(step, modes, progress)
 
+    def first_session(self) -> AbstractContextManager[None]:
+        """``session``, for a first pass, whose observer calls the replacements of operations."""
+        return self._session.entered(routed=False)
+
     def session(self) -> AbstractContextManager[None]:
         """Where steps may be taken: the module and the modes are the call's, and put back.
 
         A session inside a session is the same one, so the module keeps the weights of the last
         step until its derivative has been taken: layers that recompute themselves need them.
         """
-        return self._session.entered()
+        return self._session.entered(routed=self.observer.replaced)
 
     # Loops made from this one. They share its captured tensors, losses and session.
 
@@ -150,6 +154,8 @@ class Loop:
         result = linearization.advance()
         linearization.drop_gradients()
         self._note(state, t, result, since)
+        if not self.step.first_order:
+            self.captured.refuse_unrecorded(result.graph, self.step.first_step + t)
         # Of first order, the graph will not be kept and the step may be computed again.
         if self.ledger is not None and self.step.first_order:
             self.ledger.note(self.step.first_step + t, result.state, result.loss)
@@ -208,6 +214,8 @@ class Loop:
         linearization = self.step.linearize(state, t)
         self._compare(t, linearization.checked)
         self._refuse_others(t, linearization.graph)
+        if not self.step.first_order:
+            self.captured.refuse_unrecorded(linearization.graph, self.step.first_step + t)
         if not values:
             linearization.drop_gradients()
         return linearization
@@ -322,12 +330,12 @@ class _Session:
         self._active = False
 
     @contextmanager
-    def entered(self) -> Iterator[None]:
+    def entered(self, *, routed: bool) -> Iterator[None]:
         if self._active:
             yield
             return
         step = self._step
-        with standing(step.loss.slots, self._modes, step.hooks, as_at_call=True):
+        with standing(step.loss.slots, self._modes, step.hooks, as_at_call=True, routed=routed):
             self._active = True
             try:
                 with shielded():

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffopt._loop.executor import Begun
 from diffopt._loop.loop import Loop
+from diffopt._torch.dispatch import TorchDispatchMode
 from diffopt._torch.unseen import unseen
 
 _UNIT = 512  # bytes: allocators give whole multiples of this, or of less

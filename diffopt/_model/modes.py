@@ -13,9 +13,8 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from diffopt._derivatives.table import with_second_derivatives
+from diffopt._derivatives.table import math_attention, with_second_derivatives
 from diffopt._torch.replaced import Shared, replaced
 
 
@@ -41,8 +40,11 @@ class Modes:
         return {dtype for dtype in self._autocast.values() if dtype is not None}
 
     @contextmanager
-    def active(self) -> Iterator[None]:
+    def active(self, *, routed: bool = True) -> Iterator[None]:
         """Enter them: autocast as it was, and kernels that can be differentiated twice.
+
+        Args:
+            routed: False where another mode calls the replacements of operations, or none is used.
 
         Attention runs on the math kernel, recurrent layers without cuDNN, compiled modules
         uncompiled: otherwise there is no second derivative. The weight cache of autocast is off,
@@ -52,8 +54,9 @@ class Modes:
             if torch.is_inference_mode_enabled():  # whose tensors know no gradient, even of a step
                 stack.enter_context(torch.inference_mode(False))
                 stack.enter_context(torch.no_grad())  # leaving that mode alone would switch it on
-            stack.enter_context(_math_attention)
-            stack.enter_context(with_second_derivatives)
+            stack.enter_context(math_attention)
+            if routed:
+                stack.enter_context(with_second_derivatives)
             if self._compiled and hasattr(torch.compiler, "set_stance"):
                 stack.enter_context(_uncompiled)
             if self._recurrent:
@@ -86,6 +89,5 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-_math_attention = Shared(lambda: sdpa_kernel(SDPBackend.MATH))
 _uncompiled = Shared(lambda: torch.compiler.set_stance("force_eager"))
 _without_cudnn = Shared(lambda: replaced((torch.backends.cudnn, "enabled", False)))

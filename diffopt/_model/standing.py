@@ -2,8 +2,9 @@
 
 Two things that a loss may set up run only when it is differentiated: layers that recompute
 themselves (``torch.utils.checkpoint``) and hooks on gradients. By then other values may stand in
-the module, and the pass may be another one than the user meant. PyTorch has no public place to say
-so, hence four of its names are replaced while values stand in a module.
+the module, and the pass may be another one than the user meant. No mode sees either: they are no
+operations. So four names of PyTorch's are replaced, for the whole process, while values stand in a
+module. The replacements do nothing else than PyTorch's own on a thread where none do.
 """
 
 from __future__ import annotations
@@ -17,11 +18,15 @@ import torch
 import torch.utils.checkpoint as torch_checkpoint
 import torch.utils.hooks as torch_hooks
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from diffopt._derivatives.table import beyond_second_derivatives, is_beyond_second
 from diffopt._model.modes import Modes
 from diffopt._model.slots import ModuleSlots, Values
+from diffopt._torch.checkpoint import HAS_FRAME, CheckpointFrame, belongs_to_checkpoint
+from diffopt._torch.functions import function_of, run_backward_inside
 from diffopt._torch.replaced import Shared, replaced
+from diffopt._values.tree import tensors_in
 
 Hook = Callable[..., Any]
 
@@ -66,15 +71,21 @@ _present = _Present()
 
 @contextmanager
 def standing(
-    slots: ModuleSlots, modes: Modes, hooks: InnerHooks | None = None, *, as_at_call: bool = False
+    slots: ModuleSlots,
+    modes: Modes,
+    hooks: InnerHooks | None = None,
+    *,
+    as_at_call: bool = False,
+    routed: bool = True,
 ) -> Iterator[None]:
     """Where values may be loaded into a module and functions of it be evaluated.
 
     Args:
         hooks: takes note of the hooks that are registered; None leaves them alone.
         as_at_call: see ``ModuleSlots.as_at_call``.
+        routed: see ``Modes.active``.
     """
-    with slots.unchanged(), modes.active(), _as_now:
+    with slots.unchanged(), modes.active(routed=routed), _as_now:
         if as_at_call:
             slots.as_at_call()
         _present.stack.append((slots, modes, hooks))
@@ -129,6 +140,34 @@ def load_again(slots: ModuleSlots, loaded: tuple[Values, Values] | None) -> None
         slots.load(params, _copied(slots, buffers))
 
 
+def stand_again_in_backward(result: Any, given: Any, since: int) -> None:
+    """Stand the present values in the module again where custom Functions run backward.
+
+    The backward pass of a ``torch.autograd.Function`` may read the module, as adjoint methods do,
+    after the module has been given back.
+
+    Args:
+        result: a pytree of what was computed while the values stood.
+        given: a pytree of what it was computed from.
+        since: ``present_sequence()`` before that. Nodes with a smaller number were there before.
+
+    Limits: a Function is found where it was called on this thread, behind a tensor in ``result``.
+    """
+    passed: set[Any] = {None, *(x.grad_fn for x in tensors_in(given))}
+    nodes: list[Any] = [x.grad_fn for x in tensors_in(result)]
+    moment: _Moment | None = None
+    while nodes:
+        node = nodes.pop()
+        if node in passed or node._sequence_nr() < since:
+            continue
+        passed.add(node)
+        nodes.extend(following for following, _ in node.next_functions)
+        function = function_of(node)
+        if function is not None and not function.__module__.startswith("diffopt."):
+            moment = _Moment() if moment is None else moment
+            run_backward_inside(node, moment.again)
+
+
 def _copied(slots: ModuleSlots, buffers: Values) -> Values:
     with torch.no_grad():
         return {
@@ -137,7 +176,7 @@ def _copied(slots: ModuleSlots, buffers: Values) -> Values:
         }
 
 
-class _Frame(torch_checkpoint._CheckpointFrame):
+class _Frame(CheckpointFrame):
     """A checkpointed layer, which is recomputed with the values that stand there now."""
 
     def __init__(self, recompute: Callable[..., None], *args: Any, **kwargs: Any) -> None:
@@ -185,9 +224,26 @@ def _register_inner_hook(self: Tensor, hook: Hook) -> Any:
     return _register_hook(self, hook if hooks is None else hooks.only_here(hook))
 
 
+_enter_hooks: Any = saved_tensors_hooks.__enter__
+
+
+def _enter_hooks_of_no_checkpoint(self: saved_tensors_hooks) -> None:
+    """In place of ``_Frame``, where PyTorch makes no frames that can be replaced."""
+    if _present.stack and belongs_to_checkpoint(self):
+        raise NotImplementedError(
+            "a layer calls torch.utils.checkpoint, which PyTorch "
+            f"{torch.__version__} computes again in a way that diffopt does not know: it would see "
+            "the weights of another step. Call the layer without it"
+        )
+    _enter_hooks(self)
+
+
+_recomputed: tuple[Any, str, Any] = (torch_checkpoint, "_CheckpointFrame", _Frame)
+if not HAS_FRAME:
+    _recomputed = (saved_tensors_hooks, "__enter__", _enter_hooks_of_no_checkpoint)
 _as_now = Shared(
     lambda: replaced(
-        (torch_checkpoint, "_CheckpointFrame", _Frame),
+        _recomputed,
         (torch_checkpoint, "CheckpointFunction", _Reentrant),
         (torch.nn.modules.module, "BackwardHook", _BackwardHook),
         (torch.Tensor, "register_hook", _register_inner_hook),

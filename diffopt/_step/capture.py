@@ -22,8 +22,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from diffopt._derivatives.table import WRONG, WRONG_BEYOND
+from diffopt._derivatives.functions import refuse_unrecorded
+from diffopt._derivatives.table import refuse_wrong
 from diffopt._step.observe import Edge, Observer, edge_of
+from diffopt._torch.functions import function_of
 
 End = Edge | Tensor
 
@@ -60,7 +62,14 @@ class Ends:
 
 
 class Captured:
-    """The captured tensors of one unroll, each once, and which of them each step uses."""
+    """The captured tensors of one unroll, each once, and which of them each step uses.
+
+    Attributes:
+        tensors: in the order in which they were found.
+        functions: whether a custom ``autograd.Function`` was found in the graph of a step.
+    """
+
+    functions = False
 
     def __init__(self) -> None:
         self.tensors: list[Tensor] = []
@@ -69,6 +78,7 @@ class Captured:
         self._index: dict[End, int] = {}  # tensors and nodes hash by identity
         self._edges: dict[Edge, Tensor] = {}
         self._overlap: tuple[int, bool] = (0, False)
+        self._recorded: set[type] = set()  # custom Functions whose backward passes are recorded
 
     def offer(self, tensors: Iterable[Tensor]) -> None:
         """Name non-leaf tensors that a step may use."""
@@ -107,7 +117,6 @@ class Captured:
         edges: list[Any] = [edge_of(x) for x in roots if x.requires_grad]
         if not edges:
             return ends
-        wrong = WRONG_BEYOND if twice else WRONG
         seen = {} if observer is None else observer.edges
         leaves = {id(x) for x in own if x.is_leaf}
         stops = {edge_of(x) for x in own if not x.is_leaf}
@@ -132,16 +141,15 @@ class Captured:
                 self._edges[edge] = seen[edge]
                 ends.captured.add(edge)
             else:
-                name = type(node).__name__
-                if name in wrong:
-                    raise NotImplementedError(wrong[name])
+                refuse_wrong(node, twice)
                 if node._sequence_nr() < since and not _comes_to(node, leaves, stops, observer):
                     raise NotImplementedError(
-                        f"a step uses a tensor made by {name} before that step and given where "
-                        "it cannot be seen, such as to a TorchScript function, so that no "
+                        f"a step uses a tensor made by {node.name()} before that step and given "
+                        "where it cannot be seen, such as to a TorchScript function, so that no "
                         "gradient can be delivered to the tensor: pass it to loss_fn inside the "
                         "batch, or detach it"
                     )
+                self.functions = self.functions or function_of(node) is not None
                 passed.add(node)
                 edges.extend(node.next_functions)
         return ends
@@ -160,6 +168,19 @@ class Captured:
             used |= parts[part] | set(map(self._position, unsure))
         self._parts.append(parts)
         self._at.append(tuple(sorted(used)))
+
+    def refuse_unrecorded(self, graph: Graph, step: int) -> None:
+        """Refuse a custom Function in the graph of a loss that cuts the second derivative.
+
+        Args:
+            graph: of step ``step``, which is retained.
+
+        Raises:
+            NotImplementedError: naming the Function.
+        """
+        if self.functions:
+            stops = {*map(edge_of, graph.own), *self._edges}
+            refuse_unrecorded(_behind(graph.roots["loss"], stops), step, self._recorded)
 
     def missing(self, step: int, graph: Graph) -> Part | None:
         """The part of a step computed again that misses a tensor which it used at first."""
@@ -280,6 +301,18 @@ def comes_to(roots: Iterable[Tensor], own: Iterable[Tensor], since: int) -> bool
                 return True
             stack.append(following)
     return False
+
+
+def _behind(roots: Iterable[Tensor], stops: Collection[Edge]) -> Iterator[Any]:
+    """The nodes of a graph, as far as some edges."""
+    stack: list[Any] = [edge_of(x) for x in roots if x.requires_grad]
+    passed: set[Any] = set()
+    while stack:
+        edge = stack.pop()
+        if edge[0] is not None and edge[0] not in passed and edge not in stops:
+            passed.add(edge[0])
+            yield edge[0]
+            stack.extend(edge[0].next_functions)
 
 
 def _may_be_made(end: End, observer: Observer) -> bool:

@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -22,7 +23,9 @@ from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
+from diffopt._derivatives.table import REPLACEMENTS
 from diffopt._step.generators import Generators
+from diffopt._torch.modes import opened
 from diffopt._values.tree import tensors_in
 
 Edge = tuple[Node, int]
@@ -42,6 +45,7 @@ class Observer(TorchFunctionMode):
 
     Attributes:
         edges: tensors with a history that were there before the step that used them, by edge.
+        replaced: whether any step called an operation that has its derivative from this package.
         originals_used: what the step used of the originals' memory, by parameter name.
 
     Cost: about a microsecond for each function of PyTorch that a step calls.
@@ -56,6 +60,7 @@ class Observer(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.edges: dict[Edge, Tensor] = {}
+        self.replaced = False
         self.originals_used: dict[str, Tensor] = {}
         self._generators = generators
         self._memory = _Memory(originals, constants)
@@ -66,6 +71,7 @@ class Observer(TorchFunctionMode):
             n: (x, x._version, x.data_ptr()) for n, x in constants.items() if not x.is_inference()
         }
         self._step = 0
+        self._running: Any = None  # a function in Python that is run with this mode on
         self._since = 0
         self._in_gradient: dict[int, Tensor] | None = None
         self._known: dict[int, Tensor] = {}  # used by the step; held, so that no id is used again
@@ -148,7 +154,18 @@ class Observer(TorchFunctionMode):
         self._see_all(args)
         if kwargs:
             self._see_all(kwargs.values())
-        result = func(*args, **kwargs)
+        if kind.replacement is not None:
+            self.replaced = True
+            result = kind.replacement(*args, **kwargs)
+        elif kind.opened is None or func is self._running:
+            result = func(*args, **kwargs)
+        else:
+            outer, self._running = self._running, func
+            try:
+                with self:
+                    result = kind.opened(*args, **kwargs)
+            finally:
+                self._running = outer
         if isinstance(result, Tensor):
             self._make(result, args)
         elif type(result) in (tuple, list):
@@ -318,9 +335,11 @@ class _Kind:
     Attributes:
         inspects: whether it only says something about a tensor, such as its shape.
         writes: whether it may change its first argument in place, going by its name.
+        replacement: what has the right derivatives, where it has not; see ``_derivatives``.
+        opened: a function in Python, without its handing itself over to a mode.
     """
 
-    __slots__ = ("inspects", "writes")
+    __slots__ = ("inspects", "opened", "replacement", "writes")
 
     def __init__(self, function: Any) -> None:
         name = getattr(function, "__name__", "")
@@ -331,6 +350,8 @@ class _Kind:
             or name in ("__setitem__", "__setstate__")
             or (name == "__set__" and attribute is Tensor.data)
         )
+        self.replacement = REPLACEMENTS.get(function)
+        self.opened = opened(function) if type(function) is FunctionType else None
 
 
 _VIEWS = [Tensor.data, Tensor.grad, Tensor.T, Tensor.mT, Tensor.H, Tensor.mH, Tensor.real]

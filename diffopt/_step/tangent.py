@@ -8,10 +8,7 @@ differentiating ⟨vᵀJ, ẋ⟩ in v gives J ẋ. It serves where an operation 
 
 from __future__ import annotations
 
-import importlib
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -21,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from diffopt._step.capture import Captured, end_of
 from diffopt._step.step import InnerStep
+from diffopt._torch.autograd import load_decompositions
 from diffopt._values.state import Cotangent, State
 from diffopt._values.tree import Path, map_tensors, tensors_in
 
@@ -44,7 +42,7 @@ def pushed(
         RuntimeError: an operation has no forward derivative, or took a captured tensor from out of
             sight, as a compiled or scripted function does.
     """
-    _load_decompositions()
+    load_decompositions()
     with forward_ad.dual_level(), torch.enable_grad():
         substitutes = {x: _dual(x, dx) for x, dx in captured.items()}
         given = {
@@ -133,14 +131,6 @@ def pushed_by_differences(
         tensors = step.differentiable(result.state)
         scaled = {path: sign * x / (2 * h) for path, x in tensors.items()}
         yield scaled, sign * result.loss / (2 * h)
-
-
-@cache
-def _load_decompositions() -> None:
-    """What ``make_dual`` does at its first call, without the deprecation warnings of doing it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        importlib.import_module("torch._decomp.decompositions_for_jvp")
 
 
 def _dual(x: Tensor, tangent: Tensor) -> Tensor:

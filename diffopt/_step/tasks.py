@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import repeat
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import torch.utils._pytree as pytree
 from torch import Tensor
-from torch._C import _functorch
-from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from diffopt._torch.replaced import Shared, replaced
+from diffopt._derivatives.routing import Routed
+from diffopt._torch import functorch, pytree
+from diffopt._torch.operations import Operation, builtins
 
 Values = Mapping[str, Tensor]
 
@@ -67,7 +66,7 @@ def check_leads(tree: Any, tasks: int, what: str) -> None:
 _LARGE = 1 << 18
 
 
-def _by_task(function: Callable[..., Tensor], tensor: int, least: int = 0) -> Callable[..., Tensor]:
+def _by_task(function: Operation, position: int, name: str, least: int = 0) -> Operation:
     """``function``, mapped on the CPU by a loop over the tasks.
 
     ``torch.vmap`` makes one convolution of many, with the tasks as groups, and one normalisation,
@@ -75,31 +74,29 @@ def _by_task(function: Callable[..., Tensor], tensor: int, least: int = 0) -> Ca
     one after the other.
 
     Args:
-        tensor: which argument decides: it has to be mapped over, and of ``least`` numbers.
+        position, name: of the argument that decides: it has to be mapped over.
+        least: how many numbers that argument has to be of.
     """
 
     def mapped(*args: Any, **kwargs: Any) -> Any:
-        levels = _functorch.get_interpreter_stack() or []
-        alone = [level.key() for level in levels] == [_functorch.TransformType.Vmap]
-        x = args[tensor] if len(args) > tensor else None
-        if not alone or get_proxy_mode() is not None:  # compiled code would be as many times longer
+        level = functorch.only_level()
+        if level is None or get_proxy_mode() is not None:  # compiled code would be N times longer
             return function(*args, **kwargs)
-        if x is None or not _functorch.is_batchedtensor(x) or x.device.type != "cpu":
+        decides = functorch.unwrapped(
+            args[position] if len(args) > position else kwargs.get(name), level
+        )
+        if decides is None or decides[0].device.type != "cpu" or decides[0].numel() < least:
             return function(*args, **kwargs)
-        level = levels[0].level()
-        value, dim = _functorch._unwrap_batched(x, level)
-        assert dim is not None
-        if value.numel() < least:
-            return function(*args, **kwargs)
+        value, dim = decides
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        with temporarily_pop_interpreter_stack():
+        with functorch.outside():
             tasks = zip(*(_parts(leaf, level, value.shape[dim]) for leaf in leaves), strict=True)
             found = []
             for task in tasks:
                 own_args, own_kwargs = pytree.tree_unflatten(list(task), spec)
                 found.append(function(*own_args, **own_kwargs))
             stacked: Any = _Stacked.apply(*found)  # type: ignore[no-untyped-call]
-        return _functorch._add_batch_dim(stacked, 0, level)
+        return functorch.wrapped(stacked, level)
 
     return mapped
 
@@ -120,17 +117,23 @@ class _Stacked(torch.autograd.Function):
 
 def _parts(x: Any, level: int, tasks: int) -> Iterable[Any]:
     """What each task has for an argument."""
-    if not isinstance(x, Tensor) or not _functorch.is_batchedtensor(x):
+    inside = functorch.unwrapped(x, level)
+    if inside is None:
         return repeat(x, tasks)
-    value, dim = _functorch._unwrap_batched(x, level)
-    assert dim is not None
+    value, dim = inside
     return value.unbind(dim)
 
 
-_CONVOLUTIONS = [f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3)]
-_by_tasks = Shared(
-    lambda: replaced(
-        *((F, name, _by_task(getattr(F, name), tensor=1)) for name in _CONVOLUTIONS),
-        (F, "batch_norm", _by_task(F.batch_norm, tensor=0, least=_LARGE)),
-    )
-)
+def _rows() -> Iterator[tuple[Operation, Operation]]:
+    for kind in ("", "_transpose"):
+        for n in (1, 2, 3):
+            for operation in builtins(f"conv{kind}{n}d"):
+                yield operation, _by_task(operation, 1, "weight")
+    yield F.batch_norm, _by_task(F.batch_norm, 0, "input", least=_LARGE)
+    for operation in builtins("batch_norm"):
+        yield operation, _by_task(operation, 0, "input", least=_LARGE)
+
+
+#: Operations that go task by task, by their function object.
+BY_TASK: dict[Operation, Operation] = dict(_rows())
+_by_tasks = Routed(BY_TASK)

@@ -45,7 +45,7 @@ def run_connected(loop: Loop, adjoint: Adjoint, guarded: Sequence[Tensor]) -> tu
     Returns:
         the final state and the losses, shape (T,).
     """
-    with loop.session():
+    with loop.first_session():
         final, kept = adjoint.forward(loop)
     used = loop.observer.end()
     final = _owned(final, loop)
@@ -69,7 +69,7 @@ def run_connected(loop: Loop, adjoint: Adjoint, guarded: Sequence[Tensor]) -> tu
 def run_detached(loop: Loop) -> tuple[State, Tensor]:
     """Run ``loop`` for its results alone: nothing is kept."""
     state = loop.start
-    with loop.session():
+    with loop.first_session():
         for t in range(loop.steps):
             state = loop.first(state, t)
     loop.observer.end()

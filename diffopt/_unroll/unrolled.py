@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from diffopt._model.modes import Modes
 from diffopt._model.slots import ModuleSlots
-from diffopt._model.standing import standing
+from diffopt._model.standing import stand_again_in_backward, standing
 from diffopt._step.tasks import Values, check_leads, over_tasks
+from diffopt._torch.autograd import present_sequence
 from diffopt._unroll import saved
 from diffopt._unroll.in_place import InPlace, contained, refuse_setting
 from diffopt._values.state import State
@@ -141,7 +142,10 @@ class Unrolled(InPlace):
         with self._standing():
             buffers = {name: x.clone() for name, x in self.buffers.items()}
             if self.tasks is None or not mapped:
-                return on_model(inner, buffers, (args, kwargs))
+                since = present_sequence()
+                out = on_model(inner, buffers, (args, kwargs))
+                stand_again_in_backward(out, (inner, buffers, args, kwargs), since)
+                return out
             check_leads((args, kwargs), self.tasks, "an argument")
             result: R = over_tasks(on_model, inner, buffers, (args, kwargs))
             return result

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
+
+from diffopt._torch import pytree
 
 Path = tuple[str, ...]
 

@@ -20,9 +20,10 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from diffopt.optim.scalars import Coefficient, Scalar, has_tangent, in_functorch
+from diffopt._torch.autograd import in_forward_mode
+from diffopt._torch.functorch import in_functorch
+from diffopt.optim.scalars import Coefficient, Scalar, has_tangent
 
 Tensors = list[Tensor]
 
@@ -77,7 +78,7 @@ def _one_call_with_many(c: Coefficient) -> TypeGuard[Any]:
 
 def _may_overwrite(*operands: Tensors) -> bool:
     """Whether memory that is given up may be written into: nothing is being recorded."""
-    if in_functorch() or forward_ad._current_level >= 0:
+    if in_functorch() or in_forward_mode():
         return False
     return not (torch.is_grad_enabled() and any(x.requires_grad for xs in operands for x in xs))
 

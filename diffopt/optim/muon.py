@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from diffopt._torch.functorch import in_functorch
 from diffopt.optim import lists as L
 from diffopt.optim.base import Optimizer
 from diffopt.optim.lists import Tensors, fit
 from diffopt.optim.options import ANY, EPS, LR, MOMENTUM, WEIGHT_DECAY, Value, arguments, within
-from diffopt.optim.scalars import Scalar, in_functorch
+from diffopt.optim.scalars import Scalar
 from diffopt.optim.terms import Entries, Hyper, column, with_entries, zeros
 
 _MOST_STEPS = 100  # of the iteration, as in torch.optim

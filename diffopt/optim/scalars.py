@@ -15,15 +15,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
+from diffopt._torch.autograd import in_forward_mode
+from diffopt._torch.functorch import in_functorch
+
 #: A number, a 0-d tensor, or a tensor that broadcasts against the parameter it multiplies.
 Scalar = float | Tensor
 #: One scalar for all parameters of a group, or one for each.
 Coefficient = Scalar | Sequence[Scalar]
-
-
-def in_functorch() -> bool:
-    """Whether a ``torch.func`` transform (``vmap``, ``grad``, ``jvp``) is being applied."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def values_unknown() -> bool:
@@ -34,7 +32,7 @@ def values_unknown() -> bool:
 def has_tangent(x: Tensor) -> bool:
     """Whether ``x`` carries a forward-mode tangent."""
     unpack: Any = forward_ad.unpack_dual
-    return forward_ad._current_level >= 0 and unpack(x).tangent is not None
+    return in_forward_mode() and unpack(x).tangent is not None
 
 
 def as_numbers(xs: Sequence[Tensor]) -> Coefficient:

@@ -1,0 +1,33 @@
+"""Compiling traced graphs, and what is in them."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from diffopt._torch.feature import optional, private
+
+_FEATURE = "compile=True"
+
+_compile_fx = "torch._inductor.compile_fx"
+_autocast_is_on = private("torch._C", "_is_any_autocast_enabled", _FEATURE)
+_autocast_off = private("torch._C", "_DisableAutocast", _FEATURE)
+_OpOverload = optional("torch._ops", "OpOverload")
+
+
+def compile_fx(*args: Any, **kwargs: Any) -> Any:
+    """Compile a graph with TorchInductor, which is imported at the first call."""
+    return private(_compile_fx, "compile_fx", _FEATURE)(*args, **kwargs)
+
+
+def is_overload(target: Any) -> bool:
+    """Whether ``target`` is an operator of ``torch.ops``, as traced graphs call."""
+    return _OpOverload is not None and isinstance(target, _OpOverload)
+
+
+def without_autocast() -> AbstractContextManager[Any]:
+    """Where no operation casts its operands, on no device."""
+    if not _autocast_is_on():
+        return nullcontext()
+    context: AbstractContextManager[Any] = _autocast_off()
+    return context

@@ -1,0 +1,50 @@
+"""Running a Python function of PyTorch's inside a ``TorchFunctionMode`` that it is shown to.
+
+The first thing such a function does is to ask whether a mode is there, and to hand itself over. The
+mode calls it again, with itself switched off, so the operations inside are not seen. ``opened``
+gives the function without the question: it can be run with the mode switched on.
+
+Limits: a function that asks by another name than those imported into its module is run as it is,
+and what it calls is not seen.
+"""
+
+from __future__ import annotations
+
+import builtins
+from functools import lru_cache
+from types import FunctionType
+from typing import Any
+
+_QUESTIONS = frozenset(
+    {"has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"}
+)
+
+
+class _Names(dict[str, Any]):
+    """The names of a function's module as they are now, but for those given here."""
+
+    def __init__(self, module: dict[str, Any], others: dict[str, Any]) -> None:
+        super().__init__(others, __builtins__=builtins)
+        self._module = module
+
+    def __missing__(self, name: str) -> Any:
+        return self._module[name]
+
+
+@lru_cache(maxsize=1024)
+def opened(function: FunctionType) -> FunctionType | None:
+    """``function`` without the question whether a mode is there; None if it does not ask."""
+    code, module = function.__code__, function.__globals__
+    asked = _QUESTIONS.intersection(code.co_names)
+    if not asked or not all(name in module for name in asked):
+        return None
+    names = _Names(module, dict.fromkeys(asked, _never))
+    inside = FunctionType(
+        code, names, function.__name__, function.__defaults__, function.__closure__
+    )
+    inside.__kwdefaults__ = function.__kwdefaults__
+    return inside
+
+
+def _never(*operands: object) -> bool:
+    return False
