@@ -26,6 +26,7 @@ from diffopt._step.step import InnerStep
 from diffopt._torch.engine import shielded
 from diffopt._values.state import Cotangent, State
 from diffopt._values.tree import Path, add, map_tensors
+from diffopt.optim.unchanged import UnchangedOptions
 
 _NAMES: dict[Part, str] = {
     "loss": "loss",
@@ -65,6 +66,7 @@ class Loop:
         observer: Observer,
         generators: Generators,
         modes: Modes,
+        options: UnchangedOptions,
         progress: Progress,
         connected: bool = True,
         max_cotangent_norm: float | None = None,
@@ -80,6 +82,7 @@ class Loop:
         self.observer = observer
         self.check = Check(_roughness(step, modes)) if connected else None
         self.generators = generators
+        self.options = options
         self.progress = progress
         self.max_cotangent_norm = max_cotangent_norm
         self.tasks = tasks
@@ -187,6 +190,7 @@ class Loop:
                 )
 
     def _collect(self, before: State, t: int, result: StepResult) -> State:
+        self.options.check(self.step.first_step + t)
         self.losses.append(result.loss)
         self.aux.append(map_tensors(lambda x: x.detach().clone(), result.aux))
         self.progress.forward()

@@ -20,6 +20,7 @@ from diffopt._unroll.unrolled import Unrolled
 from diffopt.optim import Optimizer, convert
 from diffopt.optim.base import as_tensors
 from diffopt.optim.terms import Entries
+from diffopt.optim.unchanged import UnchangedOptions
 
 
 class InnerProblem:
@@ -37,6 +38,7 @@ class InnerProblem:
         first_step: the number of the first step.
         grad_transform: what the optimizer does to the gradients on its own, or None.
         connected: whether the results are wanted with a graph.
+        options: those of the optimizers that the caller passed.
         taken_over: values that are to stand for some of the parameters that are not trained.
         carried: the optimizer state of those, to be handed on.
     """
@@ -58,6 +60,7 @@ class InnerProblem:
         self.params: Mapping[str, Tensor] = params
         self.groups = groups
         self.opt_state = opt_state
+        self.options = UnchangedOptions([opt])
         self.taken_over: Mapping[str, Tensor] = {}
         self.carried: Mapping[str, Entries] = {}
         self.first_step = opt.first_step
@@ -149,7 +152,9 @@ def inner_problem(model: Any, opt: Any, tasks: int | None) -> InnerProblem:
     rule = convert(opt, names)
     groups = _names_by_group(names, rule)
     state = {names[x]: as_tensors(entries) for x, entries in rule.state.items() if x in names}
-    return InnerProblem(model, rule, dict(model.named_parameters()), groups, state)
+    problem = InnerProblem(model, rule, dict(model.named_parameters()), groups, state)
+    problem.options = UnchangedOptions(several)
+    return problem
 
 
 def frozen(opt: Optimizer) -> Optimizer:

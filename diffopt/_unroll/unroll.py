@@ -188,6 +188,7 @@ def unroll(
         observer=observer,
         generators=generators,
         modes=modes,
+        options=problem.options,
         progress=_progress.Progress(count, progress),
         connected=connected,
         max_cotangent_norm=max_cotangent_norm,
