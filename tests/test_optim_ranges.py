@@ -181,7 +181,6 @@ def test_a_list_of_rates_is_refused_with_the_spelling_of_a_schedule(
         ({"lr": 1j}, TypeError, "lr must be a number, .* not 1j"),
         ({"amsgrad": "no"}, TypeError, "amsgrad is a switch: pass a bool, not 'no'"),
     ],
-    ids=str,
 )
 def test_options_of_a_wrong_kind(
     options: dict[str, Any], error: type[Exception], message: str
