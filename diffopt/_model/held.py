@@ -55,7 +55,7 @@ def reaches(
         x = stack.pop()
         if id(x) in wanted:
             return True
-        if id(x) in passed or isinstance(x, (*apart, Tensor)):
+        if id(x) in passed or issubclass(type(x), (*apart, Tensor)):
             continue
         passed.add(id(x))
         if len(passed) > MOST:
@@ -65,8 +65,8 @@ def reaches(
 
 
 def _behind(x: Any) -> list[Any]:
-    if isinstance(x, types.FunctionType):
+    if type(x) is types.FunctionType:
         return [*(x.__closure__ or ()), x.__defaults__, x.__kwdefaults__, x.__dict__]
-    if isinstance(x, weakref.ref):
+    if issubclass(type(x), weakref.ref):
         return [x()]
     return gc.get_referents(x)

@@ -70,6 +70,7 @@ class Observer(TorchFunctionMode):
         self._before = {
             n: (x, x._version, x.data_ptr()) for n, x in constants.items() if not x.is_inference()
         }
+        self._gradients: dict[int, str] = {}  # the names of those given to a transform
         self._step = 0
         self._running: Any = None  # a function in Python that is run with this mode on
         self._since = 0
@@ -88,11 +89,18 @@ class Observer(TorchFunctionMode):
             since: the least sequence number of the nodes that it makes.
         """
         self._step, self._since = step, since
+        self._gradients.clear()
         self._earlier |= {key: ref for key, ref in self._made.items() if ref() is not None}
         self._known = {id(x): x for x in own}
         self._moving |= self._copies.keys()
         for noted in (self._made, self._plain, self._fresh, self.originals_used, self._copies):
             noted.clear()
+
+    def transforms(self, grads: Mapping[str, Tensor]) -> None:
+        """The gradients, by parameter name, are given to a function that may change them."""
+        self._gradients = {
+            x.untyped_storage().data_ptr(): name for name, x in grads.items() if _has_memory(x)
+        }
 
     @contextmanager
     def gradient(self) -> Iterator[dict[int, Tensor]]:
@@ -230,6 +238,8 @@ class Observer(TorchFunctionMode):
 
     def _check_writing(self, target: Any) -> None:
         for x in tensors_in(target):
+            if self._gradients and not (torch.is_grad_enabled() and x.requires_grad):
+                self._check_gradients(x)
             found = self._memory.owner(x)
             if found is None or found.name in self._copies:
                 continue
@@ -245,6 +255,15 @@ class Observer(TorchFunctionMode):
                 self._copies[found.name] = self._constants[found.name].clone()
             self._made[id(self._copies[found.name])] = weakref.ref(self._copies[found.name])
             self._move(found.name, self._copies[found.name])
+
+    def _check_gradients(self, x: Tensor) -> None:
+        name = self._gradients.get(x.untyped_storage().data_ptr()) if _has_memory(x) else None
+        if name is not None:
+            raise NotImplementedError(
+                f"grad_transform changes the gradient of {name!r} in place where that is not "
+                "recorded, as under torch.no_grad() or through .data, so that the meta-gradient "
+                "would be wrong: return new tensors, and leave grad mode on"
+            )
 
     def _copied(self, x: Any) -> Any:
         """``x`` with the copies for the memory of the parameters that the step changes."""

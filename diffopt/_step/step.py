@@ -28,6 +28,7 @@ from diffopt._step.linearization import Linearization, Split, Whole
 from diffopt._step.loss import InnerLoss
 from diffopt._step.observe import Observer, present_sequence
 from diffopt._step.result import Checked, Evaluated, StepResult, present
+from diffopt._torch.collectives import no_collectives
 from diffopt._torch.engine import gradient
 from diffopt._values.state import State
 from diffopt._values.tree import Path
@@ -130,14 +131,16 @@ class InnerStep:
         used: Mapping[int, Tensor] | None = None
         if observer is not None:
             observer.begin(number, own, present_sequence())
-        with self.hooks, torch.enable_grad(), observer or nullcontext():
+        with self.hooks, torch.enable_grad(), no_collectives(), observer or nullcontext():
             loss, aux, left = self.loss(state.params, state.buffers, t)
             hyper: list[Hyper] = [*self.opt.hyperparameters(number)]
             with nullcontext() if observer is None else observer.gradient() as used:
                 raw = self._gradients(loss, state.params, number, connected)
-            given = _given(raw, connected) if self.grad_transform is not None else {}
+            leaves, given = self._given(raw, connected)
+            if observer is not None:
+                observer.transforms(given)
             grads = self._transformed(raw, given, state.params, left, t)
-        graph = Graph([*own, *given.values()], in_gradient=[*(used or {}).values()])
+        graph = Graph([*own, *leaves], in_gradient=[*(used or {}).values()])
         graph.roots["loss"] = [loss, *_learning(left.values())]
         graph.roots["hyper"] = _learning(tensors_of(hyper))
         if self.grad_transform is not None:
@@ -191,6 +194,20 @@ class InnerStep:
         else:
             changed = self.loss.transform_grads(self.grad_transform, given)
         return _checked_grads(changed, params)
+
+    def _given(
+        self, raw: Mapping[str, Tensor | None], connected: bool
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """The gradients that a transform is given, and the leaves that they come from if any.
+
+        Without their graph, too, a transform may differentiate them and change them in place.
+        """
+        if self.grad_transform is None:
+            return [], {}
+        if connected:
+            return [], present(raw)
+        leaves = {name: _leaf(g) for name, g in present(raw).items()}
+        return [*leaves.values()], {name: x.clone() for name, x in leaves.items()}
 
     def _is_known(self, hyper: Sequence[Hyper]) -> bool:
         """Whether the rule is a function of its arguments alone, whose derivative is known."""
@@ -264,12 +281,6 @@ def arguments_of(function: Callable[..., Any]) -> int:
         return 1
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return sum(p.kind in positional and p.default is p.empty for p in parameters)
-
-
-def _given(raw: Mapping[str, Tensor | None], connected: bool) -> dict[str, Tensor]:
-    """The gradients that a transform is given: also without their graph it may differentiate."""
-    found = present(raw)
-    return found if connected else {name: _leaf(g) for name, g in found.items()}
 
 
 def _leaf(x: Tensor) -> Tensor:
