@@ -36,7 +36,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The graphs handed over for compilation, which are run as they are."""
     handed: list[Any] = []
 
-    def keep(graph: Any, examples: Sequence[Tensor]) -> Any:
+    def keep(graph: Any, examples: Sequence[Tensor], *, loop: bool = False) -> Any:
         handed.append(graph)
         return graph
 
@@ -506,7 +506,7 @@ def test_what_cannot_be_traced_runs_uncompiled_and_says_so(
 
 
 def test_a_failing_compiler_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(graph: Any, examples: Any) -> Any:
+    def fail(graph: Any, examples: Any, *, loop: bool = False) -> Any:
         raise RuntimeError("no C++ compiler\nand much more")
 
     monkeypatch.setattr(_trace, "compile_graph", fail)

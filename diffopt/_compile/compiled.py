@@ -1,10 +1,11 @@
-"""The inner step as compiled code: ``compile=True``.
+"""The inner steps as compiled code: ``compile=True``.
 
 A step and its vector-Jacobian product are each traced once, by running the eager ones under
-PyTorch's tracer, and compiled. Everything that may change from one step to the next is an input:
-the state, hyperparameters, the batch's tensors, random numbers, and every tensor that ``loss_fn``
-and ``grad_transform`` see. The derivative itself is traced, because PyTorch does not differentiate
-compiled code twice. It evaluates the loss again, so a linearization holds a state and no graph.
+PyTorch's tracer, and compiled as loops over steps. Everything that may change from one step to the
+next is an input: the state, hyperparameters, the batch's tensors, random numbers, and every tensor
+that ``loss_fn`` and ``grad_transform`` see. The derivative itself is traced, because PyTorch does
+not differentiate compiled code twice. It evaluates the loss again, so what is held of a step is a
+state and no graph.
 
 What the code depends on besides is its *structure* (shapes, dtypes, strides, training flags,
 Python numbers that the functions see). It is kept with the model, by structure. Steps of a
@@ -13,10 +14,11 @@ structure that no code can be made for run uncompiled.
 
 from __future__ import annotations
 
+import operator
 import warnings
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import chain
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -26,22 +28,31 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from diffopt._compile.environment import PLAIN, Environment, Same
-from diffopt._compile.hyper_inputs import entries, is_input, with_hyper
-from diffopt._compile.specialise import Call, Layout, Pulled, Specialisation, end_of, flat
+from diffopt._compile.block import CompiledBlock, CompiledLinearization
+from diffopt._compile.code import Code
+from diffopt._compile.environment import PLAIN, Environment, Same, methods_of
+from diffopt._compile.hyper_inputs import constants, entries, is_input, with_hyper
+from diffopt._compile.loops import Steps
+from diffopt._compile.specialise import Call, Layout, Specialisation, StepInputs, flat
+from diffopt._compile.step_number import STEP_NUMBER
 from diffopt._compile.trace import Untraceable
+from diffopt._derivatives.table import with_second_derivatives
 from diffopt._step.generators import Generators
 from diffopt._step.linearization import Linearization
-from diffopt._step.observe import Observer
-from diffopt._step.result import StepResult
-from diffopt._step.step import InnerStep
-from diffopt._values.state import Cotangent, State
-from diffopt._values.tree import add
+from diffopt._step.observe import Observer, present_sequence
+from diffopt._step.result import Checked, StepResult
+from diffopt._step.step import InnerStep, small
+from diffopt._torch.inductor import operations_are_watched
+from diffopt._values.state import State
 from diffopt.optim import Optimizer
 from diffopt.optim.scalars import values_unknown
 
 #: So many structures of one model are compiled; further ones run uncompiled.
 MOST_SPECIALISATIONS = 32
+
+#: One loop takes so many steps at most that their batches, which are put side by side, take so many
+#: bytes.
+MOST_BYTES = 1 << 26
 
 
 class CompileWarning(UserWarning):
@@ -52,7 +63,7 @@ class CompileWarning(UserWarning):
 class _Compilations:
     """Everything that was compiled for one model, and the reasons given for what was not."""
 
-    by_context: dict[Hashable, dict[Hashable, Specialisation | None]] = field(default_factory=dict)
+    by_context: dict[Hashable, dict[Hashable, Code | None]] = field(default_factory=dict)
     reasons: set[str] = field(default_factory=set)
     count: int = 0
 
@@ -67,6 +78,7 @@ class CompiledStep(InnerStep):
         step: the eager step.
         generators: the random generators of the loop.
         counted: ``loss_fn`` is given the step number, not a batch.
+        indexed: batches are made when they are asked for.
         given: the tensors that the state stands for in the module.
     """
 
@@ -76,6 +88,7 @@ class CompiledStep(InnerStep):
         *,
         generators: Generators,
         counted: bool,
+        indexed: bool,
         given: Collection[Tensor],
     ) -> None:
         loss, opt, groups = step.loss, step.opt, step.groups
@@ -86,13 +99,17 @@ class CompiledStep(InnerStep):
         self._eager = step
         self._generators = generators
         self._counted = counted
+        self._indexed = indexed
         model = loss.slots.model
-        rules = [(type(rule), _own_attributes(rule)) for rule in dict.fromkeys(opt.rules)]
+        rules = list(dict.fromkeys(opt.rules))
+        of_rules = [(type(rule), _own_attributes(rule), *methods_of(rule)) for rule in rules]
         functions = (loss.loss_fn, step.grad_transform)
-        seen = Environment(model, *functions, *chain.from_iterable(rules), given=given)
+        seen = Environment(model, *functions, *chain.from_iterable(of_rules), given=given)
         self.environment = seen.tensors
         for generator in seen.generators:
             generators.meet(generator)
+        inner = {id(x) for x in loss.slots.inner.values()}
+        self._originals = {i for i, x in enumerate(seen.tensors) if id(x) in inner}
         self._places = {id(x): i for i, x in enumerate(seen.tensors)}
         self._compilations = _COMPILATIONS.setdefault(model, _Compilations())
         context = (
@@ -106,7 +123,10 @@ class CompiledStep(InnerStep):
         if self._compilations.count < MOST_SPECIALISATIONS:
             self._compilations.by_context[context] = self._known
         self._numbers: dict[float, Tensor] = {}
-        self._last_item: tuple[Any, Hashable, list[Tensor]] | None = None
+        self.scheduled = any(callable(x) for group in opt.param_groups for _, x in entries([group]))
+        self._options: tuple[Any, ...] | None = None
+        self._last: StepInputs | None = None
+        self._leaves: tuple[Any, ...] = ()
 
     def of_first_order(self) -> InnerStep:
         """The uncompiled step: there the values of the gradients are wanted."""
@@ -116,23 +136,58 @@ class CompiledStep(InnerStep):
         """Take step ``t``: by compiled code where grad mode is off."""
         if torch.is_grad_enabled() or _transformed():
             return super().__call__(state, t, observer)
-        call, specialisation = self._matched(state, t)
-        if specialisation is None:
+        given = self._step_inputs(t, observer)
+        call, code = self._matched(state, t, given)
+        if code is None:
             return super().__call__(state, t, observer)
-        return specialisation.run(call, specialisation.draw())
+        generators = self._generators.get() if code.step.draws else ()
+        try:
+            result = code.run(call, given, code.step.draw())
+        except Untraceable as reason:
+            self.warn(t, reason)
+            return self.eager(state, t, generators).advance()
+        return result
 
     def linearize(self, state: State, t: int, observer: Observer | None = None) -> Linearization:
         """As for ``InnerStep``, except that nothing is evaluated before it is needed."""
         if _transformed():
             return super().linearize(state, t, observer)
-        call, specialisation = self._matched(state, t)
-        if specialisation is None:
+        given = self._step_inputs(t, observer)
+        call, code = self._matched(state, t, given)
+        if code is None:
             return super().linearize(state, t, observer)
-        return CompiledLinearization(self, state, call, specialisation)
+        generators = self._generators.get() if code.step.draws else ()
+        return CompiledLinearization(self, code, call, given, generators, code.step.draw())
+
+    def together(
+        self, state: State, start: int, stop: int, *, keep: bool, observer: Observer | None = None
+    ) -> CompiledBlock | None:
+        """Take some of the steps from ``start`` on, ``stop`` at most, in one compiled loop."""
+        if torch.is_grad_enabled() or _transformed():
+            return None
+        first = self._step_inputs(start, observer)
+        call, code = self._matched(state, start, first)
+        if code is None:
+            return None
+        most = code.most(call, keep=keep)
+        if most is not None:
+            stop = min(stop, start + most)
+        gathered = _Gathered(self._generators, code.step)
+        gathered.add(first)
+        for t in range(start + 1, stop):
+            given = self._step_inputs(t, observer)
+            if not gathered.takes(given):
+                break
+            gathered.add(given)
+        block = code.block(Steps(call, gathered.given, gathered.drawn), keep=keep)
+        if block is None:
+            self._generators.set(gathered.before[0])
+            return None
+        return CompiledBlock(self, code, block, gathered.before)
 
     def eager(self, state: State, t: int, before: tuple[Tensor, ...]) -> Linearization:
         """The uncompiled linearization, with the random generators as they were ``before``."""
-        with self._generators.undisturbed():
+        with self._generators.undisturbed(), with_second_derivatives:
             if before:
                 self._generators.set(before)
             return super().linearize(state, t)
@@ -140,6 +195,10 @@ class CompiledStep(InnerStep):
     def generators(self) -> tuple[Tensor, ...]:
         """Where the random generators are."""
         return self._generators.get()
+
+    def checked(self, loss: Tensor, given: StepInputs) -> Checked:
+        """What a step has to give again: its loss, and what schedules gave for it."""
+        return Checked(loss, [small(given.options[i][key]) for i, key in self._called])
 
     def warn(self, t: int, reason: Untraceable) -> None:
         """Say, once for each reason, that steps like ``t`` run uncompiled."""
@@ -153,24 +212,20 @@ class CompiledStep(InnerStep):
             stacklevel=2,
         )
 
-    def _matched(self, state: State, t: int) -> tuple[Call, Specialisation | None]:
-        layout = Layout.of(state)
+    def call(self, state: State, t: int, given: StepInputs) -> Call:
+        """Step ``t`` with its inputs."""
         # What several tasks share at the start they do not share after a step.
         tensors = [x.contiguous() if 0 in x.stride() else x for x in flat(state)]
         tensors = [x.detach() if x.requires_grad else x for x in tensors]
-        with torch.enable_grad():  # always, as the code depends on what requires grad
-            item, item_key, fixed = self._item(t)
-            options = self.opt.hyperparameters(self.first_step + t)
-        hyper_key, hyper = self._hyper(options)
 
         def bound(hyper: Sequence[Tensor], *, traced: bool) -> InnerStep:
             if traced:
-                loss = self.loss.traced(item)
+                loss = self.loss.traced(given.item)
             else:
-                loss = self.loss.of_item(self.first_step + t if self._counted else item)
+                loss = self.loss.of_item(self.first_step + t if self._counted else given.item)
             step = InnerStep(
                 loss,
-                with_hyper(self.opt, options, hyper),
+                with_hyper(self.opt, given.options, hyper),
                 self.groups,
                 first_step=self.first_step,
                 grad_transform=self.grad_transform,
@@ -178,19 +233,33 @@ class CompiledStep(InnerStep):
             step.hooks = self.hooks
             return step
 
-        undisturbed = self._generators.undisturbed
-        call = Call(t, layout, tensors, hyper, fixed, bound, undisturbed)
-        tracked = len(self.loss.buffers.tracked)  # it only grows
-        forms = tuple(map(_form, tensors))
-        key = layout, forms, item_key, hyper_key, tracked
-        if key not in self._known:
-            self._known[key] = self._specialised(call)
-        specialisation = self._known[key]
-        if specialisation is not None:
-            self.loss.buffers.note(specialisation.tracked, specialisation.changing)
-        return call, specialisation
+        return Call(
+            t,
+            Layout.of(state),
+            tensors,
+            given.hyper,
+            given.constant,
+            [*self.environment, *given.batch],
+            len(self.environment),
+            bound,
+            self._generators.undisturbed,
+        )
 
-    def _specialised(self, call: Call) -> Specialisation | None:
+    def _matched(self, state: State, t: int, given: StepInputs) -> tuple[Call, Code | None]:
+        call = self.call(state, t, given)
+        forms = tuple(map(_form, call.state))
+        tracked = len(self.loss.buffers.tracked)  # it only grows
+        key = call.layout, forms, given.key, tracked
+        if key not in self._known:
+            self._known[key] = self._made(call, given)
+        code = self._known[key]
+        if code is not None and not self._originals.isdisjoint(code.step.ends):
+            code = None  # an uncompiled step is refused
+        if code is not None:
+            self.loss.buffers.note(code.step.tracked, code.step.changing)
+        return call, code
+
+    def _made(self, call: Call, given: StepInputs) -> Code | None:
         try:
             if self._compilations.count >= MOST_SPECIALISATIONS:
                 raise Untraceable(
@@ -200,32 +269,81 @@ class CompiledStep(InnerStep):
                 )
             self._compilations.count += 1
             with call.undisturbed():
-                return Specialisation(call)
+                return Code(call, given)
         except Untraceable as reason:
             self.warn(call.t, reason)
             return None
 
-    def _item(self, t: int) -> tuple[Any, Hashable, list[Tensor]]:
-        item = STEP_NUMBER if self._counted else self.loss.item_at(t)
-        leaves, spec = pytree.tree_flatten(item)
-        if self._last_item is None or not _same(leaves, spec, self._last_item[0]):
-            fixed = list(self.environment)
-            places = dict(self._places)
-            key: list[Hashable] = [spec]
-            for x in leaves:
-                if isinstance(x, Tensor):
-                    if id(x) not in places:
-                        places[id(x)] = len(fixed)
-                        fixed.append(x)
-                    key.append((places[id(x)], _form(x)))
-                else:
-                    key.append((type(x), x) if isinstance(x, PLAIN) else Same(x))
-            self._last_item = (leaves, spec), tuple(key), fixed
-        return item, *self._last_item[1:]
+    def _step_inputs(self, t: int, observer: Observer | None) -> StepInputs:
+        """What step ``t`` is given. Of steps that are alike, the key is one object."""
+        if self.scheduled or self._indexed or self._options is None:
+            item = self._evaluated_item(t, observer)
+        else:
+            item = STEP_NUMBER if self._counted else self.loss.item_at(t)
+        assert self._options is not None
+        leaves, spec = _flattened(item)
+        last = self._last
+        if last is None or self._leaves[0] != spec:
+            batch, batch_key = self._tensors(leaves, spec)
+        elif all(map(operator.is_, leaves, self._leaves[1])):
+            if not self.scheduled:
+                return last
+            batch, batch_key = last.batch, last.key[0]
+        elif type(spec) is int and self._as_before(leaves, last):
+            batch, batch_key = list(leaves), last.key[0]
+        else:
+            batch, batch_key = self._tensors(leaves, spec)
+        options, hyper, constant, hyper_key = self._options
+        key = (batch_key, hyper_key)
+        if last is not None and key == last.key:
+            key = last.key
+        self._last = StepInputs(item, options, key, batch, hyper, constant)
+        self._leaves = spec, leaves
+        return self._last
 
-    def _hyper(self, options: Sequence[Mapping[str, Any]]) -> tuple[Hashable, list[Tensor]]:
-        """What code depends on among the options, and the rest of them as tensors."""
-        key: list[Hashable] = []
+    def _evaluated_item(self, t: int, observer: Observer | None) -> Any:
+        """The batch of step ``t``, and the optimizer's options."""
+        seen: AbstractContextManager[Any] = nullcontext()
+        if observer is not None and (self._indexed or self.scheduled):
+            observer.begin(self.first_step + t, (), present_sequence())
+            seen = observer
+        with torch.enable_grad(), seen:  # always, as the code depends on what requires grad
+            item = STEP_NUMBER if self._counted else self.loss.item_at(t)
+            self._options = self._evaluated(t)
+        return item
+
+    def _as_before(self, leaves: Sequence[Tensor], last: StepInputs) -> bool:
+        """Whether these are other tensors, of the same structure as those of the last batch."""
+        count = len(leaves)
+        return (
+            len(last.batch) == count
+            and len({*map(id, leaves)}) == count
+            and self._places.keys().isdisjoint(map(id, leaves))
+            and all(map(_alike, leaves, self._leaves[1]))
+        )
+
+    def _tensors(self, leaves: Sequence[Any], spec: Any) -> tuple[list[Tensor], Hashable]:
+        """The tensors of a batch alone, and what code depends on of the batch."""
+        batch: list[Tensor] = []
+        places = self._places
+        own: dict[int, int] = {}
+        key: list[Hashable] = [spec]
+        for x in leaves:
+            if isinstance(x, Tensor):
+                place = places.get(id(x), own.get(id(x)))
+                if place is None:
+                    place = own[id(x)] = len(places) + len(batch)
+                    batch.append(x)
+                key.append((place, _form(x)))
+            else:
+                key.append((type(x), x) if isinstance(x, PLAIN) else Same(x))
+        return batch, tuple(key)
+
+    def _evaluated(self, t: int) -> tuple[Any, list[Tensor], tuple[bool, ...], Hashable]:
+        """The optimizer's options, the tensors among them, which are constant, and all else."""
+        options = self.opt.hyperparameters(self.first_step + t)
+        constant = constants(self.opt, options)
+        key: list[Hashable] = [constant]
         tensors = []
         for name, value in entries(options):
             if is_input(name, value):
@@ -234,120 +352,13 @@ class CompiledStep(InnerStep):
                 key.append(_form(x))
             else:
                 key.append(value)
-        return tuple(key), tensors
+        return options, tensors, constant, tuple(key)
 
     def _number(self, value: float) -> Tensor:
         if value not in self._numbers:
             self._numbers[value] = torch.tensor(value, dtype=torch.float64)
         return self._numbers[value]
 
-
-class CompiledLinearization(Linearization):
-    """A step that is evaluated again, by compiled code, when its derivative is wanted.
-
-    It holds a state and the random numbers that were drawn. What compiled code is not there for,
-    such as products with the Hessian alone, is left to the uncompiled linearization.
-    """
-
-    def __init__(
-        self, step: CompiledStep, state: State, call: Call, specialisation: Specialisation
-    ) -> None:
-        self._compiled = step
-        self._before = state
-        self._call = call
-        self._specialisation = specialisation
-        self._generators = step.generators() if specialisation.draws else ()
-        self._drawn = specialisation.draw()
-        self.checked = None
-        self.graph = specialisation.graph(call)
-
-    @cached_property
-    def _uncompiled(self) -> Linearization:
-        return self._compiled.eager(self._before, self._call.t, self._generators)
-
-    def __getattr__(self, name: str) -> Any:
-        """The attributes of a linearization that has been evaluated."""
-        return getattr(self._uncompiled, name)
-
-    def advance(self) -> StepResult:
-        """What the step gives."""
-        # Copies: compiled code may change what it is given, and the derivative reads it once more.
-        return self._specialisation.run(self._call, [x.clone() for x in self._drawn])
-
-    def drop_gradients(self) -> None:
-        """There are none."""
-
-    def vjp(
-        self,
-        state_cotangent: Cotangent,
-        loss_cotangent: Tensor | None,
-        captured: Sequence[Any],
-        *,
-        retain_graph: bool = False,
-    ) -> tuple[Cotangent, list[Tensor | None]]:
-        """As for ``Linearization``."""
-        call = self._call
-        try:
-            pulled = self._specialisation.vjp(call, self._drawn, state_cotangent, loss_cotangent)
-        except Untraceable as reason:
-            self._compiled.warn(call.t, reason)
-            return self._uncompiled.vjp(
-                state_cotangent, loss_cotangent, captured, retain_graph=retain_graph
-            )
-        return pulled.before, self._through(pulled, captured, retain_graph)
-
-    def _through(
-        self, pulled: Pulled, captured: Sequence[Any], retain_graph: bool
-    ) -> list[Tensor | None]:
-        """Carry what flows to the call's tensors on to the captured ones that they are made of.
-
-        Most are captured themselves. Not so hyperparameters that a callable computes, and batches
-        that are indexed out of a tensor.
-        """
-        if not captured:
-            return []
-        ends = {end_of(x): i for i, x in enumerate(captured)}
-        total: list[Tensor | None] = [None] * len(captured)
-        made = []
-        for given, cotangents in (
-            (self._call.fixed, pulled.fixed),
-            (self._call.hyper, pulled.hyper),
-        ):
-            for i, c in cotangents.items():
-                place = ends.get(end_of(given[i]))
-                if place is None:
-                    made.append((given[i], c))
-                else:
-                    total[place] = add(total[place], c)
-        if made:
-            found = torch.autograd.grad(
-                [x for x, _ in made],
-                captured,
-                [c for _, c in made],
-                retain_graph=retain_graph,
-                allow_unused=True,
-            )
-            total = [add(a, b) for a, b in zip(total, found, strict=True)]
-        return total
-
-
-class _StepNumber:
-    """Stands for the step number while a step is traced; using it is an error."""
-
-
-def _refuse(*args: Any, **kwargs: Any) -> Any:
-    raise Untraceable(
-        "loss_fn uses the step number, which would be the same in all steps once compiled: pass "
-        "batches instead, such as [torch.tensor(t) for t in range(T)]"
-    )
-
-
-_COMPARISONS = {"__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"}
-_CONVERSIONS = {"__hash__", "__str__", "__format__"}
-for _name in {*dir(int)} - {*dir(object)} | _COMPARISONS | _CONVERSIONS:
-    setattr(_StepNumber, _name, _refuse)
-
-STEP_NUMBER = _StepNumber()
 
 # What every optimizer has and no rule is made of.
 _EVERY_OPTIMIZERS = {"defaults", "param_groups", "state"}
@@ -357,21 +368,63 @@ def _own_attributes(rule: Optimizer) -> dict[str, Any]:
     return {k: v for k, v in vars(rule).items() if k[0] != "_" and k not in _EVERY_OPTIMIZERS}
 
 
+class _Gathered:
+    """Steps of one structure, before they are taken.
+
+    Attributes:
+        given: what each is given.
+        drawn: the random numbers of each.
+        before: where the generators were before each; for all of them where nothing is drawn.
+    """
+
+    def __init__(self, generators: Generators, step: Specialisation) -> None:
+        self._generators = generators
+        self._step = step
+        self.given: list[StepInputs] = []
+        self.drawn: list[list[Tensor]] = []
+        self.before: list[tuple[Tensor, ...]] = []
+        self._bytes = 0
+
+    def takes(self, given: StepInputs) -> bool:
+        """Whether the next step may be among them."""
+        last = self.given[-1]
+        if given.batch is not last.batch:
+            self._bytes += sum(x.numel() * x.element_size() for x in given.batch)
+        return given.key is last.key and self._bytes <= MOST_BYTES
+
+    def add(self, given: StepInputs) -> None:
+        """Take the next step in, which draws its random numbers."""
+        if self._step.draws or not self.before:
+            self.before.append(self._generators.get())
+        self.given.append(given)
+        self.drawn.append(self._step.draw())
+
+
 def _form(x: Tensor) -> Hashable:
     """What compiled code takes for granted of an input."""
     return x.dtype, x.device, x.shape, x.stride(), x.requires_grad
 
 
-def _same(leaves: Sequence[Any], spec: Any, before: tuple[Sequence[Any], Any]) -> bool:
-    """Whether a batch is made of the very objects of the one before."""
-    if spec != before[1]:
-        return False
-    return all(a is b for a, b in zip(leaves, before[0], strict=True))
+def _alike(x: Tensor, y: Tensor) -> bool:
+    return (
+        x.shape == y.shape
+        and x.dtype is y.dtype
+        and x.requires_grad is y.requires_grad
+        and x.stride() == y.stride()
+        and x.device == y.device
+    )
+
+
+def _flattened(item: Any) -> tuple[Sequence[Any], Any]:
+    """The leaves of a batch, and what else it is."""
+    if type(item) is tuple and all(type(x) is Tensor for x in item):
+        return item, len(item)
+    return pytree.tree_flatten(item)
 
 
 def _transformed() -> bool:
     """Whether more is wanted of a step than its values: it is traced, batched or has tangents."""
-    return values_unknown() or forward_ad._current_level >= 0
+    return values_unknown() or forward_ad._current_level >= 0 or operations_are_watched()
 
 
 def _arithmetic() -> Hashable:

@@ -20,7 +20,7 @@ import sys
 import types
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -199,29 +199,6 @@ class Environment:
                 self._visit(value, depth + 1)
 
 
-class Unchanged:
-    """Watches tensors for changes in place, of which autograd keeps count, without holding them."""
-
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
-        self._seen = [(weakref.ref(x), x._version) for x in tensors if not x.is_inference()]
-
-    def settle(self) -> None:
-        """Leave those out that have been changed so far."""
-        self._seen = [(ref, v) for ref, v in self._seen if (x := ref()) is None or x._version == v]
-
-    def check(self) -> None:
-        """Raise where one of the others has been changed since."""
-        for ref, version in self._seen:
-            x = ref()
-            if x is not None and x._version != version:
-                raise RuntimeError(
-                    f"a tensor of shape {tuple(x.shape)} that the steps of this unroll use, from a "
-                    "closure, a global or an attribute, has been changed in place since, and now "
-                    "they are computed again: call backward before that, or put a new tensor in "
-                    "its place"
-                )
-
-
 class Same:
     """Equal only for the same object, which it does not keep alive where it need not."""
 
@@ -243,10 +220,14 @@ class Same:
         return self._id
 
 
-def functions_of(kind: type) -> list[types.FunctionType]:
-    """The methods of a class and of its bases."""
+def methods_of(x: object) -> list[types.FunctionType]:
+    """The methods that the user's own classes give an object."""
     return [
-        f for base in kind.__mro__ for f in vars(base).values() if isinstance(f, types.FunctionType)
+        f
+        for base in type(x).__mro__
+        if not _is_opaque(base.__module__)
+        for f in vars(base).values()
+        if isinstance(f, types.FunctionType)
     ]
 
 

@@ -31,8 +31,14 @@ def is_input(name: str, value: Any) -> bool:
     """
     if isinstance(value, Tensor):
         return True
-    number = isinstance(value, (int, float)) and name not in _CONSTANTS
-    return number and (value != 0 or name == "lr")
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and name not in _CONSTANTS and (value != 0 or name == "lr")
+
+
+def constants(opt: Optimizer, options: Sequence[Mapping[str, Any]]) -> tuple[bool, ...]:
+    """Of each input whether it is a tensor that the user gave, and no schedule computes."""
+    given = {id(x) for _, x in entries(opt.param_groups) if isinstance(x, Tensor)}
+    return tuple(id(x) in given for name, x in entries(options) if is_input(name, x))
 
 
 def with_hyper(

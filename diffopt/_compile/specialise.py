@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -15,6 +15,8 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from diffopt._compile.environment import PLAIN
 from diffopt._compile.trace import Draw, Untraceable, trace
 from diffopt._step.capture import Captured, Graph, Part
+from diffopt._step.generators import Generators
+from diffopt._step.observe import Observer
 from diffopt._step.result import Checked, StepResult, present
 from diffopt._step.step import InnerStep
 from diffopt._values.state import Cotangent, State
@@ -61,6 +63,27 @@ def flat(state: State) -> list[Tensor]:
     return tensors
 
 
+@dataclass(frozen=True)
+class StepInputs:
+    """What a step is given besides the state.
+
+    Attributes:
+        item: the batch.
+        options: the optimizer's, evaluated.
+        key: what code depends on of both.
+        batch: the tensors of the batch alone.
+        hyper: the tensors that the options consist of.
+        constant: which of them are the same in all steps, as no schedule computes them.
+    """
+
+    item: Any
+    options: Sequence[Mapping[str, Any]]
+    key: tuple[Hashable, Hashable]
+    batch: list[Tensor]
+    hyper: list[Tensor]
+    constant: tuple[bool, ...]
+
+
 class Bound(Protocol):
     """Makes the eager step of a call, with tensors in the place of its hyperparameters."""
 
@@ -75,7 +98,9 @@ class Call:
         t: the position in the loop.
         layout, state: the state before the step, as a list of tensors.
         hyper: the tensors that the optimizer's options consist of.
+        constant: which of them are the same in all steps, as no schedule computes them.
         fixed: the tensors that the functions see, and those of the batch.
+        shared: how many of them are not the batch's alone.
         bound: the eager step.
         undisturbed: leaves the random generators where they were.
     """
@@ -84,11 +109,19 @@ class Call:
     layout: Layout
     state: list[Tensor]
     hyper: list[Tensor]
+    constant: Sequence[bool]
     fixed: list[Tensor]
+    shared: int
     bound: Bound
     undisturbed: Callable[[], AbstractContextManager[None]]
 
+    @property
+    def count(self) -> int:
+        """How many inputs there are."""
+        return len(self.state) + len(self.hyper) + len(self.fixed)
+
     def inputs(self) -> list[Tensor]:
+        """All of them, in order."""
         return [*self.state, *self.hyper, *self.fixed]
 
     def examples(self) -> list[Tensor]:
@@ -108,22 +141,20 @@ class Call:
         return self.layout.build(inputs[:n]), hyper
 
 
-@dataclass(frozen=True)
-class Pulled:
-    """What flows back through a step: to the state before, and by index to a call's tensors."""
-
-    before: Cotangent
-    fixed: dict[int, Tensor]
-    hyper: dict[int, Tensor]
+#: What flows back through steps: the cotangent of the state before them, and pairs of a tensor that
+#: they use and what flows to it.
+Pulled = tuple[Cotangent, list[tuple[Tensor, Tensor]]]
 
 
 class Specialisation:
-    """Compiled code for steps of the structure of ``call``.
+    """The steps of the structure of ``call``, traced; compiled where they are run one by one.
 
-    Cost: an eager step, one that is traced and the compilation; as much again at the first
-    vector-Jacobian product.
+    Cost: an eager step and one that is traced; as much again at the first vector-Jacobian product.
 
     Attributes:
+        traced: the step, from inputs and random numbers to the next state, the loss and the extras.
+        layout, after: names and memory of the next state.
+        ends: which of ``Call.fixed`` derivatives flow to.
         parts: which of ``Call.fixed`` each part of a step's graph depends on.
         tracked: names of the buffers that derivatives flow through.
         changing: names of those that the step changes, or may change.
@@ -134,8 +165,8 @@ class Specialisation:
 
     def __init__(self, call: Call) -> None:
         self.parts = _parts(call)
-        self._ends = sorted({i for part in self.parts.values() for i in part})
-        self._vjps: dict[Hashable, _Vjp | str] = {}
+        self.ends = sorted({i for part in self.parts.values() for i in part})
+        self._vjps: dict[Hashable, Vjp | str] = {}
         found: list[Any] = []
 
         def forward(*inputs: Tensor) -> list[Tensor]:
@@ -149,7 +180,7 @@ class Specialisation:
             values = [_as(x, old.get(path)) for path, x in result.state.tensors().items()]
             return [*values, result.loss, *(x.detach() for x in leaves if isinstance(x, Tensor))]
 
-        self._forward = trace(forward, call.examples())
+        self.traced = trace(forward, call.examples())
         state, leaves, self._aux_spec, self.tracked = found
         for x in leaves:
             if not isinstance(x, (Tensor, *PLAIN)):
@@ -158,43 +189,68 @@ class Specialisation:
                     "and numbers, in tuples, lists and dicts"
                 )
         self._aux = [_TENSOR if isinstance(x, Tensor) else x for x in leaves]
-        self._layout = Layout.of(state)
-        self._after = {path: _Form.of(path, x) for path, x in state.tensors().items()}
-        passed = zip(self._after, self._forward.passed, strict=False)
+        self.layout = Layout.of(state)
+        self.after = {path: Form.of(path, x) for path, x in state.tensors().items()}
+        passed = zip(self.after, self.traced.passed, strict=False)
         self.changing = [path[1] for path, i in passed if path[0] == "buffers" and i is None]
-        self._forward.compile([*call.inputs(), *self.draw()])
 
     @property
     def draws(self) -> list[Draw]:
         """The random numbers that a step draws."""
-        return self._forward.draws
+        return self.traced.draws
 
     def draw(self) -> list[Tensor]:
         """Draw them, which advances the random generators as an eager step does."""
-        return [draw() for draw in self._forward.draws]
+        return [draw() for draw in self.traced.draws]
+
+    def extras(self, tensors: Sequence[Tensor]) -> Any:
+        """What the user returned beside the loss, of its tensors."""
+        if not self._aux:
+            return None
+        given = iter(tensors)
+        leaves = [next(given) if x is _TENSOR else x for x in self._aux]
+        return pytree.tree_unflatten(leaves, self._aux_spec)
 
     def run(self, call: Call, drawn: Sequence[Tensor]) -> StepResult:
-        """Take the step."""
-        outputs = self._forward([*call.inputs(), *drawn])
-        n = len(self._after)
-        given = iter(outputs[n + 1 :])
-        aux = [next(given) if x is _TENSOR else x for x in self._aux]
+        """Take the step.
+
+        Raises:
+            Untraceable: it cannot be compiled.
+        """
+        outputs = self.traced([*call.inputs(), *drawn])
+        n = len(self.after)
         return StepResult(
-            self._layout.build(outputs[:n]),
+            self.layout.build(outputs[:n]),
             outputs[n],
-            pytree.tree_unflatten(aux, self._aux_spec) if aux else None,
+            self.extras(outputs[n + 1 :]),
             Checked(outputs[n]),
-            self.graph(call),
+            self.graph(call.fixed, call.hyper),
         )
 
-    def graph(self, call: Call) -> Graph:
+    def graph(self, fixed: Sequence[Tensor], hyper: Sequence[Tensor]) -> Graph:
         """The tensors that the parts of a step depend on, as graphs of their own."""
         graph = Graph(())
         for part, indices in self.parts.items():
-            made = call.hyper if part == "hyper" else []
-            roots = (*made, *(call.fixed[i] for i in indices))
+            made = hyper if part == "hyper" else ()
+            roots = (*made, *(fixed[i] for i in indices))
             graph.roots[part] = [x for x in roots if x.requires_grad]
         return graph
+
+    def flowing(self, cotangent: Cotangent) -> list[Path]:
+        """The paths of the cotangents that code is made for.
+
+        A missing one of parameters or optimizer state is made zero, so that one piece of code
+        serves the last step of a loop and those before it.
+        """
+        return [
+            path
+            for path, form in self.after.items()
+            if path in cotangent or (form.flows and path[0] != "buffers")
+        ]
+
+    def fitted(self, flowing: Iterable[Path], cotangent: Cotangent) -> list[Tensor]:
+        """The cotangents at some paths, in the memory layout of the state."""
+        return [self.after[path].fitted(cotangent.get(path)) for path in flowing]
 
     def vjp(
         self, call: Call, drawn: Sequence[Tensor], cotangent: Cotangent, loss: Tensor | None
@@ -204,51 +260,48 @@ class Specialisation:
         Raises:
             Untraceable: no code can be made for it.
         """
-        # A missing cotangent of parameters or optimizer state is made zero, so that one piece of
-        # code serves the last step of a loop and those before it.
-        flowing = [
-            path
-            for path, form in self._after.items()
-            if path in cotangent or (form.flows and path[0] != "buffers")
-        ]
+        flowing = self.flowing(cotangent)
         key = loss is None, tuple(flowing)
-        given = [self._after[path].fitted(cotangent.get(path)) for path in flowing]
+        given = self.fitted(flowing, cotangent)
         if loss is not None:
             given.append(loss.contiguous())
-        inputs = [*call.inputs(), *given, *drawn]
         if key not in self._vjps:
-            self._vjps[key] = self._vjp(call, flowing, given, inputs)
+            self._vjps[key] = self._vjp(call, flowing, given)
         found = self._vjps[key]
         if isinstance(found, str):
             raise Untraceable(found)
-        return found(inputs)
+        return found(call, given, drawn)
 
-    def _vjp(
-        self, call: Call, flowing: list[Path], given: list[Tensor], inputs: list[Tensor]
-    ) -> _Vjp | str:
+    def _vjp(self, call: Call, flowing: list[Path], given: list[Tensor]) -> Vjp | str:
         """Code for it, or why there is none."""
         try:
-            with call.undisturbed():
-                vjp = _Vjp(call, flowing, given, self._ends)
-                if vjp.traced.draws != self.draws:
-                    return "its derivative draws random numbers of its own"
-                vjp.traced.compile(inputs)
-                return vjp
+            return Vjp(self, call, flowing, given)
         except Untraceable as reason:
             return str(reason)  # the exception would keep alive what it was raised from
 
 
-class _Vjp:
-    """A step's vector-Jacobian product for some cotangents, traced."""
+class Vjp:
+    """A step's vector-Jacobian product for some cotangents, traced.
+
+    Attributes:
+        traced: from inputs, cotangents and random numbers to what flows to ``before``, ``fixed``
+            and ``hyper``.
+        before: paths in the state before the step.
+        fixed, hyper: indices among the call's.
+
+    Raises:
+        Untraceable: it cannot be traced.
+    """
 
     def __init__(
-        self, call: Call, flowing: list[Path], given: Sequence[Tensor], ends: Sequence[int]
+        self, step: Specialisation, call: Call, flowing: Sequence[Path], given: Sequence[Tensor]
     ) -> None:
         found: list[Any] = []
+        ends = step.ends
 
         def vjp(*inputs: Tensor) -> list[Tensor]:
             before, hyper = call.parted(inputs)
-            cots = inputs[len(call.inputs()) :]
+            cots = inputs[call.count :]
             seen = [_edge(call.fixed[i]) for i in ends]
             wanted = [i for i, x in enumerate(hyper) if x.requires_grad]
             linearization = call.bound(hyper, traced=True).linearize(before, call.t)
@@ -265,21 +318,25 @@ class _Vjp:
             values = [_as(c, old[path]) for path, c in back.items()]
             return [*values, *fixed.values(), *options.values()]
 
-        with torch.no_grad():
+        with torch.no_grad(), call.undisturbed():
             self.traced = trace(vjp, [*call.examples(), *(x.detach() for x in given)])
-        self._before, self._fixed, self._hyper = found
+        if self.traced.draws != step.draws:
+            raise Untraceable("its derivative draws random numbers of its own")
+        self.before: list[Path]
+        self.fixed: list[int]
+        self.hyper: list[int]
+        self.before, self.fixed, self.hyper = found
 
-    def __call__(self, inputs: Sequence[Tensor]) -> Pulled:
-        outputs = iter(self.traced(inputs))
-        return Pulled(
-            {path: next(outputs) for path in self._before},
-            {i: next(outputs) for i in self._fixed},
-            {i: next(outputs) for i in self._hyper},
-        )
+    def __call__(self, call: Call, given: Sequence[Tensor], drawn: Sequence[Tensor]) -> Pulled:
+        outputs = iter(self.traced([*call.inputs(), *given, *drawn]))
+        before = {path: next(outputs) for path in self.before}
+        pairs = [(call.fixed[i], next(outputs)) for i in self.fixed]
+        pairs += [(call.hyper[i], next(outputs)) for i in self.hyper]
+        return before, pairs
 
 
 @dataclass(frozen=True)
-class _Form:
+class Form:
     """The memory of a state's tensor."""
 
     shape: torch.Size
@@ -289,9 +346,14 @@ class _Form:
     flows: bool
 
     @classmethod
-    def of(cls, path: Path, x: Tensor) -> _Form:
+    def of(cls, path: Path, x: Tensor) -> Form:
         flows = x.is_floating_point() and path[-1] != "step"
         return cls(x.shape, x.stride(), x.dtype, x.device, flows)
+
+    def fits(self, x: Tensor) -> bool:
+        """Whether ``x`` is such a tensor."""
+        mine = self.shape, self.stride, self.dtype, self.device
+        return mine == (x.shape, x.stride(), x.dtype, x.device)
 
     def fitted(self, cotangent: Tensor | None) -> Tensor:
         """The cotangent in this memory layout; None stands for zero."""
@@ -335,11 +397,14 @@ def _parts(call: Call) -> dict[Part, list[int]]:
     captured.offer(call.fixed)
     places = {end_of(x): i for i, x in enumerate(call.fixed) if x.requires_grad}
     step = call.bound(hyper, traced=False)
-    linearization = step.linearize(call.layout.build(call.state), call.t)
+    observer = Observer(
+        Generators(()), {}, {}, _moved
+    )  # knows the leaves that the step makes itself
+    linearization = step.linearize(call.layout.build(call.state), call.t, observer)
     graph = linearization.graph
 
     def ends_of(roots: Iterable[Tensor]) -> list[int]:
-        ends = captured.walk(roots, [*graph.own, *hyper]).captured
+        ends = captured.walk(roots, [*graph.own, *hyper], observer=observer).captured
         if any(end not in places for end in ends):
             raise Untraceable(
                 "it uses a tensor that requires grad and was not found by looking through what "
@@ -351,3 +416,7 @@ def _parts(call: Call) -> dict[Part, list[int]]:
     if not {*ends_of(present(linearization.raw).values())} <= {*parts["loss"]}:
         raise Untraceable("the gradient of the loss depends on a tensor that the loss does not")
     return parts
+
+
+def _moved(name: str, value: Tensor) -> None:
+    raise Untraceable(f"it changes the parameter {name!r} in place")

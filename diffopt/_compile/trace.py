@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import logging
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,11 +24,12 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode, resolve_name
 
+from diffopt._derivatives.table import with_second_derivatives
+from diffopt._torch.inductor import Run, compile_graph, said_to_compile
+
 aten = torch.ops.aten
 _log = logging.getLogger("diffopt")
 _seconds = 0.0
-
-Run = Callable[..., Sequence[Tensor]]
 
 
 class Untraceable(Exception):
@@ -41,13 +44,20 @@ def compile_seconds() -> float:
     return _seconds
 
 
-def compile_graph(graph: GraphModule, examples: Sequence[Tensor]) -> Run:
-    """Compile with TorchInductor, for tensors of the examples' shapes, dtypes and strides."""
-    from torch._inductor.compile_fx import compile_fx
+def compiled(graph: GraphModule, examples: Sequence[Tensor], *, loop: bool = False) -> Run:
+    """Code for a graph; ``loop`` says that it is one.
 
-    # Numbers of low precision are rounded wherever uncompiled steps round them.
-    run: Any = compile_fx(graph, list(examples), config_patches={"emulate_precision_casts": True})
-    return run  # type: ignore[no-any-return]
+    Raises:
+        Untraceable: there can be none.
+    """
+    nodes = len(graph.graph.nodes)
+    if loop:
+        nodes += len(graph.body.graph.nodes)  # type: ignore[union-attr, arg-type]
+    with _timed(f"compiled a graph of {nodes} nodes"), plain_arithmetic():
+        try:
+            return compile_graph(graph, examples, loop=loop)
+        except Exception as error:
+            raise Untraceable(f"it cannot be compiled ({_first_line(error)})") from error
 
 
 @dataclass(frozen=True)
@@ -71,44 +81,38 @@ class Draw:
 
 
 class Traced:
-    """A function as a graph that is compiled at the first call.
+    """A function as a graph.
 
     Attributes:
+        graph: it; it computes what is not passed through.
         draws: the random numbers to be drawn for each run, in order.
         passed: for each result the index of the input that it is, None where it is computed.
+        used: the inputs that the graph takes: the function's, then one for each draw.
+        placeholders: the nodes for them.
     """
 
     def __init__(self, graph: GraphModule, draws: list[Draw], inputs: int) -> None:
+        self.graph = graph
         self.draws = draws
-        self._graph: GraphModule | None = graph
-        self._run: Run | None = None
-        self.passed, self._computed = _split_outputs(graph, inputs)
+        self.passed, self._computes = _split_outputs(graph, inputs)
         placeholders = [n for n in graph.graph.nodes if n.op == "placeholder"]
-        self._used = [i for i, node in enumerate(placeholders) if node.users]
+        self.used = [i for i, node in enumerate(placeholders) if node.users]
+        self.placeholders = [node for node in placeholders if node.users]
         for node in placeholders:
             if not node.users:
                 graph.graph.erase_node(node)
         graph.recompile()
-
-    def compile(self, inputs: Sequence[Tensor]) -> None:
-        """Compile for inputs like these: the function's, then one for each draw."""
-        assert self._graph is not None
-        examples = [inputs[i].detach() for i in self._used]
-        nodes = len(self._graph.graph.nodes)
-        if self._computed:
-            with _timed(f"compiled a graph of {nodes} nodes"), _plain_arithmetic():
-                try:
-                    self._run = compile_graph(self._graph, examples)
-                except Exception as error:
-                    raise Untraceable(f"it cannot be compiled ({_first_line(error)})") from error
-        self._graph = None  # its memory is no longer needed
+        self._run: Run | None = None
 
     def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """Run for the inputs that ``compile`` was given others of."""
+        """Run it. It is compiled at the first call, for inputs like those."""
         found: Iterator[Tensor] = iter(())
-        if self._run is not None:
-            with _plain_arithmetic():
-                found = iter(self._run(*[inputs[i] for i in self._used]))
+        if self._computes:
+            given = [inputs[i] for i in self.used]
+            if self._run is None:
+                self._run = compiled(self.graph, [x.detach() for x in given])
+            with plain_arithmetic():
+                found = iter(self._run(*given))
         return [next(found) if i is None else inputs[i] for i in self.passed]
 
 
@@ -120,12 +124,17 @@ def trace(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -
     """
     versions = [x._version for x in inputs]
     try:
-        with _timed("traced a graph"), _quiet(), _ValuesHidden():
-            graph = make_fx(function, tracing_mode="real")(*inputs)
+        graph = _graph(function, inputs)
     except Untraceable:
         raise
     except Exception as error:
-        raise Untraceable(_reason(error)) from error
+        if not _reads_values(error):
+            raise Untraceable(_reason(error)) from error
+        try:  # some models read values of masks, but not where they are told that they are compiled
+            with said_to_compile():
+                graph = _graph(function, inputs)
+        except Exception:
+            raise Untraceable(_reason(error)) from error
     if [x._version for x in inputs] != versions:
         raise Untraceable("it changes a tensor in place that it was given or has captured")
     draws = _lift_draws(graph)
@@ -133,6 +142,16 @@ def trace(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -
     for node in graph.graph.nodes:
         _check(node, graph)
     return Traced(graph, draws, len(inputs))
+
+
+def _graph(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> GraphModule:
+    with _timed("traced a graph"), _quiet(), with_second_derivatives, _ValuesHidden():
+        graph = make_fx(function, tracing_mode="real")(*inputs)
+    for node in graph.graph.nodes:
+        # The memory layouts that a compiler gives tensors may be others.
+        if node.target is aten.view.default:
+            node.target = aten.reshape.default
+    return graph
 
 
 def _check(node: Node, graph: GraphModule) -> None:
@@ -185,6 +204,12 @@ def _lift_draws(graph: GraphModule) -> list[Draw]:
             else:
                 node.replace_all_uses_with(drawn)
         graph.graph.erase_node(node)
+        if _is_written(drawn):  # the derivative reads them again
+            users = list(drawn.users)
+            with graph.graph.inserting_after(drawn):
+                copy = graph.graph.call_function(aten.clone.default, (drawn,))
+            for user in users:
+                user.replace_input_with(drawn, copy)
     return draws
 
 
@@ -280,11 +305,29 @@ class _ValuesHidden(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _reason(error: Exception) -> str:
+def _reads_values(error: Exception) -> bool:
     text = str(error)
-    if "data-dependent" in text or "value out of a tracing tensor" in text:
-        return "it reads a value of a tensor, as control flow that depends on data does"
-    return f"it cannot be traced ({_first_line(error)})"
+    return "data-dependent" in text or "value out of a tracing tensor" in text
+
+
+def _reason(error: Exception) -> str:
+    if _reads_values(error):
+        return (
+            "it reads a value of a tensor, as control flow that depends on data does"
+            f"{_place(error)}"
+        )
+    return f"it cannot be traced ({_first_line(error)}){_place(error)}"
+
+
+def _place(error: Exception) -> str:
+    """The last line of the user's, or of a library's, that led to an error."""
+    own = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith((*own, "<"))
+    ]
+    return f", in {frames[-1].filename}, line {frames[-1].lineno}" if frames else ""
 
 
 def _first_line(error: Exception) -> str:
@@ -298,7 +341,7 @@ def _where(node: Node) -> str:
 
 
 @contextmanager
-def _plain_arithmetic() -> Iterator[None]:
+def plain_arithmetic() -> Iterator[None]:
     """Without autograd and autocast, which have done their work in the trace."""
     with torch.no_grad():
         if torch._C._is_any_autocast_enabled():

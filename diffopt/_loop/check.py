@@ -62,6 +62,22 @@ class Check:
             else:
                 self._different.setdefault(step, what)
 
+    def first_losses(self, step: int, losses: Tensor) -> None:
+        """Note the losses of the steps from ``step`` on, which give nothing else."""
+        if losses.device.type != "cpu" or losses.dim() > 1:
+            for i, loss in enumerate(losses):
+                self.first(step + i, Checked(loss))
+            return
+        values = losses.tolist()
+        self._first.update((step + i, {"loss": (v,)}) for i, v in enumerate(values))
+        finite = [abs(v) for v in values if math.isfinite(v)]
+        self._scale["loss"] = max(self._scale.get("loss", 0.0), *finite, 0.0)
+
+    def again_losses(self, step: int, losses: Tensor) -> None:
+        """Compare the losses of the steps from ``step`` on."""
+        for i, loss in enumerate(losses):
+            self.again(step + i, Checked(loss))
+
     def settle(self) -> None:
         """Raise where a step gave something else than at first.
 

@@ -30,6 +30,14 @@ class Losses:
             self._all[self._count] = loss
         self._count += 1
 
+    def extend(self, losses: Tensor) -> None:
+        """Note the losses of the next steps, stacked."""
+        if self._all is None:
+            self._all = losses.new_empty((self._steps, *losses.shape[1:]))
+        with torch.no_grad():
+            self._all[self._count : self._count + len(losses)] = losses
+        self._count += len(losses)
+
     def all(self) -> Tensor | None:
         """Those so far, shape (T,), or (T, N) for tasks; None without any."""
         return None if self._all is None else self._all[: self._count].detach()

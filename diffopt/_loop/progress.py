@@ -13,13 +13,13 @@ class Progress:
         self._shown = shown
         self._bar: Any = None
 
-    def forward(self) -> None:
-        """One step of the first pass was taken."""
-        self._tick("forward")
+    def forward(self, steps: int = 1) -> None:
+        """So many steps of the first pass were taken."""
+        self._tick("forward", steps)
 
-    def backward(self) -> None:
-        """One vector-Jacobian product was taken."""
-        self._tick("backward")
+    def backward(self, steps: int = 1) -> None:
+        """So many vector-Jacobian products were taken."""
+        self._tick("backward", steps)
 
     def close(self) -> None:
         """End the present bar, also where its pass was interrupted."""
@@ -27,12 +27,12 @@ class Progress:
             self._bar.close()
             self._bar = None
 
-    def _tick(self, direction: str) -> None:
+    def _tick(self, direction: str, steps: int) -> None:
         if not self._shown:
             return
         if self._bar is None:
             self._bar = _tqdm()(total=self._steps, desc=f"unroll, {direction}", leave=False)
-        self._bar.update()
+        self._bar.update(steps)
 
 
 def check_available() -> None:

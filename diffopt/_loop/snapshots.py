@@ -20,7 +20,13 @@ class Snapshot:
 
 
 class Snapshots(MutableMapping[int, Snapshot]):
-    """Snapshots by their position in the loop. This class keeps them where the tensors are."""
+    """Snapshots by their position in the loop. This class keeps them where the tensors are.
+
+    Attributes:
+        in_place: whether a snapshot is kept as it is given, and not copied to another place.
+    """
+
+    in_place = True
 
     def __init__(self) -> None:
         self._held: dict[int, Snapshot] = {}
@@ -60,6 +66,7 @@ class Layer(Snapshots):
 
     def __init__(self, below: Snapshots) -> None:
         self._below = below
+        self.in_place = below.in_place
         self._own = below.another()
         self._visible = set(below)
 

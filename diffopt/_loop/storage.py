@@ -56,6 +56,8 @@ def open_storage(storage: Storage) -> Snapshots:
 class OnHost(Snapshots):
     """Snapshots in host memory. What is there already is not copied."""
 
+    in_place = False
+
     def __init__(self) -> None:
         super().__init__()
         self._copier = _Copier()
@@ -100,6 +102,8 @@ class InFolder(Snapshots):
         OSError: the folder is missing or cannot be written to; the disk is full; a file is gone.
         RuntimeError: a file does not hold what was written to it.
     """
+
+    in_place = False
 
     def __init__(self, folder: FilePath) -> None:
         self._folder = folder

@@ -197,29 +197,36 @@ class Captured:
             self.tensors.append(end if isinstance(end, Tensor) else self._edges[end])
         return self._index[end]
 
-    def at(self, step: int) -> tuple[int, ...]:
-        """Indices into ``tensors`` of what the step uses (position in the loop, from 0)."""
-        return self._at[step]
+    def repeat(self, steps: int) -> None:
+        """Note that so many more steps use what the last one does."""
+        self._parts += self._parts[-1:] * steps
+        self._at += self._at[-1:] * steps
+
+    def at(self, *steps: int) -> tuple[int, ...]:
+        """Indices into ``tensors`` of what steps use (positions in the loop, from 0)."""
+        if len(steps) == 1:
+            return self._at[steps[0]]
+        return tuple(sorted({i for step in steps for i in self._at[step]}))
 
     def used_after_loss(self, step: int) -> bool:
         """Whether the step uses any of the tensors outside its loss and the gradient of that."""
         return any(used for part, used in self._parts[step].items() if part != "loss")
 
-    def edges(self, step: int) -> list[Tensor | GradientEdge]:
-        """What to differentiate a step's graph with respect to, in the order of ``at``."""
-        chosen = [self.tensors[i] for i in self._at[step]]
+    def edges(self, *steps: int) -> list[Tensor | GradientEdge]:
+        """What to differentiate graphs of steps with respect to, in the order of ``at``."""
+        chosen = [self.tensors[i] for i in self.at(*steps)]
         return [x if x.is_leaf else get_gradient_edge(x) for x in chosen]
 
     @contextmanager
-    def sealed(self, step: int) -> Iterator[bool]:
-        """Let derivatives end at the captured tensors of a step, as at leaves without hooks.
+    def sealed(self, *steps: int) -> Iterator[bool]:
+        """Let derivatives end at the captured tensors of steps, as at leaves without hooks.
 
         What follows belongs to the caller's graph, and happens once, with the sum over all steps:
         tensor hooks run, ``retain_grad`` fills ``.grad``, and of ``log_lr`` and
         ``lr = log_lr.exp()``, both captured, the one receives what flows back from the other. It
         is put off for the time of the block, which yields True where graphs have to be retained.
         """
-        chosen = [self.tensors[i] for i in self._at[step]]
+        chosen = [self.tensors[i] for i in self.at(*steps)]
         nodes = {get_gradient_edge(x).node for x in chosen if not x.is_leaf}
         if nodes and not self._overlaps():
             nodes.clear()

@@ -218,7 +218,7 @@ class InnerStep:
     ) -> Checked:
         given = [g.detach() for g in present(grads).values() if g.layout is torch.strided]
         norms = torch._foreach_norm(given) if given else ()
-        return Checked(loss.detach(), [_small(hyper[i][key]) for i, key in self._called], norms)
+        return Checked(loss.detach(), [small(hyper[i][key]) for i, key in self._called], norms)
 
     def _with_update(self, checked: Checked, after: State) -> Checked:
         """The norms of the new parameters as well, where the rule may use what nobody can see."""
@@ -291,10 +291,10 @@ def _learning(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [x for x in tensors if x.requires_grad]
 
 
-def _small(value: Any) -> Any:
+def small(value: Any) -> Any:
     """A hyperparameter, or its norm where it is a large tensor, to be kept for every step."""
     if isinstance(value, tuple):
-        return tuple(map(_small, value))
+        return tuple(map(small, value))
     if not isinstance(value, Tensor):
         return value
     value = value.detach()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffopt._loop.executor import pass_through
 from diffopt._loop.loop import Loop
 from diffopt._step.observe import Unchanged
 from diffopt._torch.engine import keeps_graph, shielded
@@ -68,10 +69,8 @@ def run_connected(loop: Loop, adjoint: Adjoint, guarded: Sequence[Tensor]) -> tu
 
 def run_detached(loop: Loop) -> tuple[State, Tensor]:
     """Run ``loop`` for its results alone: nothing is kept."""
-    state = loop.start
     with loop.first_session():
-        for t in range(loop.steps):
-            state = loop.first(state, t)
+        state = pass_through(loop)
     loop.observer.end()
     return _owned(state, loop), _losses(loop)
 

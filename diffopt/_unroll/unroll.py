@@ -176,6 +176,7 @@ def unroll(
             step,
             generators=generators,
             counted=isinstance(steps, int),
+            indexed=not isinstance(batches, tuple),
             given=[*problem.inner.values(), *slots.buffers.values()],
         )
         captured.offer(step.environment)

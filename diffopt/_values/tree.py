@@ -22,6 +22,8 @@ def tensors_in(tree: Any) -> Iterator[Tensor]:
     """The tensors of a pytree, in order; anything else in it is passed over."""
     if isinstance(tree, Tensor):
         return iter((tree,))
+    if type(tree) is tuple and all(type(x) is Tensor for x in tree):  # most batches
+        return iter(tree)
     return (leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor))
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
@@ -90,8 +91,8 @@ class Checkpointed(Adjoint):
         return Snapshots()
 
     def plan_for(self, loop: Loop) -> Plan:
-        """The plan for ``loop``."""
-        return self.plan(loop.steps)
+        """The plan for ``loop``. An outer loop asks for the same one again and again."""
+        return _plan(self, loop.steps)
 
     def forward(self, loop: Loop) -> tuple[State, Any]:
         plan = self.plan_for(loop)
@@ -124,6 +125,11 @@ class Checkpointed(Adjoint):
         return differentiable_backward(
             loop, generators, start, captured, cotangent, loss_cotangents
         )
+
+
+@lru_cache(maxsize=32)
+def _plan(adjoint: Checkpointed, steps: int) -> Plan:
+    return adjoint.plan(steps)
 
 
 def refuse_cotangent_norm(adjoint: Adjoint, loop: Loop) -> None:

@@ -1,0 +1,205 @@
+"""Several steps at once: blocks of steps, as a loop takes them and goes back through them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from diffopt._loop.loop import Loop
+from diffopt._loop.snapshots import Snapshot
+from diffopt._step.capture import Graph
+from diffopt._step.observe import Observer, present_sequence
+from diffopt._step.result import Checked, StepResult
+from diffopt._values.state import Cotangent, State
+
+
+class Block(Protocol):
+    """Steps ``start``, ..., ``stop`` − 1, which were taken at once.
+
+    Attributes:
+        after: the state after them.
+        losses: of each, stacked.
+        alike: whether all depend on the same tensors.
+        scheduled: whether callables give hyperparameters.
+    """
+
+    start: int
+    stop: int
+    after: State
+    losses: Tensor
+    alike: bool
+    scheduled: bool
+
+    def aux(self) -> list[Any]:
+        """The user's extras, one for each step."""
+
+    def state(self, t: int) -> State:
+        """The state before step ``t``."""
+
+    def generators(self, t: int) -> tuple[Tensor, ...]:
+        """Where the random generators were then."""
+
+    def graph(self, t: int) -> Graph:
+        """What step ``t`` depends on."""
+
+    def checked(self, t: int) -> Checked:
+        """What step ``t`` has to give again."""
+
+    def vjp(
+        self,
+        start: int,
+        stop: int,
+        state_cotangent: Cotangent,
+        loss_cotangents: Tensor | None,
+        captured: Sequence[Any],
+        *,
+        retain_graph: bool = False,
+    ) -> tuple[Cotangent, list[Tensor | None]]:
+        """Carry a cotangent back from ``stop`` to ``start``.
+
+        Args:
+            loss_cotangents: those of the block's losses.
+        """
+
+
+@runtime_checkable
+class TakesBlocks(Protocol):
+    """A step that can be taken many times at once."""
+
+    def together(
+        self, state: State, start: int, stop: int, *, keep: bool, observer: Observer | None = None
+    ) -> Block | None:
+        """Take some of the steps from ``start`` on, ``stop`` at most.
+
+        Args:
+            keep: the block is to be gone back through.
+            observer: sees what the steps use.
+
+        Returns:
+            None where step ``start`` has to be taken alone.
+        """
+
+
+class InBlock(Snapshot):
+    """A snapshot whose state is made from a block when it is wanted."""
+
+    __slots__ = ("block", "t")
+    block: Block
+    t: int
+
+    def __init__(self, block: Block, t: int) -> None:
+        object.__setattr__(self, "block", block)
+        object.__setattr__(self, "t", t)
+
+    @property
+    def state(self) -> State:
+        """The state before step ``t``."""
+        return self.block.state(self.t)
+
+    @property
+    def generators(self) -> tuple[Tensor, ...]:
+        """Where the random generators were then."""
+        return self.block.generators(self.t)
+
+
+def first_block(loop: Loop, state: State, start: int, stop: int, *, keep: bool) -> Block | None:
+    """Take steps for the first time, and note what they use and give.
+
+    Returns:
+        None where step ``start`` has to be taken alone.
+    """
+    since = present_sequence()
+    block = _taken(loop, state, start, stop, keep, loop.observer)
+    if block is None:
+        return None
+    if loop.check is not None:
+        _note(loop, block, since)
+    loop.refuse_originals(state, start, _result(block))
+    loop.losses.extend(block.losses)
+    loop.aux.extend(block.aux())
+    loop.progress.forward(block.stop - start)
+    if block.stop == loop.steps:
+        # What the caller is given is the caller's to change, and no snapshot's memory.
+        block.after = block.after.apart_from(state)
+    return block
+
+
+def _note(loop: Loop, block: Block, since: int) -> None:
+    """Note what the steps use, and what they give."""
+    twice, number = not loop.step.first_order, loop.step.first_step
+    alone = range(block.start, block.start + 1 if block.alike else block.stop)
+    for t in alone:
+        loop.captured.note(block.graph(t), loop.observer, since, twice)
+    loop.captured.repeat(block.stop - alone.stop)
+    assert loop.check is not None
+    if block.scheduled:
+        for t in range(block.start, block.stop):
+            loop.check.first(number + t, block.checked(t))
+    else:
+        loop.check.first_losses(number + block.start, block.losses)
+
+
+def _result(block: Block) -> StepResult:
+    t = block.start
+    return StepResult(block.after, block.losses[0], None, block.checked(t), block.graph(t))
+
+
+def block_again(loop: Loop, state: State, start: int, stop: int, *, keep: bool) -> Block | None:
+    """Take steps again. The generators have to be where they were the first time."""
+    block = _taken(loop, state, start, stop, keep)
+    if block is not None and loop.check is not None:
+        number = loop.step.first_step
+        if block.scheduled:
+            for t in range(start, block.stop):
+                loop.check.again(number + t, block.checked(t))
+        else:
+            loop.check.again_losses(number + start, block.losses)
+    return block
+
+
+def _taken(
+    loop: Loop, state: State, start: int, stop: int, keep: bool, observer: Observer | None = None
+) -> Block | None:
+    step = loop.step
+    if loop.ledger is not None or not isinstance(step, TakesBlocks):
+        return None
+    if keep and loop.max_cotangent_norm is not None:  # something to do between the steps
+        return None
+    with torch.no_grad():
+        return step.together(state, start, stop, keep=keep, observer=observer)
+
+
+def block_vjp(
+    loop: Loop,
+    block: Block,
+    start: int,
+    stop: int,
+    cotangent: Cotangent,
+    loss_cotangents: Tensor | None,
+    *,
+    retain_graph: bool,
+) -> tuple[Cotangent, Sequence[int], list[Tensor | None]]:
+    """Go back through steps of a block.
+
+    Args:
+        loss_cotangents: of all losses of the loop, shape (T,).
+
+    Returns:
+        the cotangent of the state at ``start``, and indices and cotangents of captured tensors.
+    """
+    captured = loop.captured
+    steps = (start,) if block.alike else range(start, stop)
+    with captured.sealed(*steps) as shared:
+        before, found = block.vjp(
+            start,
+            stop,
+            cotangent,
+            None if loss_cotangents is None else loss_cotangents[block.start : block.stop],
+            captured.edges(*steps),
+            retain_graph=retain_graph or shared,
+        )
+    loop.progress.backward(stop - start)
+    return before, captured.at(*steps), found

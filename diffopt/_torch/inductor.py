@@ -1,0 +1,109 @@
+"""TorchInductor, and the operator for loops that it compiles: private names of PyTorch.
+
+A PyTorch without one of them costs a feature: no operator for loops, and steps are compiled one by
+one; no TorchInductor, and they run uncompiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+Run = Callable[..., Sequence[Tensor]]
+
+#: How many rows a tensor of any number of rows has while a loop over them is compiled.
+_ROWS = 4
+
+
+def compile_graph(graph: GraphModule, examples: Sequence[Tensor], *, loop: bool = False) -> Run:
+    """Compile with TorchInductor, for tensors of the examples' shapes, dtypes and strides.
+
+    Args:
+        loop: the graph is a loop, which is written in C++ together with its kernels.
+    """
+    from torch._inductor.compile_fx import compile_fx
+
+    # Numbers of low precision are rounded wherever uncompiled steps round them.
+    config: dict[str, Any] = {"emulate_precision_casts": True}
+    if loop:
+        config["cpp_wrapper"] = True
+    with _of_examples(examples):
+        run: Any = compile_fx(graph, list(examples), config_patches=config)
+    return run  # type: ignore[no-any-return]
+
+
+def _of_examples(examples: Sequence[Tensor]) -> AbstractContextManager[Any]:
+    """What TorchInductor reads the open sizes of stand-ins from."""
+    modes = {id(x.fake_mode): x.fake_mode for x in examples if hasattr(x, "fake_mode")}
+    if not modes:
+        return nullcontext()
+    from torch._guards import TracingContext, tracing
+
+    (mode,) = modes.values()
+    return tracing(TracingContext(mode))
+
+
+def operations_are_watched() -> bool:
+    """Whether a mode sees every operation, as one that counts bytes does: compiled code has none."""
+    count: Any = getattr(torch._C, "_len_torch_dispatch_stack", None)
+    return count is not None and count() > 0
+
+
+@contextmanager
+def said_to_compile() -> Iterator[None]:
+    """Within it ``torch.compiler.is_compiling()`` is true, for models that then read no values.
+
+    Where PyTorch keeps that otherwise, nothing changes.
+    """
+    if not hasattr(torch.compiler, "_is_compiling_flag"):
+        yield
+        return
+    before = torch.compiler._is_compiling_flag
+    torch.compiler._is_compiling_flag = True
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = before
+
+
+def loop_operator() -> Any | None:
+    """``scan(body, carried, [rows], closed_over)``, or None where PyTorch does not have it."""
+    try:
+        from torch._higher_order_ops.scan import scan_op
+    except ImportError:
+        return None
+    return scan_op
+
+
+def stand_ins(examples: Sequence[Tensor], by_rows: Collection[int]) -> list[Tensor]:
+    """Tensors without values for ``compile_graph``.
+
+    Args:
+        by_rows: the indices of those whose first dimension may be of any size.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import (
+        DimDynamic,
+        ShapeEnv,
+        StatelessSymbolicContext,
+    )
+
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+
+    def stand_in(i: int, x: Tensor) -> Tensor:
+        x = x.detach()
+        sizes = [DimDynamic.STATIC] * x.dim()
+        if i in by_rows:
+            sizes[0] = DimDynamic.DYNAMIC
+            # Of a single row the stride may be anything.
+            shape, stride = (_ROWS, *x.shape[1:]), (x.shape[1:].numel(), *x.stride()[1:])
+            x = torch.empty_strided(shape, stride, dtype=x.dtype, device=x.device)
+        context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
+        return mode.from_tensor(x, symbolic_context=context)
+
+    return [stand_in(i, x) for i, x in enumerate(examples)]
