@@ -341,7 +341,11 @@ class CompiledStep(InnerStep):
 
     def _evaluated(self, t: int) -> tuple[Any, list[Tensor], tuple[bool, ...], Hashable]:
         """The optimizer's options, the tensors among them, which are constant, and all else."""
-        options = self.opt.hyperparameters(self.first_step + t)
+        values = self.opt.hyperparameters(self.first_step + t)
+        options = [  # a switch stays one, also where a rule's own counts as a number
+            {k: group[k] if isinstance(group.get(k), bool) else v for k, v in own.items()}
+            for group, own in zip(self.opt.param_groups, values, strict=True)
+        ]
         constant = constants(self.opt, options)
         key: list[Hashable] = [constant]
         tensors = []

@@ -49,7 +49,7 @@ def _of_examples(examples: Sequence[Tensor]) -> AbstractContextManager[Any]:
 
 
 def operations_are_watched() -> bool:
-    """Whether a mode sees every operation, as one that counts bytes does: compiled code has none."""
+    """Whether a mode sees every operation, as one that counts bytes does."""
     count: Any = getattr(torch._C, "_len_torch_dispatch_stack", None)
     return count is not None and count() > 0
 
