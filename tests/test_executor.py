@@ -58,7 +58,7 @@ def test_a_run_keeps_to_its_plan(adjoint: Any, steps: int) -> None:
     opt = diffopt.SGD(model.parameters(), lr=0.1)
     fast = diffopt.unroll(model, opt, steps, loss_fn, adjoint=adjoint)
     assert seen == forward == list(range(steps))
-    _, _, kept = fast.losses.grad_fn.kept
+    _, _, kept = fast.losses.grad_fn.run.kept
     for repeat in ("retained", "last"):
         seen.clear()
         fast.params["w"].sum().backward(retain_graph=repeat == "retained")
