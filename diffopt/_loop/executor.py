@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from diffopt._loop.journal import Way, WayBack
 from diffopt._loop.loop import CapturedSum, Loop
 from diffopt._loop.snapshots import Layer, Snapshot, Snapshots
 from diffopt._step.linearization import Linearization
@@ -79,16 +80,21 @@ def run_forward(
 
 
 def _forward(loop: Loop, plan: Plan, kept: Kept, begun: Begun | None) -> State:
-    state = loop.start
-    for kind, start, stop in plan.forward_actions:
+    journal = kept.snapshots.journal
+    way = journal.begin(loop, plan)
+    state = way.state
+    for i, (kind, start, stop) in enumerate(plan.forward_actions[way.action :], way.action):
         taken = begun if start == 0 else None
         if kind == "save":
             kept.save(start, loop.snapshot(state) if taken is None else taken.start)
+            journal.forward(Way(i + 1, start, state))
         elif kind == "advance":
             if taken is not None:
                 state, taken.graph = taken.after, None
-            for t in range(start if taken is None else 1, stop):
+            first = start if taken is None else 1
+            for t in range(max(first, way.position), stop):
                 state = loop.first(state, t)
+                journal.forward(Way(i, t + 1, state))
         elif kind == "record":
             if taken is None or taken.graph is None:
                 recorded, state = loop.first_recorded(state, start)
@@ -99,6 +105,7 @@ def _forward(loop: Loop, plan: Plan, kept: Kept, begun: Begun | None) -> State:
             del kept.snapshots[start]
         else:
             raise ValueError(f"a plan cannot {kind!r} before it has reached the end")
+    journal.arrived(state)
     return state
 
 
@@ -141,12 +148,16 @@ def _backward(
     loss_cotangents: Tensor | None,
     keep: bool,
 ) -> tuple[Cotangent, list[Tensor | None]]:
-    captured = CapturedSum(loop.captured)
-    state = None
-    loads = [action.start for action in plan.backward_actions if action.kind == "load"]
+    captured, journal = CapturedSum(loop.captured), kept.snapshots.journal
+    way = journal.turn(WayBack(0, cotangent, captured.total), loss_cotangents)
+    cotangent, captured.total = way.cotangent, way.captured
+    actions = plan.backward_actions[way.action :]
+    state, position = way.state, way.position
+    loads = [action.start for action in actions if action.kind == "load"]
     following = iter([*loads[1:], None])
-    for kind, start, stop in plan.backward_actions:
+    for i, (kind, start, stop) in enumerate(actions, way.action):
         if kind == "load":
+            journal.backward(WayBack(i, cotangent, captured.total))
             state = loop.restored(kept.snapshots[start])
             upcoming = next(following)
             if upcoming is not None and upcoming in kept.snapshots:
@@ -157,8 +168,10 @@ def _backward(
         elif kind == "advance":
             assert state is not None
             with not_batched():
-                for t in range(start, stop):
+                for t in range(max(start, position), stop):
                     state = loop.again(state, t)
+                    journal.backward(WayBack(i, cotangent, captured.total, t + 1, state))
+            position = 0
         elif kind == "record":
             assert state is not None
             with not_batched():
@@ -182,4 +195,5 @@ def _backward(
             del kept.snapshots[start]
         else:
             raise ValueError(f"a plan cannot {kind!r} on the way back")
+    journal.finished()
     return cotangent, captured.total

@@ -49,8 +49,9 @@ def _reasons(module: nn.Module) -> Iterator[str]:
     name = type(module).__name__
     if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         yield (
-            f"is wrapped in {name}, whose replicas would not see the fast weights: pass the "
-            "module inside, model.module"
+            f"is wrapped in {name}, whose replicas would not see the fast weights. With several "
+            "processes, pass the module itself, unroll(module, ..., group=group); where the outer "
+            "step needs it, wrap a module whose forward calls unroll"
         )
     if _SHARDED & {base.__name__ for base in type(module).__mro__}:
         yield "is sharded by FSDP, and other weights cannot stand in it: pass it unsharded"
