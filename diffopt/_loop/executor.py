@@ -21,6 +21,10 @@ from diffopt.optim.lists import one_by_one
 from diffopt.schedule import Plan
 
 
+#: How many snapshots are fetched ahead of the one in use.
+_AHEAD = 2
+
+
 @dataclass
 class Kept:
     """What the forward pass leaves for the backward pass.
@@ -153,15 +157,15 @@ def _backward(
     cotangent, captured.total = way.cotangent, way.captured
     actions = plan.backward_actions[way.action :]
     state, position = way.state, way.position
-    loads = [action.start for action in actions if action.kind == "load"]
-    following = iter([*loads[1:], None])
+    loads, loaded = [action.start for action in actions if action.kind == "load"], 0
     for i, (kind, start, stop) in enumerate(actions, way.action):
         if kind == "load":
             journal.backward(WayBack(i, cotangent, captured.total))
             state = loop.restored(kept.snapshots[start])
-            upcoming = next(following)
-            if upcoming is not None and upcoming in kept.snapshots:
-                kept.snapshots.prefetch(upcoming)
+            loaded += 1
+            for upcoming in loads[loaded : loaded + _AHEAD]:
+                if upcoming in kept.snapshots:
+                    kept.snapshots.prefetch(upcoming)
         elif kind == "save":
             assert state is not None
             kept.save(start, loop.snapshot(state))

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from diffopt._loop.checksum import bytes_of, checksum, memory_of
 from diffopt._loop.durable import Durable, DurableSnapshots
-from diffopt._loop.snapshots import Snapshot, Snapshots
+from diffopt._loop.snapshots import Snapshot, Snapshots, check_process
 from diffopt._loop.transfer import Copier, Copy
 from diffopt._values.state import State
 from diffopt._values.tree import Path
@@ -124,10 +124,12 @@ class InFolder(Snapshots):
                 'that exists and can be written to, or "cpu"',
             ) from error
         self._own = own
+        self._process = os.getpid()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="diffopt-snapshots")
         self._discard = weakref.finalize(self, _discard, self._thread, own, os.getpid())
 
     def __setitem__(self, t: int, snapshot: Snapshot) -> None:
+        check_process(self._process)
         self._raise_failed_writes()
         while len(self._writing) >= BACKLOG:
             self._writing.popleft().result()
@@ -148,6 +150,7 @@ class InFolder(Snapshots):
         return Snapshot(file.form.replace(tensors), file.generators)
 
     def __delitem__(self, t: int) -> None:
+        check_process(self._process)
         self._reading.pop(t, None)
         self._thread.submit(self._files.pop(t).path.unlink, missing_ok=True)
 
@@ -161,6 +164,7 @@ class InFolder(Snapshots):
         return t in self._files
 
     def prefetch(self, t: int) -> None:
+        check_process(self._process)
         if t not in self._reading:  # its file is written by then: the thread works in order
             self._reading[t] = self._thread.submit(self._files[t].read)
 
@@ -168,7 +172,8 @@ class InFolder(Snapshots):
         return type(self)(self._folder)
 
     def close(self) -> None:
-        self._discard()
+        if os.getpid() == self._process:
+            self._discard()
         self._files.clear()
         self._writing.clear()
         self._reading.clear()
