@@ -279,3 +279,56 @@ def test_errors_are_everyones(pools: Callable[[int], Processes]) -> None:
     assert "Implicit with group: it takes no vector-Jacobian product" in zero[6][1]
     assert "compile=True with group" in zero[7][1]
     assert zero[8] == one[8] == ("", "")
+
+
+def refused_models(rank: int, world: int) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    model = nn.Sequential(nn.Linear(4, 4))
+    x = torch.ones(2, 4)
+
+    def train(model: nn.Module) -> Any:
+        opt = diffopt.SGD(model.parameters(), lr=0.1)
+        return diffopt.unroll(model, opt, 2, lambda m, t: m(x).square().mean())
+
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    with pytest.raises(NotImplementedError, match="wrap a module whose forward calls unroll"):
+        train(wrapped)
+    mesh = init_device_mesh("cpu", (world,))
+    parallel = parallelize_module(model, mesh, {"0": ColwiseParallel()})
+    with pytest.raises(NotImplementedError, match="submodule '0' has a 'weight' that is a DTenso"):
+        train(parallel)
+
+
+class Outer(nn.Module):
+    """What DistributedDataParallel may wrap: a module whose forward pass calls ``unroll``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.model = nn.Linear(3, 1)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        def loss(model: nn.Module, t: int) -> Tensor:
+            return (model(x) - y).square().mean()
+
+        opt = diffopt.SGD(self.model.parameters(), lr=0.1)
+        return loss(diffopt.unroll(self.model, opt, 3, loss), 0)
+
+
+def wrapped_outside(rank: int, world: int) -> None:
+    """Tasks split over processes: the outer gradients are averaged by DDP itself."""
+    data = torch.Generator().manual_seed(5)
+    x, y = torch.randn(world, 4, 3, generator=data), torch.randn(world, 4, 1, generator=data)
+    whole = Outer()
+    (sum(whole(x[r], y[r]) for r in range(world)) / world).backward()
+    mine = nn.parallel.DistributedDataParallel(Outer())
+    mine(x[rank], y[rank]).backward()
+    for a, b in zip(mine.parameters(), whole.parameters(), strict=True):
+        close(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("case", [refused_models, wrapped_outside])
+def test_models_of_other_libraries(case: Any, pools: Callable[[int], Processes]) -> None:
+    pools(2).run(case)

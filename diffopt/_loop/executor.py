@@ -20,7 +20,6 @@ from diffopt._values.state import Cotangent, State
 from diffopt.optim.lists import one_by_one
 from diffopt.schedule import Plan
 
-
 #: How many snapshots are fetched ahead of the one in use.
 _AHEAD = 2
 
