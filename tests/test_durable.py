@@ -223,7 +223,7 @@ def test_another_run(changes: dict[str, Any], message: str, tmp_path: Path) -> N
 
 def test_another_plan_and_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupted(Segmented(4, Durable(tmp_path, 1)), 9)
-    with pytest.raises(ValueError, match="differs in plan: 12 steps: .* there and 12 steps"):
+    with pytest.raises(ValueError, match=r"differs in plan: 12 steps: .* there and 12 steps"):
         Problem().gradients(Segmented(3, Durable(tmp_path, 1)))
     with pytest.raises(ValueError, match="differs in bound max_cotangent_norm: None there and 1"):
         Problem().gradients(Segmented(4, Durable(tmp_path, 1)), max_cotangent_norm=1.0)
