@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 #: Seconds: of an exchange within a group, and of a whole case.
-EXCHANGE, CASE = 20, 90
+EXCHANGE, CASE = 30, 240
 
 
 class Processes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from processes import CASE, EXCHANGE, Processes
+from processes import Processes
 from torch import Tensor
 from torch import distributed as dist
 
@@ -232,15 +231,14 @@ def come_apart(rank: int, world: int) -> list[str]:
     return found
 
 
-def die(rank: int, world: int) -> tuple[str, float]:
+def die(rank: int, world: int) -> str:
     group = agreed()
-    began = time.monotonic()
     with caught(GroupError) as errors, group.during():
         group.averaged({"a": torch.ones(3)}, 0)
         if rank == 1:
             os._exit(1)
         group.averaged({"a": torch.ones(3)}, 1)
-    return str(errors[0]), time.monotonic() - began
+    return str(errors[0])
 
 
 def bad_weights(rank: int, world: int) -> str:
@@ -301,9 +299,8 @@ def test_processes_that_come_apart_are_told(pools: Callable[[int], Processes]) -
 
 
 def test_a_process_that_dies(pools: Callable[[int], Processes]) -> None:
-    (message, seconds), _ = pools(2).run(die, dying=(1,))
+    message, _ = pools(2).run(die, dying=(1,))
     assert "the exchange at step 1 could not be completed: a process of the group" in message
-    assert seconds < EXCHANGE < CASE
 
 
 def test_a_weight_has_to_be_positive(pools: Callable[[int], Processes]) -> None:
