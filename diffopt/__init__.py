@@ -1,7 +1,9 @@
 """Differentiate through training: ``diffopt.unroll``, its adjoints and its optimizers."""
 
+from diffopt import distributed
 from diffopt._compile.compiled import CompileWarning
 from diffopt._compile.trace import compile_seconds
+from diffopt._loop.durable import Durable
 from diffopt._unroll.smoothness import Metasmoothness, metasmoothness
 from diffopt._unroll.types import Model
 from diffopt._unroll.unroll import unroll
@@ -58,6 +60,7 @@ __all__ = [
     "Binomial",
     "CompileWarning",
     "ConvergenceWarning",
+    "Durable",
     "FirstOrder",
     "ForwardMode",
     "Implicit",
@@ -81,6 +84,7 @@ __all__ = [
     "Truncated",
     "Unrolled",
     "compile_seconds",
+    "distributed",
     "from_scheduler",
     "metasmoothness",
     "register",

@@ -22,6 +22,7 @@ LAYERS = [
     "adjoint",
     "_compile",
     "_unroll",
+    "distributed",
     "higher",
 ]
 

@@ -156,7 +156,8 @@ REFUSED: dict[str, tuple[Callable[[], None], type[Exception], str]] = {
     "FSDP": (
         sharded,
         NotImplementedError,
-        "submodule '0' is sharded by FSDP, and other weights cannot stand in it: pass it unsharded",
+        "submodule '0' is sharded by FSDP, whose gathering of weights PyTorch cannot differentiate "
+        "twice: pass it unsharded, or shard it with diffopt.distributed.shard",
     ),
     "TorchScript": (
         scripted,

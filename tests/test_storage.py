@@ -277,6 +277,37 @@ def test_a_file_for_a_folder(problem: Problem, tmp_path: Path) -> None:
         problem.total(Segmented(2, tmp_path / "file"))
 
 
+def test_an_empty_name() -> None:
+    with pytest.raises(ValueError, match=r'storage="" names no folder: pass "." for the present'):
+        Segmented(2, "")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks")
+def test_the_way_back_in_a_forked_process(folder: Path) -> None:
+    body = """
+        import warnings
+        total = unroll(5).params["weight"].sum()
+        warnings.simplefilter("ignore")  # of Python, about forks beside threads
+        sys.stdout.flush()
+        child = os.fork()
+        if child == 0:
+            try:
+                total.backward()
+            except RuntimeError as error:
+                print(error)
+            sys.stdout.flush()
+            os._exit(0)
+        print(os.waitpid(child, 0)[1])
+        total.backward()
+        print(model.weight.grad.any().item())
+    """
+    done = run(folder, body)
+    assert done.returncode == 0, done.stderr
+    said, *rest = done.stdout.splitlines()
+    assert said.startswith("this process was forked after the call of unroll, whose snapshots are")
+    assert rest == ["0", "True"]
+
+
 @pytest.mark.parametrize("adjoint", [Segmented, Binomial])
 def test_a_wrong_kind_of_storage(adjoint: Any) -> None:
     with pytest.raises(TypeError, match='storage is a int: pass "cpu", a folder, or None'):
@@ -368,7 +399,7 @@ def test_computing_goes_on_while_a_file_is_written(
     assert_equal(problem.gradients(problem.total(Segmented(1, folder))), expected)
 
 
-def test_the_next_file_is_read_before_it_is_wanted(
+def test_the_next_files_are_read_before_it_is_wanted(
     problem: Problem, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read, asked = _storage._File.read, []
@@ -385,6 +416,7 @@ def test_the_next_file_is_read_before_it_is_wanted(
         assert len(asked) >= len(wanted) - 1
         if len(wanted) > 1:
             assert t in asked
+            assert len(asked) >= min(len(wanted) + 1, STEPS)  # two ahead
         return get(self, t)
 
     monkeypatch.setattr(_storage._File, "read", record)

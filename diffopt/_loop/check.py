@@ -12,7 +12,7 @@ the state.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,6 +46,25 @@ class Check:
             if isinstance(value, tuple):
                 finite = [abs(v) for v in value if math.isfinite(v)]
                 self._scale[what] = max(self._scale.get(what, 0.0), *finite, 0.0)
+
+    def noted(self, step: int) -> dict[str, list[float]]:
+        """What ``step`` gave besides its loss, as plain numbers."""
+        values = self._first.get(step, {})
+        return {
+            what: list(x) if isinstance(x, tuple) else x.tolist()
+            for what, x in values.items()
+            if what != "loss"
+        }
+
+    def note_again(self, step: int, given: Mapping[str, Any], loss: Tensor) -> None:
+        """Note for a step that is not taken what ``noted`` said of it in another process."""
+        for what in ("hyperparameter", "gradient"):
+            if what in given:
+                numbers = [torch.tensor(v, dtype=torch.float64) for v in given[what]]
+                plain = loss.device.type == "cpu"
+                self._first[step][what] = (
+                    tuple(given[what]) if plain else torch.stack(numbers).to(loss)
+                )
 
     def again(self, step: int, checked: Checked) -> None:
         """Compare what ``step`` gives now, if it was noted; ``settle`` says what came of it."""

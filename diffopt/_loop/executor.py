@@ -7,63 +7,20 @@ end and belongs to the forward pass; the rest takes it back, one vector-Jacobian
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from diffopt._loop import journaled
 from diffopt._loop.blocks import Block, InBlock, block_again, block_vjp, first_block
+from diffopt._loop.kept import AHEAD, Begun, Kept
 from diffopt._loop.loop import CapturedSum, Loop
-from diffopt._loop.snapshots import Layer, Snapshot, Snapshots
+from diffopt._loop.snapshots import Layer, Snapshots
 from diffopt._loop.stretches import Stretch, of_plan
 from diffopt._step.linearization import Linearization
 from diffopt._torch.batched import any_batched, not_batched
 from diffopt._values.state import Cotangent, State
 from diffopt.optim.lists import one_by_one
 from diffopt.schedule import Action, Plan
-
-
-@dataclass
-class Kept:
-    """What the forward pass leaves for the backward pass.
-
-    Attributes:
-        snapshots: by position in the loop.
-        graphs: steps recorded with their graph, or within a block, by position.
-        peak_states, peak_graphs: the most of either held at once, so far. As in a plan, the start
-            counts, which the loop holds.
-    """
-
-    snapshots: Snapshots
-    graphs: dict[int, Linearization | InBlock] = field(default_factory=dict)
-    peak_states: int = 1
-    peak_graphs: int = 0
-
-    def save(self, t: int, snapshot: Snapshot) -> None:
-        self.snapshots[t] = snapshot
-        self.peak_states = max(self.peak_states, len(self.snapshots))
-
-    def count(self, more: int) -> None:
-        """Count states that are held besides the snapshots."""
-        self.peak_states = max(self.peak_states, len(self.snapshots) + more)
-
-    def record(self, t: int, linearization: Linearization | InBlock) -> None:
-        self.graphs[t] = linearization
-        self.peak_graphs = max(self.peak_graphs, len(self.graphs))
-
-
-@dataclass
-class Begun:
-    """The first step of a loop, taken before there was a plan.
-
-    Attributes:
-        start: the start of the loop.
-        graph: the step's; dropped if the plan does not record the step.
-        after: the state after it.
-    """
-
-    start: Snapshot
-    graph: Linearization | None
-    after: State
 
 
 def run_forward(
@@ -85,6 +42,8 @@ def run_forward(
 
 
 def _forward(loop: Loop, plan: Plan, kept: Kept, begun: Begun | None) -> State:
+    if kept.snapshots.journal.keeps:
+        return journaled.forward(loop, plan, kept, begun)
     state = loop.start
     for part in of_plan(plan)[0]:
         if isinstance(part, Stretch):
@@ -189,6 +148,8 @@ def _backward(
     loss_cotangents: Tensor | None,
     keep: bool,
 ) -> tuple[Cotangent, list[Tensor | None]]:
+    if kept.snapshots.journal.keeps:
+        return journaled.backward(loop, plan, kept, cotangent, loss_cotangents, keep)
     way = _WayBack(loop, plan, kept, cotangent, loss_cotangents, keep)
     for part in of_plan(plan)[1]:
         if isinstance(part, Stretch):
@@ -222,8 +183,8 @@ class _WayBack:
         self._losses = loss_cotangents
         self._keep = keep
         self._state: State | None = None
-        loads = [action.start for action in plan.backward_actions if action.kind == "load"]
-        self._following = iter([*loads[1:], None])
+        self._loads = [action.start for action in plan.backward_actions if action.kind == "load"]
+        self._loaded = 0
 
     def stretch(self, stretch: Stretch) -> None:
         """Carry out a stretch: for many steps at once where that can be."""
@@ -262,7 +223,7 @@ class _WayBack:
         self._kept.count(len(stretch.saved))
         for action in stretch.actions:
             if action.kind == "load":
-                next(self._following)
+                self._loaded += 1
         self._pull(block, start, stop)
         if start in stretch.freed:
             del self._kept.snapshots[start]
@@ -282,7 +243,7 @@ class _WayBack:
                         del snapshots[t]
                     while next(actions).kind != "vjp":
                         pass
-                    next(self._following)
+                    self._loaded += 1
                 stop = start
             else:
                 kind = None
@@ -317,9 +278,10 @@ class _WayBack:
         loop, kept, state = self._loop, self._kept, self._state
         if kind == "load":
             self._state = loop.restored(kept.snapshots[start])
-            upcoming = next(self._following)
-            if upcoming is not None and upcoming in kept.snapshots:
-                kept.snapshots.prefetch(upcoming)
+            self._loaded += 1
+            for upcoming in self._loads[self._loaded : self._loaded + AHEAD]:
+                if upcoming in kept.snapshots:
+                    kept.snapshots.prefetch(upcoming)
         elif kind == "save":
             assert state is not None
             kept.save(start, loop.snapshot(state))

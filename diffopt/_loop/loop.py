@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from typing import Any, Self
 
@@ -103,6 +103,11 @@ class Loop:
         """
         return self._session.entered(routed=self.observer.replaced)
 
+    def together(self) -> AbstractContextManager[None]:
+        """A pass over the steps, which the processes of a group begin and end together."""
+        group = self.step.group
+        return nullcontext() if group is None else group.during()
+
     # Loops made from this one. They share its captured tensors, losses and session.
 
     def first_order(self) -> Self:
@@ -197,6 +202,28 @@ class Loop:
         # What the caller is given is the caller's to change, and no snapshot's memory.
         return result.state.apart_from(before) if t + 1 == self.steps else result.state
 
+    # Steps that were taken in another process.
+
+    def given(self, t: int) -> dict[str, Any]:
+        """What step ``t`` gave besides its loss that it has to give again, of JSON's kinds."""
+        return {} if self.check is None else self.check.noted(self.step.first_step + t)
+
+    def pass_by(self, t: int, loss: Tensor, step: Mapping[str, Any], index: Sequence[int]) -> None:
+        """Note a step that is not taken: its loss, what it gave, and what it used.
+
+        Args:
+            step: what ``given`` and ``Captured.use`` said of it.
+            index: the index here of each captured tensor there.
+        """
+        self.captured.note_use(step, index)
+        if self.check is not None:
+            number = self.step.first_step + t
+            self.check.first(number, Checked(loss))
+            self.check.note_again(number, step, loss)
+        self.losses.append(loss)
+        self.aux.append(None)
+        self.progress.forward()
+
     # On the way back.
 
     def again(self, state: State, t: int) -> State:
@@ -287,6 +314,8 @@ class Loop:
             the cotangent of the state before the step, and those of the captured tensors that
             the step uses, in the order of ``captured.at(t)``.
         """
+        if self.step.group is not None:
+            self.step.group.at(self.step.first_step + t)
         state_cotangent = self.clipped(state_cotangent)
         with self.captured.sealed(t) as shared:
             try:
@@ -317,10 +346,15 @@ class Loop:
 
     def clipped(self, cotangent: Cotangent) -> Cotangent:
         """``cotangent`` with the parameters' part scaled to at most ``max_cotangent_norm``."""
-        params = {path: g for path, g in cotangent.items() if path[0] == "params"}
-        if not params or self.max_cotangent_norm is None:
+        if self.max_cotangent_norm is None:
             return cotangent
-        scaled = clip_norm(list(params.values()), self.max_cotangent_norm, self.tasks)
+        params = {path: g for path, g in cotangent.items() if path[0] == "params"}
+        whole = list(params.values())
+        if (group := self.step.group) is not None:
+            whole = list(group.mean({path[1]: g for path, g in params.items()}).values())
+        if not params:
+            return cotangent
+        scaled = clip_norm(list(params.values()), self.max_cotangent_norm, self.tasks, whole)
         return {**cotangent, **dict(zip(params, scaled, strict=True))}
 
 
@@ -367,18 +401,25 @@ class CapturedSum:
             self.total[i] = add(self.total[i], g)
 
 
-def clip_norm(tensors: Sequence[Tensor], max_norm: float, tasks: int | None) -> list[Tensor]:
-    """``tensors`` times min(1, max_norm / norm), with norm their joint Euclidean norm.
+def clip_norm(
+    tensors: Sequence[Tensor],
+    max_norm: float,
+    tasks: int | None,
+    whole: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
+    """``tensors`` times min(1, max_norm / norm), with norm the joint Euclidean norm of ``whole``.
 
-    With tasks each leads with the task dimension, and each task has its own norm.
+    ``whole`` is by default ``tensors``. With tasks each leads with the task dimension, and each
+    task has its own norm.
     """
-    rows = [x.reshape(1 if tasks is None else tasks, -1) for x in tensors]
+    count = 1 if tasks is None else tasks
+    rows = [x.reshape(count, -1) for x in (tensors if whole is None else whole)]
     device = rows[0].device
     norms = torch.linalg.vector_norm(
         torch.stack([torch.linalg.vector_norm(row, dim=1).to(device) for row in rows]), dim=0
     )
     scale = max_norm / norms.clamp(min=max_norm)
     return [
-        (row * scale.to(row.device, row.dtype)[:, None]).reshape(x.shape)
-        for row, x in zip(rows, tensors, strict=True)
+        (x.reshape(count, -1) * scale.to(x.device, x.dtype)[:, None]).reshape(x.shape)
+        for x in tensors
     ]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffopt._loop.executor import Begun
+from diffopt._loop.kept import Begun
 from diffopt._loop.loop import Loop
 from diffopt._torch.dispatch import TorchDispatchMode
 from diffopt._torch.unseen import unseen

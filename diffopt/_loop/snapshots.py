@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
-from typing import Self
 
 from torch import Tensor
 
+from diffopt._loop.journal import Journal
 from diffopt._values.state import State
 
 
@@ -52,9 +53,14 @@ class Snapshots(MutableMapping[int, Snapshot]):
     def prefetch(self, t: int) -> None:
         """Snapshot ``t`` will be wanted next: where it is far away, begin to fetch it."""
 
-    def another(self) -> Self:
+    def another(self) -> Snapshots:
         """An empty one that keeps its snapshots in the same way."""
         return type(self)()
+
+    @property
+    def journal(self) -> Journal:
+        """Told how far the run is, to go on from there were it killed."""
+        return Journal()
 
     def close(self) -> None:
         """Drop everything, and leave nothing behind."""
@@ -96,10 +102,19 @@ class Layer(Snapshots):
     def prefetch(self, t: int) -> None:
         (self._own if t in self._own else self._below).prefetch(t)
 
-    def another(self) -> Self:
+    def another(self) -> Snapshots:
         return type(self)(self._below.another())
 
     def close(self) -> None:
         """Drop what was added; what lies below stays."""
         self._visible.clear()
         self._own.close()
+
+
+def check_process(process: int) -> None:
+    """Raise in a process that was forked from ``process``: it has none of its threads."""
+    if os.getpid() != process:
+        raise RuntimeError(
+            "this process was forked after the call of unroll, whose snapshots are read by a "
+            "thread of the process that made it: call unroll in the process that calls backward()"
+        )

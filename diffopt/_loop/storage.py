@@ -7,14 +7,12 @@ one background thread, in the order asked for.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shutil
 import tempfile
 import weakref
-import zlib
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path as FilePath
 from typing import Any, Self
@@ -22,12 +20,15 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from diffopt._loop.snapshots import Snapshot, Snapshots
+from diffopt._loop.checksum import bytes_of, checksum, memory_of
+from diffopt._loop.durable import Durable, DurableSnapshots
+from diffopt._loop.snapshots import Snapshot, Snapshots, check_process
+from diffopt._loop.transfer import Copier, Copy
 from diffopt._values.state import State
 from diffopt._values.tree import Path
 
-#: Where snapshots go: None for where the tensors are, "cpu", or a folder.
-Storage = str | os.PathLike[str] | None
+#: Where snapshots go: None for where the tensors are, "cpu", a folder, or one that lasts.
+Storage = str | os.PathLike[str] | Durable | None
 
 #: How many snapshots may wait to be written. Each takes host memory until it is.
 BACKLOG = 2
@@ -37,9 +38,14 @@ Tensors = dict[Path, Tensor]
 
 def check_storage(storage: Any) -> None:
     """Raise where ``storage`` is not of a kind that ``open_storage`` takes."""
-    if storage is not None and not isinstance(storage, (str, os.PathLike)):
+    if storage is not None and not isinstance(storage, (str, os.PathLike, Durable)):
         raise TypeError(
             f'storage is a {type(storage).__name__}: pass "cpu", a folder, or None to keep '
+            "snapshots on their device"
+        )
+    if storage == "":
+        raise ValueError(
+            'storage="" names no folder: pass "." for the present one, "cpu", or None to keep '
             "snapshots on their device"
         )
 
@@ -50,6 +56,8 @@ def open_storage(storage: Storage) -> Snapshots:
         return Snapshots()
     if storage == "cpu":
         return OnHost()
+    if isinstance(storage, Durable):
+        return DurableSnapshots(storage)
     return InFolder(FilePath(storage))
 
 
@@ -60,9 +68,9 @@ class OnHost(Snapshots):
 
     def __init__(self) -> None:
         super().__init__()
-        self._copier = _Copier()
+        self._copier = Copier()
         self._devices: dict[int, dict[Path, torch.device]] = {}
-        self._arriving: dict[int, _Copy] = {}
+        self._arriving: dict[int, Copy] = {}
 
     def __setitem__(self, t: int, snapshot: Snapshot) -> None:
         tensors = snapshot.state.tensors()
@@ -107,7 +115,7 @@ class InFolder(Snapshots):
 
     def __init__(self, folder: FilePath) -> None:
         self._folder = folder
-        self._copier = _Copier()
+        self._copier = Copier()
         self._files: dict[int, _File] = {}
         self._writing: deque[Future[None]] = deque()
         self._reading: dict[int, Future[Tensors]] = {}
@@ -120,10 +128,12 @@ class InFolder(Snapshots):
                 'that exists and can be written to, or "cpu"',
             ) from error
         self._own = own
+        self._process = os.getpid()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="diffopt-snapshots")
         self._discard = weakref.finalize(self, _discard, self._thread, own, os.getpid())
 
     def __setitem__(self, t: int, snapshot: Snapshot) -> None:
+        check_process(self._process)
         self._raise_failed_writes()
         while len(self._writing) >= BACKLOG:
             self._writing.popleft().result()
@@ -144,6 +154,7 @@ class InFolder(Snapshots):
         return Snapshot(file.form.replace(tensors), file.generators)
 
     def __delitem__(self, t: int) -> None:
+        check_process(self._process)
         self._reading.pop(t, None)
         self._thread.submit(self._files.pop(t).path.unlink, missing_ok=True)
 
@@ -157,6 +168,7 @@ class InFolder(Snapshots):
         return t in self._files
 
     def prefetch(self, t: int) -> None:
+        check_process(self._process)
         if t not in self._reading:  # its file is written by then: the thread works in order
             self._reading[t] = self._thread.submit(self._files[t].read)
 
@@ -164,7 +176,8 @@ class InFolder(Snapshots):
         return type(self)(self._folder)
 
     def close(self) -> None:
-        self._discard()
+        if os.getpid() == self._process:
+            self._discard()
         self._files.clear()
         self._writing.clear()
         self._reading.clear()
@@ -199,15 +212,15 @@ class _File:
         self._bytes = sum(x.numel() * x.element_size() for x in forms.values())
         self._checksum = 0
 
-    def write(self, copy: _Copy) -> None:
+    def write(self, copy: Copy) -> None:
         """Write the tensors, once they have arrived in host memory."""
         copy.synchronize()
-        checksum = 0
+        found = 0
         try:
             with open(self.path, "xb", buffering=0) as file:
                 for x in copy.tensors.values():
-                    rest = _memory(x)
-                    checksum = zlib.crc32(rest, checksum)
+                    rest = memory_of(x)
+                    found = checksum(bytes_of(x), found)
                     while rest:
                         rest = rest[file.write(rest) :]
         except OSError as error:
@@ -217,7 +230,7 @@ class _File:
                 f"{str(self.path)!r}, {error.strerror}: make room there, pass another folder as "
                 "storage, or keep fewer snapshots",
             ) from error
-        self._checksum = checksum
+        self._checksum = found
 
     def read(self) -> Tensors:
         """The tensors, in host memory."""
@@ -226,24 +239,24 @@ class _File:
             p: torch.empty_like(x, device="cpu", pin_memory=pinned[p])
             for p, x in self.form.tensors().items()
         }
-        checksum = 0
+        found = 0
         try:
             with open(self.path, "rb", buffering=0) as file:
                 size = os.fstat(file.fileno()).st_size
                 if size != self._bytes:
                     raise self._altered(f"has {size} bytes instead of {self._bytes}")
                 for x in tensors.values():
-                    memory = rest = _memory(x)
+                    rest = memory_of(x)
                     while rest and (count := file.readinto(rest)):
                         rest = rest[count:]
-                    checksum = zlib.crc32(memory, checksum)
+                    found = checksum(bytes_of(x), found)
         except OSError as error:
             raise type(error)(
                 error.errno,
                 f"the snapshot file {str(self.path)!r} cannot be read, {error.strerror}: leave "
                 "the files alone until the backward pass is over",
             ) from error
-        if checksum != self._checksum:
+        if found != self._checksum:
             raise self._altered("does not hold what was written to it")
         return tensors
 
@@ -252,85 +265,3 @@ class _File:
             f"the snapshot file {str(self.path)!r} {how}: it was altered, or the disk is faulty; "
             "unroll again, and leave the files alone until the backward pass is over"
         )
-
-
-def _memory(x: Tensor) -> memoryview:
-    """The bytes of a tensor in host memory that has no gaps."""
-    size = x.numel() * x.element_size()
-    return memoryview((ctypes.c_char * size).from_address(x.data_ptr())).cast("B")
-
-
-class _Copier:
-    """Copies tensors between devices and the host; for CUDA devices on streams of its own."""
-
-    def __init__(self) -> None:
-        self._streams: dict[torch.device, torch.cuda.Stream] = {}
-
-    def to_host(self, tensors: Mapping[Path, Tensor]) -> _Copy:
-        """The tensors in host memory, without gaps; those that are there already as they are."""
-        copy = _Copy({}, self._begun(x.device for x in tensors.values()))
-        for path, x in tensors.items():
-            if x.device.type == "cuda":
-                with torch.cuda.stream(copy.streams[x.device]):
-                    host = torch.empty_like(x, device="cpu", pin_memory=True)
-                    copy.tensors[path] = host.copy_(x, non_blocking=True)
-                x.record_stream(copy.streams[x.device])
-            else:
-                x = x.cpu()
-                form = torch.empty_like(x, device="meta")
-                plain = x.stride() == form.stride() and not x.is_conj() and not x.is_neg()
-                copy.tensors[path] = x if plain else torch.empty_like(x).copy_(x)
-        copy.mark()
-        return copy
-
-    def to_devices(
-        self, host: Mapping[Path, Tensor], devices: Mapping[Path, torch.device]
-    ) -> _Copy:
-        """Tensors in host memory on the devices where they belong."""
-        copy = _Copy({}, self._begun(devices.values()))
-        for path, x in host.items():
-            device = devices[path]
-            if device.type == "cuda":
-                with torch.cuda.stream(copy.streams[device]):
-                    copy.tensors[path] = x.to(device, non_blocking=True)
-            else:
-                copy.tensors[path] = x.to(device)
-        copy.mark()
-        return copy
-
-    def _begun(self, devices: Any) -> dict[torch.device, torch.cuda.Stream]:
-        """The stream of each CUDA device, at the point where the device's computing is now."""
-        used = {device for device in devices if device.type == "cuda"}
-        new_stream: Any = torch.cuda.Stream
-        for device in used:
-            if device not in self._streams:
-                self._streams[device] = new_stream(device)
-            self._streams[device].wait_stream(torch.cuda.current_stream(device))
-        return {device: self._streams[device] for device in used}
-
-
-class _Copy:
-    """Tensors on their way."""
-
-    def __init__(self, tensors: Tensors, streams: dict[torch.device, torch.cuda.Stream]) -> None:
-        self.tensors = tensors
-        self.streams = streams
-        self._events: dict[torch.device, torch.cuda.Event] = {}
-
-    def mark(self) -> None:
-        """All copies have been asked for."""
-        self._events = {device: stream.record_event() for device, stream in self.streams.items()}
-
-    def synchronize(self) -> None:
-        """Wait until the tensors are there."""
-        for event in self._events.values():
-            event.synchronize()
-
-    def received(self) -> Tensors:
-        """The tensors, for the current streams to use: these wait, not the caller."""
-        for device, event in self._events.items():
-            torch.cuda.current_stream(device).wait_event(event)
-        for x in self.tensors.values():
-            if x.device in self._events:
-                x.record_stream(torch.cuda.current_stream(x.device))
-        return self.tensors

@@ -32,6 +32,12 @@ def check_model(model: nn.Module) -> None:
                     f"{where} has a {kind!r} on the meta device, which has no values to train: "
                     "call model.to_empty(device=...) and initialise it first"
                 )
+            if x is not None and any(base.__name__ == "DTensor" for base in type(x).__mro__):
+                raise NotImplementedError(
+                    f"{where} has a {kind!r} that is a DTensor, of whose memory no part can stand "
+                    "for the whole: pass the module before parallelize_module or "
+                    "distribute_module, and shard it with diffopt.distributed.shard"
+                )
             if x is not None and x.is_inference():
                 raise NotImplementedError(
                     f"{where} has a {kind!r} that was made in torch.inference_mode(), which cannot "
@@ -47,13 +53,22 @@ def check_model(model: nn.Module) -> None:
 
 def _reasons(module: nn.Module) -> Iterator[str]:
     name = type(module).__name__
-    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+    if isinstance(module, nn.DataParallel):
         yield (
             f"is wrapped in {name}, whose replicas would not see the fast weights: pass the "
             "module inside, model.module"
         )
+    if isinstance(module, nn.parallel.DistributedDataParallel):
+        yield (
+            f"is wrapped in {name}, which would not average the inner gradients: pass the module "
+            "itself with group=, unroll(module, ..., group=group), or, where tasks are split over "
+            "the processes, wrap a module whose forward calls unroll"
+        )
     if _SHARDED & {base.__name__ for base in type(module).__mro__}:
-        yield "is sharded by FSDP, and other weights cannot stand in it: pass it unsharded"
+        yield (
+            "is sharded by FSDP, whose gathering of weights PyTorch cannot differentiate twice: "
+            "pass it unsharded, or shard it with diffopt.distributed.shard"
+        )
     scripted = isinstance(module, torch.jit.ScriptModule)
     if scripted and any(True for _ in chain(module.parameters(), module.buffers())):
         yield (

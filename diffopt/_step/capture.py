@@ -13,7 +13,7 @@ The walk stops at both; what lies behind belongs to the caller's graph.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -86,6 +86,12 @@ class Captured:
             if x.requires_grad and not x.is_leaf:
                 self._edges[edge_of(x)] = x
 
+    def apart(self) -> Captured:
+        """Another, of which nothing is known but the tensors that were offered."""
+        other = Captured()
+        other._edges.update(self._edges)
+        return other
+
     def include(self, tensors: Iterable[Tensor]) -> list[int]:
         """Count tensors among the captured ones, used or not. Gives their indices."""
         tensors = list(tensors)
@@ -157,8 +163,10 @@ class Captured:
     def note(self, graph: Graph, observer: Observer, since: int, twice: bool) -> None:
         """Note what the next step uses, which ``observer`` has seen."""
         parts: dict[Part, frozenset[int]] = {}
-        self.offer(graph.in_gradient)
-        used: set[int] = {self._position(end_of(x)) for x in graph.in_gradient}
+        own = {id(x) for x in graph.own}  # a custom backward pass reads them from what it saved
+        in_gradient = [x for x in graph.in_gradient if id(x) not in own]
+        self.offer(in_gradient)
+        used: set[int] = {self._position(end_of(x)) for x in in_gradient}
         for part, roots in graph.roots.items():
             ends = self.walk(
                 roots, graph.own, twice=twice and part == "loss", since=since, observer=observer
@@ -201,6 +209,23 @@ class Captured:
         """Note that so many more steps use what the last one does."""
         self._parts += self._parts[-1:] * steps
         self._at += self._at[-1:] * steps
+
+    def use(self, step: int) -> dict[str, Any]:
+        """What a step uses, by the tensors' indices, of JSON's kinds."""
+        parts = {part: sorted(used) for part, used in self._parts[step].items()}
+        return {"at": list(self._at[step]), "parts": parts}
+
+    def note_use(self, use: Mapping[str, Any], index: Sequence[int]) -> None:
+        """Note a ``use`` of another process; ``index`` has the index here of each tensor there."""
+        self._at.append(tuple(sorted(index[i] for i in use["at"])))
+        self._parts.append(
+            {part: frozenset(index[i] for i in used) for part, used in use["parts"].items()}
+        )
+
+    def met(self, indices: Iterable[int], observer: Observer) -> list[int]:
+        """Indices of tensors in the order in which the steps were seen to meet them."""
+        met = {end_of(x): n for n, x in enumerate(observer.met()) if x.requires_grad}
+        return sorted(indices, key=lambda i: met.get(end_of(self.tensors[i]), len(met)))
 
     def at(self, *steps: int) -> tuple[int, ...]:
         """Indices into ``tensors`` of what steps use (positions in the loop, from 0)."""

@@ -61,6 +61,7 @@ class Linearization(ABC):
         self.grads = found.grads
         self.checked: Checked | None = found.checked
         self.graph = found.graph
+        self._token = found.token
 
     @abstractmethod
     def advance(self) -> StepResult:
@@ -116,6 +117,8 @@ class Linearization(ABC):
         pairs: list[tuple[Any, Tensor]] = [
             (x, c) for x, c in roots if c is not None and _is_connected(x)
         ]
+        if self._token is not None:
+            pairs.append((self._token, torch.zeros_like(self._token)))
         if not pairs:
             return {}, [None] * len(captured)
         load_again(self._step.loss.slots, self._loaded)  # for what reads the module on the way back

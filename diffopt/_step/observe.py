@@ -145,6 +145,10 @@ class Observer(TorchFunctionMode):
             noted.clear()
         return used
 
+    def met(self) -> Iterator[Tensor]:
+        """The tensors that steps used without making them and that still exist, in order."""
+        return (x for ref, _ in self._used.values() if (x := ref()) is not None)
+
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:

@@ -57,6 +57,8 @@ class Evaluated:
         grads: those that the update is given.
         checked: what is compared when the step is computed again.
         graph: where the graph of all that begins.
+        token: of gradients that were averaged over processes, a zero for a derivative to start
+            from as well (``Group.averaged``).
     """
 
     loss: Tensor
@@ -67,6 +69,7 @@ class Evaluated:
     grads: Mapping[str, Tensor | None]
     checked: Checked
     graph: Graph
+    token: Tensor | None = None
 
 
 def present(grads: Mapping[str, Tensor | None]) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ from torch import Tensor
 from diffopt._derivatives.table import beyond_second_derivatives, refuse_missing
 from diffopt._model.standing import InnerHooks
 from diffopt._step.capture import Graph, comes_to
+from diffopt._step.group import Group
 from diffopt._step.linearization import Linearization, Split, Whole
 from diffopt._step.loss import InnerLoss
 from diffopt._step.observe import Observer, present_sequence
@@ -51,6 +52,7 @@ class InnerStep:
         first_step: the step number of position 0, for schedules and messages.
         grad_transform: the user's change to the inner gradients, or None.
         first_order: take each inner gradient as a constant.
+        group: the processes that take the step together, over which its gradients are averaged.
     """
 
     def __init__(
@@ -62,7 +64,9 @@ class InnerStep:
         first_step: int = 0,
         grad_transform: GradTransform | None = None,
         first_order: bool = False,
+        group: Group | None = None,
     ) -> None:
+        self.group = group
         self.loss = loss
         self.opt = opt
         self.groups = groups
@@ -129,6 +133,9 @@ class InnerStep:
         """The loss and its gradients, with their graph if ``connected``."""
         number = self.first_step + t
         used: Mapping[int, Tensor] | None = None
+        token = None
+        if self.group is not None:
+            self.group.at(number)
         if observer is not None:
             observer.begin(number, own, present_sequence())
         with self.hooks, torch.enable_grad(), no_collectives(), observer or nullcontext():
@@ -136,6 +143,9 @@ class InnerStep:
             hyper: list[Hyper] = [*self.opt.hyperparameters(number)]
             with nullcontext() if observer is None else observer.gradient() as used:
                 raw = self._gradients(loss, state.params, number, connected)
+        if self.group is not None:
+            raw, token = self._averaged(raw, state.params, number, connected)
+        with self.hooks, torch.enable_grad(), no_collectives(), observer or nullcontext():
             leaves, given = self._given(raw, connected)
             if observer is not None:
                 observer.transforms(given)
@@ -146,7 +156,7 @@ class InnerStep:
         if self.grad_transform is not None:
             graph.roots["transform"] = _learning(present(grads).values())
         checked = self._checked(loss, hyper, grads)
-        return Evaluated(loss, aux, left, hyper, raw, grads, checked, graph)
+        return Evaluated(loss, aux, left, hyper, raw, grads, checked, graph, token)
 
     def _gradients(
         self, loss: Tensor, params: Mapping[str, Tensor], number: int, connected: bool
@@ -177,6 +187,19 @@ class InnerStep:
                 "do not detach it"
             )
         return dict(zip(params, found, strict=True))
+
+    def _averaged(
+        self,
+        grads: Mapping[str, Tensor | None],
+        params: Mapping[str, Tensor],
+        number: int,
+        connected: bool,
+    ) -> tuple[dict[str, Tensor | None], Tensor | None]:
+        """``Group.averaged``, with a graph where one is wanted."""
+        assert self.group is not None
+        own = next(iter(params.values())) if connected and not self.first_order else None
+        with torch.set_grad_enabled(own is not None):
+            return self.group.averaged(grads, number, own)
 
     def _transformed(
         self,

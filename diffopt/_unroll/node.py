@@ -46,7 +46,7 @@ def run_connected(loop: Loop, adjoint: Adjoint, guarded: Sequence[Tensor]) -> tu
     Returns:
         the final state and the losses, shape (T,).
     """
-    with loop.first_session():
+    with loop.together(), loop.first_session():
         final, kept = adjoint.forward(loop)
     used = loop.observer.end()
     final = _owned(final, loop)
@@ -69,7 +69,7 @@ def run_connected(loop: Loop, adjoint: Adjoint, guarded: Sequence[Tensor]) -> tu
 
 def run_detached(loop: Loop) -> tuple[State, Tensor]:
     """Run ``loop`` for its results alone: nothing is kept."""
-    with loop.first_session():
+    with loop.together(), loop.first_session():
         state = pass_through(loop)
     loop.observer.end()
     return _owned(state, loop), _losses(loop)
@@ -110,30 +110,31 @@ class _Unrolling(torch.autograd.Function):
                 "a backward pass through this unroll was interrupted, and what it needs is partly "
                 "used up: call diffopt.unroll again, or backward(retain_graph=True) the first time"
             )
-        run.used.check()
         loop, adjoint = run.loop, run.adjoint
-        cotangent = {p: g for p, g in zip(run.paths, cotangents, strict=True) if g is not None}
-        try:
-            if torch.is_grad_enabled():
-                n = len(loop.inputs)
-                before, captured = adjoint.differentiable_backward(
-                    loop,
-                    run.kept,
-                    dict(zip(loop.inputs, inputs[:n], strict=True)),
-                    inputs[n:],
-                    cotangent,
-                    losses,
-                )
-            else:
-                keep = keeps_graph()
-                if not keep:
-                    ctx.run = None  # as autograd frees what it saved
-                with loop.session(), loop.generators.undisturbed():
-                    before, captured = adjoint.backward(
-                        loop, run.kept, cotangent, losses, keep=keep
+        with loop.together():
+            run.used.check()
+            cotangent = {p: g for p, g in zip(run.paths, cotangents, strict=True) if g is not None}
+            try:
+                if torch.is_grad_enabled():
+                    n = len(loop.inputs)
+                    before, captured = adjoint.differentiable_backward(
+                        loop,
+                        run.kept,
+                        dict(zip(loop.inputs, inputs[:n], strict=True)),
+                        inputs[n:],
+                        cotangent,
+                        losses,
                     )
-        except Exception:
-            loop.settle()  # a step that is not what it was is the better reason
-            raise
-        loop.settle()
+                else:
+                    keep = keeps_graph()
+                    if not keep:
+                        ctx.run = None  # as autograd frees what it saved
+                    with loop.session(), loop.generators.undisturbed():
+                        before, captured = adjoint.backward(
+                            loop, run.kept, cotangent, losses, keep=keep
+                        )
+            except Exception:
+                loop.settle()  # a step that is not what it was is the better reason
+                raise
+            loop.settle()
         return (*(None,) * 4, *(before.get(path) for path in loop.inputs), *captured)

@@ -34,12 +34,14 @@ from diffopt._unroll.arguments import (
 from diffopt._unroll.node import run_connected, run_detached
 from diffopt._unroll.problem import inner_problem
 from diffopt._unroll.start import Initial, buffers_at_start, start_state, take_over
+from diffopt._unroll.together import agree, meeting
 from diffopt._unroll.unrolled import Unrolled
 from diffopt._values.state import State
 from diffopt._values.tree import map_tensors, tensors_in
 from diffopt.adjoint import Adjoint
 
 
+@meeting
 def unroll(
     model: nn.Module,
     opt: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
@@ -54,6 +56,7 @@ def unroll(
     verify: bool = False,
     tasks: int | None = None,
     compile: bool = False,
+    group: Any = None,
     progress: bool = False,
 ) -> Unrolled:
     """Train ``model`` for some steps, as a differentiable function of everything it is made of.
@@ -106,6 +109,12 @@ def unroll(
             and all later calls with the model. ``loss_fn`` is not run again, so it has to have no
             effect but its result. What cannot be compiled runs as ever, after a
             ``CompileWarning`` that says why. See "Compiled steps" in the documentation.
+        group: a ``torch.distributed`` process group, all of whose processes call ``unroll``, each
+            with its share of every batch. The inner gradients are averaged over them before
+            ``grad_transform``, and everything but the batches is the same; ``losses`` and buffers
+            are each process's own. Call ``backward()`` on all of them; then
+            ``diffopt.distributed.mean_grads`` gives the gradient of the mean of the outer losses.
+            ``max_cotangent_norm`` bounds the mean of what flows back.
         progress: show a tqdm bar, forward and backward; needs the package ``tqdm``.
 
     Returns:
@@ -118,7 +127,8 @@ def unroll(
             ``segment`` and ``adjoint``.
         NotImplementedError: what is refused, such as a model wrapped in ``DataParallel``.
         ImportError: ``progress=True`` without tqdm.
-        RuntimeError: in the backward pass, where a step computed again is not what it was: it uses
+        RuntimeError: with ``group``, on all processes, where one failed or does something else;
+            in the backward pass, where a step computed again is not what it was: it uses
             other tensors, or an input was changed in place since.
 
     Cost: by the adjoint. With the default, where the graphs of all steps fit into a quarter of the
@@ -141,6 +151,11 @@ def unroll(
     """
     adjoint = chosen_adjoint(segment, adjoint, verify)
     check_options(loss_fn, grad_transform, max_cotangent_norm, verify, tasks, compile, progress)
+    if group is not None and compile:
+        raise NotImplementedError(
+            "compile=True with group: the exchange between processes cannot be compiled with the "
+            "step. Leave one of them out"
+        )
     problem = inner_problem(model, opt, tasks)
     take_over(problem, initial, tasks)
     steps = plain_int(steps)
@@ -170,6 +185,7 @@ def unroll(
         problem.inner_groups,
         first_step=first_step,
         grad_transform=grad_transform or problem.grad_transform,
+        group=group,
     )
     if compile:
         step = CompiledStep(
@@ -196,6 +212,20 @@ def unroll(
         tasks=tasks,
         ledger=Ledger() if verify and connected else None,
     )
+    if group is not None:
+        agree(
+            group,
+            start.params,
+            adjoint,
+            numbers_of_steps=count,
+            first_steps=first_step,
+            optimizers=(type(problem.opt).__name__, problem.inner_groups),
+            max_cotangent_norms=max_cotangent_norm,
+            numbers_of_tasks=tasks,
+            settings_of_verify=verify,
+            grad_modes=connected,
+            whether_there_is_a_grad_transform=grad_transform is not None,
+        )
     if connected:
         final, losses = run_connected(loop, adjoint, [*inputs, *hyper, *constants.values()])
     else:

@@ -15,7 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
-from diffopt._loop.executor import Kept, run_backward, run_forward
+from diffopt._loop.executor import run_backward, run_forward
+from diffopt._loop.kept import Kept
 from diffopt._loop.loop import Loop
 from diffopt._loop.replay import differentiable_backward
 from diffopt._loop.snapshots import Snapshots

@@ -25,7 +25,8 @@ class Binomial(Checkpointed):
             cost of T² / 2 recomputed steps.
         storage: where they are kept: None, on their device; ``"cpu"``, in host memory, copied while
             computing goes on (for a model on the CPU the same as None); or a folder, which has to
-            exist, in files, written and read while computing goes on and removed in the end.
+            exist, in files, written and read while computing goes on and removed in the end; or a
+            ``diffopt.Durable``, in files from which a run that was killed goes on.
 
     Raises:
         TypeError: ``snapshots`` is not an int, or ``storage`` neither a string nor a path.

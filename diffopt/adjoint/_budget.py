@@ -14,10 +14,12 @@ import torch
 from torch import nn
 
 from diffopt import schedule
-from diffopt._loop.executor import Begun, run_forward
+from diffopt._loop.executor import run_forward
 from diffopt._loop.free import free_bytes
+from diffopt._loop.kept import Begun
 from diffopt._loop.loop import Loop
 from diffopt._loop.measure import StepBytes, differentiate_first_step, take_first_step
+from diffopt._step.group import Group
 from diffopt._values.state import State
 from diffopt.adjoint._base import Checkpointed
 from diffopt.schedule import Plan
@@ -40,6 +42,9 @@ _MOST_KNOWN = 64  # measurements, for each model
 # Steps of the same model, function and shapes take the same memory: an outer loop measures once.
 # The last is the one used last.
 _known: MutableMapping[nn.Module, dict[Hashable, StepBytes]] = WeakKeyDictionary()
+
+
+_MOST_BYTES = 2**48 - 1  # that one process can tell the others of
 
 
 @dataclass(frozen=True)
@@ -147,11 +152,32 @@ class MemoryBudget(Checkpointed):
             return state, (schedule.store_all(0), loop.generators.get(), kept)
         generators = loop.generators.get()
         begun, found = None, self.step
-        if found is None:
-            begun, found = self._seen(loop)
-        plan = self._fitting(loop.steps, found)
+        if loop.step.group is not None:
+            begun, plan = self._agreed(loop, loop.step.group)
+        else:
+            if found is None:
+                begun, found = self._seen(loop)
+            plan = self._fitting(loop.steps, found)
         state, kept = run_forward(loop, plan, self.new_snapshots(), begun)
         return state, (plan, generators, kept)
+
+    def _agreed(self, loop: Loop, group: Group) -> tuple[Begun, Plan]:
+        """The plan for the most that a step takes on any process, and the least that is free.
+
+        Every process takes the first step, whatever it knows already. It is not differentiated to
+        see more, so a plan that does not store all graphs is one on the safe side.
+        """
+        begun, found, _ = take_first_step(loop)
+        found = replace(
+            found,
+            state=group.maximum(found.state),
+            graph=group.maximum(found.graph),
+            workspace=group.maximum(found.workspace),
+            fixed=group.maximum(found.fixed),
+        )
+        available = min(self._available(_everything(loop.steps, found), found), _MOST_BYTES)
+        least = _MOST_BYTES - group.maximum(_MOST_BYTES - available)
+        return begun, replace(self, budget=least)._fitting(loop.steps, found)
 
     def _seen(self, loop: Loop) -> tuple[Begun | None, StepBytes]:
         """What a step takes, and the first one if it had to be taken to see that.

@@ -12,7 +12,8 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
 from diffopt import schedule
-from diffopt._loop.executor import Kept, run_backward
+from diffopt._loop.executor import run_backward
+from diffopt._loop.kept import Kept
 from diffopt._loop.loop import Loop, clip_norm
 from diffopt._loop.replay import differentiable_backward
 from diffopt._loop.snapshots import Snapshots

@@ -1,0 +1,68 @@
+"""What makes two runs the same one, in terms that a message can name."""
+
+from __future__ import annotations
+
+import sys
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffopt._loop.checksum import bytes_of, checksum
+from diffopt._loop.loop import Loop
+from diffopt.schedule import Plan
+
+
+def terms_of(loop: Loop, plan: Plan) -> dict[str, Any]:
+    """Everything that a run in a folder has to have in common with the call that takes it up.
+
+    Hyperparameters that are callables count by what they give at the first, the middle and the
+    last step. Of the batches nothing is compared here: the losses that they give are.
+    """
+    step = loop.step
+    terms: dict[str, Any] = {
+        "diffopt": sys.modules[__name__.partition(".")[0]].__version__,
+        "torch": torch.__version__,
+        "number of steps": loop.steps,
+        "first step": step.first_step,
+        "plan": f"{plan} ({zlib.crc32(' '.join(map(str, plan.actions)).encode()):08x})",
+        "bound max_cotangent_norm": loop.max_cotangent_norm,
+        "number of tasks": loop.tasks,
+        "optimizer": type(step.opt).__name__,
+        "grad_transform": step.grad_transform is not None,
+    }
+    for path, x in loop.start.tensors().items():
+        terms[f"form of {' '.join(path)}"] = f"{tuple(x.shape)}, {x.dtype}, on {x.device.type}"
+        terms[f"start of {' '.join(path)}"] = digest(x)
+    numbers = {0, loop.steps // 2, max(loop.steps - 1, 0)}
+    for t in sorted(step.first_step + n for n in numbers):
+        for i, options in enumerate(step.opt.hyperparameters(t)):
+            for key, value in options.items():
+                terms[f"hyperparameter {key} of param group {i} at step {t}"] = _said(value)
+    return terms
+
+
+def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[str]:
+    """What differs between the terms of a folder and those of a call."""
+    for key in (*found, *(key for key in wanted if key not in found)):
+        a, b = found.get(key, "missing"), wanted.get(key, "missing")
+        if a != b:
+            values = "other values" if key.startswith("start of") else f"{a} there and {b} here"
+            yield f"{key}: {values}"
+
+
+def digest(x: Tensor) -> str:
+    """A checksum of a tensor's values, shape and dtype."""
+    plain = x.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    form = f"{tuple(x.shape)} {x.dtype}"
+    return f"{checksum(bytes_of(plain), zlib.crc32(form.encode())):08x}"
+
+
+def _said(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.item() if value.numel() == 1 else digest(value)
+    if isinstance(value, (tuple, list)):
+        return [_said(item) for item in value]
+    return value if isinstance(value, (bool, int, float, str, type(None))) else str(value)

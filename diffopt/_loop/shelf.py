@@ -1,0 +1,257 @@
+"""A folder of tensors that survives its process: files that are whole or absent, and a manifest.
+
+A file is written under another name, flushed to the disk and renamed; the manifest, which says what
+the files are for and what their checksums have to be, is written last. The last two manifests are
+kept with all files that they name, so that one of them can be read whatever happens.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffopt._loop.checksum import bytes_of, checksum
+
+_KEPT = 2  # manifests
+
+
+class Damaged(RuntimeError):
+    """A file does not hold what was written to it, or is gone."""
+
+
+@dataclass
+class File:
+    """A file of tensors.
+
+    Attributes:
+        name: in the folder.
+        checksum: of what it holds; 0 until it has been written.
+    """
+
+    name: str
+    checksum: int = 0
+
+
+class Shelf:
+    """The files of one run.
+
+    Args:
+        folder: is made if it is missing, in a folder that exists.
+
+    Raises:
+        ImportError: safetensors is not installed.
+        OSError: the folder cannot be made, or written to, or is full.
+        RuntimeError: another process uses it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._safetensors = _safetensors()
+        try:
+            folder.mkdir(exist_ok=True)
+            self._lock = _Lock(folder / "lock")
+        except OSError as error:
+            raise type(error)(
+                error.errno,
+                f"Durable({str(folder)!r}) cannot hold a run, {error.strerror}: pass a folder that "
+                "can be written to, or made in one that exists",
+            ) from error
+        self._number = max((_number(path) for path in folder.iterdir()), default=0)
+
+    def file(self, kind: str) -> File:
+        """A name that no file had before."""
+        self._number += 1
+        return File(f"{kind}-{self._number:08d}.safetensors")
+
+    def write(self, file: File, tensors: Mapping[str, Tensor], note: Any = None) -> None:
+        """Write tensors in host memory without gaps, and a note of JSON's kinds beside them."""
+        flat, form = {}, {}
+        for key, x in tensors.items():
+            form[key] = [str(x.dtype).removeprefix("torch."), list(x.shape), list(x.stride())]
+            flat[key] = bytes_of(x)
+        about = json.dumps({"form": form, "note": note})
+        file.checksum = _checksum(flat, about)
+        path = self.folder / file.name
+        try:
+            self._safetensors.save_file(flat, self._partial(path), metadata={"diffopt": about})
+            self._finish(path)
+        except OSError as error:
+            raise self._full(error) from error
+        except self._safetensors.Error as error:  # its own, of every cause
+            raise self._full(OSError(None, str(error))) from error
+
+    def read(self, file: File) -> tuple[dict[str, Tensor], Any]:
+        """The tensors, in host memory and in the order in which they were given, and the note.
+
+        Raises:
+            Damaged: they are not what was written.
+        """
+        path = self.folder / file.name
+        try:
+            with self._safetensors.open(path) as held:
+                about = held.metadata()["diffopt"]
+                flat = {key: held.get_tensor(key) for key in held.keys()}  # noqa: SIM118
+            found = json.loads(about)
+            flat = {key: flat[key] for key in found["form"]}
+        except (OSError, KeyError, ValueError, TypeError, self._safetensors.Error) as error:
+            raise Damaged(f"the file {str(path)!r} cannot be read ({error})") from error
+        if _checksum(flat, about) != file.checksum:
+            raise Damaged(f"the file {str(path)!r} does not hold what was written to it")
+        return {key: _formed(flat[key], *form) for key, form in found["form"].items()}, found[
+            "note"
+        ]
+
+    def is_there(self, file: File) -> bool:
+        """Whether there is such a file, whatever it holds."""
+        return (self.folder / file.name).exists()
+
+    def publish(self, manifest: Mapping[str, Any], named: set[str]) -> None:
+        """Write the manifest, which names the files ``named``, and remove what none names."""
+        self._number += 1
+        body = json.dumps({"named": sorted(named), **manifest})
+        path = self.folder / f"manifest-{self._number:08d}.json"
+        try:
+            self._partial(path).write_text(f"{zlib.crc32(body.encode()):08x}\n{body}")
+            self._finish(path)
+        except OSError as error:
+            raise self._full(error) from error
+        kept = sorted(self.folder.glob("manifest-*.json"))[-_KEPT:]
+        names = {path.name for path in kept} | named
+        for older in kept[:-1]:
+            names |= set((_body(older) or {}).get("named", ()))
+        self._remove_but(names)
+
+    def manifests(self) -> Iterator[dict[str, Any]]:
+        """Those that are whole, the newest first."""
+        for path in sorted(self.folder.glob("manifest-*.json"), reverse=True):
+            if (body := _body(path)) is not None:
+                yield body
+
+    def has_manifests(self) -> bool:
+        """Whether there is one at all, whole or not."""
+        return any(self.folder.glob("manifest-*.json"))
+
+    def clear(self) -> None:
+        """Remove every file of the run, manifests first."""
+        for path in sorted(self.folder.glob("manifest-*.json"), reverse=True):
+            path.unlink(missing_ok=True)
+        self._remove_but(set())
+
+    def close(self) -> None:
+        """Let other processes use the folder."""
+        self._lock.release()
+
+    def _remove_but(self, names: set[str]) -> None:
+        for path in self.folder.iterdir():
+            if _number(path) and path.name not in names:
+                path.unlink(missing_ok=True)
+
+    def _partial(self, path: Path) -> Path:
+        return path.with_suffix(".partial")
+
+    def _finish(self, path: Path) -> None:
+        """Flush the partial file to the disk and give it its name."""
+        partial = self._partial(path)
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        if os.name == "posix":
+            folder = os.open(self.folder, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+
+    def _full(self, error: OSError) -> OSError:
+        return OSError(
+            error.errno,
+            f"Durable({str(self.folder)!r}) could not be written to, {error.strerror}: make room "
+            "there and call again, which goes on from what is there",
+        )
+
+
+class _Lock:
+    """Keeps a folder to one process, until it is released or the process ends."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "a")  # noqa: SIM115 - held as long as the run lasts
+        try:
+            import fcntl
+        except ImportError:  # pragma: no cover - not on this system
+            return
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise RuntimeError(
+                f"the folder {str(path.parent)!r} is in use by another process: give every run a "
+                "folder of its own, Durable(folder)"
+            ) from None
+
+    def release(self) -> None:
+        self._file.close()
+
+
+def _body(path: Path) -> dict[str, Any] | None:
+    try:
+        head, body = path.read_text().split("\n", 1)
+        if int(head, 16) == zlib.crc32(body.encode()):
+            found: dict[str, Any] = json.loads(body)
+            return found
+    except (OSError, ValueError):
+        pass  # a manifest that is not whole is passed over for the one before it
+    return None
+
+
+def _number(path: Path) -> int:
+    """The number in a name that this module gave; 0 for any other."""
+    kind, _, rest = path.name.partition("-")
+    digits = rest.partition(".")[0]
+    if path.suffix not in (".safetensors", ".json", ".partial") or not digits.isdigit():
+        return 0
+    return int(digits) if kind in ("manifest", "state", "record", "final", "back") else 0
+
+
+def _formed(flat: Tensor, dtype: str, shape: list[int], stride: list[int]) -> Tensor:
+    x = torch.empty_strided(shape, stride, dtype=getattr(torch, dtype))
+    bytes_of(x).copy_(flat)
+    return x
+
+
+def _checksum(flat: Mapping[str, Tensor], about: str) -> int:
+    found = zlib.crc32(about.encode())
+    for key, x in flat.items():
+        found = checksum(x, zlib.crc32(key.encode(), found))
+    return found
+
+
+class _Safetensors:
+    """The library, by what is used of it."""
+
+    def __init__(self, module: Any, with_torch: Any) -> None:
+        self.Error: type[Exception] = module.SafetensorError
+        self.save_file = with_torch.save_file
+        self._open = module.safe_open
+
+    def open(self, path: Path) -> Any:
+        return self._open(path, framework="pt", device="cpu")
+
+
+def _safetensors() -> _Safetensors:
+    try:
+        import safetensors
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError(
+            "diffopt.Durable needs safetensors, which is not installed: pip install "
+            "'torch-diffopt[durable]'"
+        ) from error
+    return _Safetensors(safetensors, safetensors.torch)
