@@ -86,14 +86,20 @@ def cases(name: str, table: Mapping[str, Any]) -> Any:
 
 
 @contextmanager
-def standing(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Put tensors into the places of parameters and buffers, and all places back afterwards."""
+def standing(model: nn.Module, values: Mapping[str, Tensor | None]) -> Iterator[None]:
+    """Put tensors into the places of parameters and buffers, and all places back afterwards.
+
+    A buffer that is not among ``values`` is not there meanwhile.
+    """
     modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
     before = [(m, dict(m._parameters), dict(m._buffers)) for m in modules]
     same: dict[int, list[str]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
         same.setdefault(id(p), []).append(name)
     names = {group[0]: group for group in same.values()}
+    for name in entries(model).keys() - values.keys():
+        prefix, _, key = name.rpartition(".")
+        del model.get_submodule(prefix)._buffers[key]
     for name, x in values.items():
         for alias in names.get(name, [name]):
             prefix, _, key = alias.rpartition(".")
@@ -110,18 +116,28 @@ def standing(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
             module._buffers.update(buffers)
 
 
+def entries(model: nn.Module) -> dict[str, Tensor | None]:
+    """The buffers by name, those included that are None."""
+    return {
+        f"{prefix}.{key}" if prefix else key: x
+        for prefix, module in model.named_modules()
+        if not isinstance(module, torch.jit.ScriptModule)
+        for key, x in module._buffers.items()
+    }
+
+
 class Plain:
     """What the plain loop gives, under the names that ``Unrolled`` has."""
 
     def __init__(
-        self, model: nn.Module, params: dict[str, Tensor], rest: dict[str, Tensor]
+        self, model: nn.Module, params: dict[str, Tensor], rest: dict[str, Tensor | None]
     ) -> None:
         self.model, self.params, self.rest = model, params, rest
         self.losses = torch.zeros(0)
 
     @property
     def buffers(self) -> dict[str, Tensor]:
-        return self.rest
+        return {name: x for name, x in self.rest.items() if x is not None}
 
     def apply(self, fn: Callable[..., Any], *args: Any) -> Any:
         with standing(self.model, {**self.params, **_copies(self.rest)}):
@@ -131,8 +147,8 @@ class Plain:
         return self.apply(lambda model: model(*args))
 
 
-def _copies(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: x.clone() for name, x in values.items()}
+def _copies(values: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
+    return {name: x if x is None else x.clone() for name, x in values.items()}
 
 
 class Train:
@@ -182,8 +198,7 @@ class ByHand(Train):
         chosen = [n for n, p in named.items() if p.requires_grad and n.startswith(inner)]
         if initial is None:
             rest = {n: p for n, p in named.items() if n not in chosen}
-            result = Plain(model, {n: named[n] for n in chosen}, rest)
-            result.rest.update(model.named_buffers())
+            result = Plain(model, {n: named[n] for n in chosen}, {**rest, **entries(model)})
         else:
             result = Plain(model, dict(initial.params), dict(initial.rest))
         losses = []
@@ -195,7 +210,7 @@ class ByHand(Train):
                 loss = loss_fn(model, item)
                 losses.append(loss)
                 after = {n: x for n, x in model.named_parameters() if n not in chosen}
-                after.update(model.named_buffers())
+                after |= entries(model)
             found = torch.autograd.grad(
                 loss, list(params.values()), create_graph=True, allow_unused=True
             )

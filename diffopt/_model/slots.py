@@ -60,6 +60,7 @@ class ModuleSlots:
         self._params = [(name, places[id(x)]) for name, x in inner.items()]
         self._constants = {n: (x, places[id(x)]) for n, x in constants.items() if id(x) in places}
         self._moving: dict[str, Tensor] = {}  # the constants that are state, as the module has them
+        self._moving_since: dict[str, int] = {}  # the first step that changes them
         self.buffers: dict[str, Tensor] = dict(model.named_buffers())
         self._buffers = {name: places[id(x)] for name, x in self.buffers.items()}
         self._tables = [(name, m.__dict__["_buffers"]) for name, m in _named(model)]
@@ -101,7 +102,7 @@ class ModuleSlots:
     def write_buffers(self, buffers: Mapping[str, Tensor]) -> None:
         """Put other tensors in the places of the buffers; those that are missing are not there."""
         for name, slots in self._buffers.items():
-            x = buffers.get(name)
+            x = buffers.get(name, self._moving.get(name))
             for table, key in slots:
                 if x is None and name in self._deleted:
                     table.pop(key, None)
@@ -130,14 +131,16 @@ class ModuleSlots:
             table, key = slots[0]
             x = table.get(key)
             if x is not None:
-                found[name] = x
+                if x is not self._moving.get(name):  # which moves from a later step on
+                    found[name] = x
             elif key not in table and name not in self._deleted:
                 self._deleted.add(name)
         return found
 
-    def move(self, name: str, x: Tensor) -> None:
-        """A call of the module changes the constant ``name``: ``x`` takes its place, as state."""
+    def move(self, name: str, x: Tensor, step: int) -> None:
+        """Step ``step`` changes the constant ``name``: ``x`` takes its place, as state."""
         self._add_moving(name)
+        self._moving_since[name] = step
         for table, key in self._buffers[name]:
             table[key] = x
 
@@ -148,9 +151,13 @@ class ModuleSlots:
         """Whether there is a place in the module for a buffer of this name."""
         return name in self._buffers
 
-    def completed(self, buffers: Values) -> Values:
-        """``buffers``, with constants that were found to move later as the module has them."""
-        missing = {n: x.clone() for n, x in self._moving.items() if n not in buffers}
+    def completed(self, buffers: Values, step: int) -> Values:
+        """``buffers`` before ``step``, with the constants that move from then on."""
+        missing = {
+            name: x.clone()
+            for name, x in self._moving.items()
+            if name not in buffers and step >= self._moving_since.get(name, step)
+        }
         return {**missing, **buffers} if missing else buffers
 
     def _find_late(self) -> None:

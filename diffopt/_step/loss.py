@@ -92,10 +92,10 @@ class InnerLoss:
         self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], t: int
     ) -> Evaluation:
         """Evaluate; the module keeps the values until the next evaluation."""
-        buffers = self.slots.completed(buffers)
+        step = self._first_step + t
+        buffers = self.slots.completed(buffers, step)
         stand_ins = self.buffers.stand_in(buffers)
         params = self.precision.narrowed(params)
-        step = self._first_step + t
         with self._untouched.checked(params, step):
             loss, aux, left = self._evaluate(params, stand_ins, self.item_at(t), step)
         return loss, aux, self.buffers.after(buffers, stand_ins, left, step)

@@ -39,9 +39,9 @@ class Observer(TorchFunctionMode):
         generators: is told of each generator before it draws.
         originals: the module's own inner parameters, by name, in whose place others stand.
         constants: the module's other parameters, by name.
-        move: is told of a parameter among them that a step is about to change in place, and of the
-            copy that takes its place. Whatever is done to the parameter from then on in that step
-            is done to the copy.
+        move: is told of a parameter among them that a step is about to change in place, of the copy
+            that takes its place, and of the step. Whatever is done to the parameter from then on in
+            that step is done to the copy.
 
     Attributes:
         edges: tensors with a history that were there before the step that used them, by edge.
@@ -56,7 +56,7 @@ class Observer(TorchFunctionMode):
         generators: Generators,
         originals: Mapping[str, Tensor],
         constants: Mapping[str, Tensor],
-        move: Callable[[str, Tensor], object],
+        move: Callable[[str, Tensor, int], object],
     ) -> None:
         super().__init__()
         self.edges: dict[Edge, Tensor] = {}
@@ -258,7 +258,7 @@ class Observer(TorchFunctionMode):
             with torch.enable_grad():  # at the start the copy is the parameter, also to autograd
                 self._copies[found.name] = self._constants[found.name].clone()
             self._made[id(self._copies[found.name])] = weakref.ref(self._copies[found.name])
-            self._move(found.name, self._copies[found.name])
+            self._move(found.name, self._copies[found.name], self._step)
 
     def _check_gradients(self, x: Tensor) -> None:
         name = self._gradients.get(x.untyped_storage().data_ptr()) if _has_memory(x) else None
