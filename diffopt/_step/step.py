@@ -108,7 +108,8 @@ class InnerStep:
             params = {name: x.detach() for name, x in params.items()}
             grads = {name: g if g is None else g.detach() for name, g in grads.items()}
         shown = observer is not None and not self._is_known(found.hyper)
-        with torch.set_grad_enabled(connected or shown), observer or nullcontext():
+        seen = None if self.opt.is_pure else observer  # a pure rule uses nothing but its arguments
+        with torch.set_grad_enabled(connected or shown), seen or nullcontext():
             new_params, new_opt = self.update(found.hyper, params, grads, state.opt)
         new = State(new_params, new_opt, found.buffers)
         if shown:
@@ -134,6 +135,8 @@ class InnerStep:
         with self.hooks, torch.enable_grad(), no_collectives(), observer or nullcontext():
             loss, aux, left = self.loss(state.params, state.buffers, t)
             hyper: list[Hyper] = [*self.opt.hyperparameters(number)]
+            if observer is not None:
+                observer.see(tensors_of(hyper))
             with nullcontext() if observer is None else observer.gradient() as used:
                 raw = self._gradients(loss, state.params, number, connected)
             leaves, given = self._given(raw, connected)
