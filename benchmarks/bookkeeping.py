@@ -79,9 +79,7 @@ def case_of(optimizer: str, case: str, steps: int) -> Callable[[], Any]:
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model = torch.nn.Sequential(
-        torch.nn.Linear(20, 32), torch.nn.Tanh(), torch.nn.Linear(32, 10)
-    )
+    model = torch.nn.Sequential(torch.nn.Linear(20, 32), torch.nn.Tanh(), torch.nn.Linear(32, 10))
     batches = [(torch.randn(16, 20), torch.randint(10, (16,))) for _ in range(steps + 1)]
     query = batches.pop()
 
@@ -261,9 +259,7 @@ def report(
         worker.close()
     print(f"{optimizer}, T = {steps}")
     for (where, case), found in times.items():
-        ratio = statistics.median(
-            x / y for x, y in zip(found, times["", "bare"], strict=True)
-        )
+        ratio = statistics.median(x / y for x, y in zip(found, times["", "bare"], strict=True))
         shown = f"{where + case:22} {statistics.median(found):9.1f} us a step"
         print(f"  {shown}   {ratio:5.2f} x bare   least {min(found):9.1f}", flush=True)
 

@@ -227,6 +227,9 @@ class Captured:
         is put off for the time of the block, which yields True where graphs have to be retained.
         """
         chosen = [self.tensors[i] for i in self.at(*steps)]
+        if not chosen:
+            yield False
+            return
         nodes = {get_gradient_edge(x).node for x in chosen if not x.is_leaf}
         if nodes and not self._overlaps():
             nodes.clear()
