@@ -185,6 +185,8 @@ class Observer(TorchFunctionMode):
     def see(self, values: Iterable[Any]) -> None:
         """Take note of the tensors and generators in what a function is given."""
         for x in values:
+            if type(x) in _PLAIN:
+                continue
             if isinstance(x, Tensor):
                 key = id(x)
                 if key not in self._known and not _holds(self._made, x):
@@ -380,6 +382,7 @@ _INSPECTING = {"dim", "ndimension", "size", "numel", "nelement", "stride", "is_c
 _INSPECTING |= {"element_size", "storage_offset", "data_ptr", "get_device", "is_floating_point"}
 _INSPECTING |= {"is_complex", "is_signed", "is_inference", "__len__", "__hash__", "has_names"}
 _INSPECTING |= {"untyped_storage", "is_pinned", "is_shared", "_is_view", "is_same_size"}
+_PLAIN = {type(None), bool, int, float, str, torch.Size, torch.dtype, torch.device}
 _HARMLESS = {"requires_grad_", "detach_"}
 _KINDS: dict[Any, _Kind] = {}
 
