@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from observed import CHANGED, HOLDERS, Guard, standing
+from observed import CHANGED, HOLDERS, Guard, entries, standing
 from torch import Tensor, nn
 
 import diffopt
@@ -383,7 +383,7 @@ class Reference:
         for t, item in enumerate(range(steps) if isinstance(steps, int) else steps):
             values = {name: x.view_as(x) for name, x in self.params.items()}
             constants = {n: x.clone() for n, x in {**self.rest, **self.buffers}.items()}
-            with standing(self.model, {**values, **constants}):
+            with standing(self.model, {**entries(self.model), **values, **constants}):
                 loss = problem.loss(t, self.model, item)
                 named = dict(self.model.named_parameters())
                 self.rest = {n: named[n] for n in self.rest}
@@ -410,7 +410,7 @@ class Reference:
 
     def apply(self, fn: Callable[..., Tensor], *args: Any) -> Tensor:
         copies = {n: x.clone() for n, x in {**self.rest, **self.buffers}.items()}
-        with standing(self.model, {**self.params, **copies}):
+        with standing(self.model, {**entries(self.model), **self.params, **copies}):
             return fn(self.model, *args)
 
 

@@ -418,5 +418,5 @@ def _parts(call: Call) -> dict[Part, list[int]]:
     return parts
 
 
-def _moved(name: str, value: Tensor) -> None:
+def _moved(name: str, value: Tensor, step: int) -> None:
     raise Untraceable(f"it changes the parameter {name!r} in place")

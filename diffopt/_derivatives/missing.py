@@ -69,6 +69,12 @@ WRONG_BEYOND = {
 }
 
 
+def is_suspect(node: Any) -> bool:
+    """Whether a derivative of nodes of this type may be wrong."""
+    name = type(node).__name__
+    return name in WRONG or name in WRONG_BEYOND
+
+
 def refuse_wrong(node: Any, before_gradient: bool) -> None:
     """Raise where the derivative of a node that is going to be taken is wrong.
 

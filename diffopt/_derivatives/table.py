@@ -26,6 +26,7 @@ from diffopt._derivatives.layer_norm import layer_norm
 from diffopt._derivatives.missing import (
     cdist,
     hardsigmoid,
+    is_suspect,
     linear_cross_entropy,
     refuse_missing,
     refuse_wrong,
@@ -98,6 +99,7 @@ __all__ = [
     "REPLACEMENTS",
     "beyond_second_derivatives",
     "is_beyond_second",
+    "is_suspect",
     "math_attention",
     "refuse_missing",
     "refuse_wrong",

@@ -144,7 +144,7 @@ def _value(values: Sequence[Any]) -> _Value:
     for value in values:
         flat += value if isinstance(value, tuple) else (value,)
     tensors = [x for x in flat if isinstance(x, Tensor)]
-    if all(x.device.type == "cpu" for x in tensors):
+    if all(x.is_cpu for x in tensors):
         numbers: list[float] = []
         for x in flat:
             if not isinstance(x, Tensor):

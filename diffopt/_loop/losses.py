@@ -26,8 +26,7 @@ class Losses:
         """Note the loss of the next step."""
         if self._all is None:
             self._all = loss.new_empty((self._steps, *loss.shape))
-        with torch.no_grad():
-            self._all[self._count] = loss
+        self._all[self._count] = loss.detach()
         self._count += 1
 
     def extend(self, losses: Tensor) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from operator import is_
 from types import MappingProxyType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -278,8 +279,10 @@ def _contents(modules: list[nn.Module]) -> Contents:
 
 def _put_back(contents: Contents) -> None:
     for table, before in contents:
-        if len(table) != len(before) or any(
-            table.get(k, table) is not v for k, v in before.items()
+        if (table or before) and not (
+            len(table) == len(before)
+            and all(map(is_, table, before))
+            and all(map(is_, table.values(), before.values()))
         ):
             table.clear()
             table.update(before)

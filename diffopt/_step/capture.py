@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from diffopt._derivatives.functions import refuse_unrecorded
-from diffopt._derivatives.table import refuse_wrong
+from diffopt._derivatives.table import is_suspect, refuse_wrong
 from diffopt._step.observe import Edge, Observer, edge_of
 from diffopt._torch.functions import function_of
 
@@ -132,9 +132,10 @@ class Captured:
             node = edge[0]
             if node is None or node in passed:
                 continue
-            if edge in stops:
+            kind = type(node)
+            if kind is not _ACCUMULATE_GRAD and edge in stops:
                 ends.own = True
-            elif type(node) is _ACCUMULATE_GRAD:
+            elif kind is _ACCUMULATE_GRAD:
                 passed.add(node)
                 leaf = node.variable
                 if id(leaf) in leaves:
@@ -147,7 +148,12 @@ class Captured:
                 self._edges[edge] = seen[edge]
                 ends.captured.add(edge)
             else:
-                refuse_wrong(node, twice)
+                if kind not in _ORDINARY:
+                    refuse_wrong(node, twice)
+                    if function_of(node) is not None:
+                        self.functions = True
+                    elif not is_suspect(node):
+                        _ORDINARY.add(kind)
                 if node._sequence_nr() < since and not _comes_to(node, leaves, stops, observer):
                     raise NotImplementedError(
                         f"a step uses a tensor made by {node.name()} before that step and given "
@@ -155,7 +161,6 @@ class Captured:
                         "gradient can be delivered to the tensor: pass it to loss_fn inside the "
                         "batch, or detach it"
                     )
-                self.functions = self.functions or function_of(node) is not None
                 passed.add(node)
                 edges.extend(node.next_functions)
         return ends
@@ -252,6 +257,9 @@ class Captured:
         is put off for the time of the block, which yields True where graphs have to be retained.
         """
         chosen = [self.tensors[i] for i in self.at(*steps)]
+        if not chosen:
+            yield False
+            return
         nodes = {get_gradient_edge(x).node for x in chosen if not x.is_leaf}
         if nodes and not self._overlaps():
             nodes.clear()
@@ -384,3 +392,5 @@ def _leafs_node() -> Any:
 
 #: The type of the nodes at leaves, and of no others.
 _ACCUMULATE_GRAD = type(_leafs_node())
+#: The types of nodes that were met, are PyTorch's own, and have right derivatives.
+_ORDINARY: set[type] = set()

@@ -18,6 +18,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from diffopt._derivatives.table import refuse_missing
 from diffopt._model.standing import load_again
 from diffopt._step.result import Checked, Evaluated, StepResult, present
+from diffopt._torch.engine import pulled_back
 from diffopt._values.state import Cotangent, State
 from diffopt._values.tree import Path, add
 from diffopt.optim.vjp import reads_gradients, update_vjp
@@ -123,12 +124,11 @@ class Linearization(ABC):
             return {}, [None] * len(captured)
         load_again(self._step.loss.slots, self._loaded)  # for what reads the module on the way back
         try:
-            found = torch.autograd.grad(
+            found = pulled_back(
                 [x for x, _ in pairs],
-                [*self._leaves.values(), *captured],
                 [c for _, c in pairs],
+                [*self._leaves.values(), *captured],
                 retain_graph=retain_graph,
-                allow_unused=True,
             )
         except RuntimeError as error:
             refuse_missing(error, self._number)

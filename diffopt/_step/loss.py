@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from itertools import compress
 from types import MethodType
@@ -21,6 +21,8 @@ from diffopt._values.tree import differ, tensors_in
 
 #: The loss, the user's extras, and the buffers as the evaluation left them.
 Evaluation = tuple[Tensor, Any, dict[str, Tensor]]
+
+_NOTHING = nullcontext()
 
 
 class InnerLoss:
@@ -89,15 +91,25 @@ class InnerLoss:
         return loss
 
     def __call__(
-        self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], t: int
+        self,
+        params: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        t: int,
+        within: AbstractContextManager[Any] = _NOTHING,
     ) -> Evaluation:
-        """Evaluate; the module keeps the values until the next evaluation."""
+        """Evaluate; the module keeps the values until the next evaluation.
+
+        Args:
+            within: what the batch is asked for and the user's function is called in.
+        """
         step = self._first_step + t
         buffers = self.slots.completed(buffers, step)
         stand_ins = self.buffers.stand_in(buffers)
         params = self.precision.narrowed(params)
-        with self._untouched.checked(params, step):
+        before = self._untouched.before(params)
+        with within:
             loss, aux, left = self._evaluate(params, stand_ins, self.item_at(t), step)
+        self._untouched.check(params, before, step)
         return loss, aux, self.buffers.after(buffers, stand_ins, left, step)
 
     def total(self, loss: Tensor) -> Tensor:
@@ -232,18 +244,25 @@ class _Untouched:
     def __init__(self, *, compare: bool = True) -> None:
         self._compare = compare
 
-    @contextmanager
-    def checked(self, params: Mapping[str, Tensor], step: int) -> Iterator[None]:
-        versions = [x._version for x in params.values()]
+    def before(self, params: Mapping[str, Tensor]) -> tuple[list[int], list[Tensor]]:
+        """The versions of the parameters, and copies where those are to be compared."""
         copies = [x.detach().clone() for x in params.values()] if self._compare else []
-        yield
+        return [x._version for x in params.values()], copies
+
+    def check(
+        self, params: Mapping[str, Tensor], before: tuple[list[int], list[Tensor]], step: int
+    ) -> None:
+        """Raise where they have changed since ``before``."""
+        versions, copies = before
+        if not copies and versions == [x._version for x in params.values()]:
+            return
         changed = [v != x._version for v, x in zip(versions, params.values(), strict=True)]
-        if self._compare:
+        if copies:
             self._compare = False
             now = [x.detach() for x in params.values()]
             changed = [a or b for a, b in zip(changed, differ(copies, now), strict=True)]
-            for x, before in compress(zip(now, copies, strict=True), changed):
-                x.copy_(before)
+            for x, copy_ in compress(zip(now, copies, strict=True), changed):
+                x.copy_(copy_)
         for name in compress(params, changed):
             raise NotImplementedError(
                 f"the loss of step {step} changes parameter {name!r} in place, which has no "

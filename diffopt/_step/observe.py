@@ -163,9 +163,9 @@ class Observer(TorchFunctionMode):
         if self._copies:
             args = tuple(self._copied(x) for x in args)
             kwargs = {key: self._copied(x) for key, x in kwargs.items()}
-        self._see_all(args)
+        self.see(args)
         if kwargs:
-            self._see_all(kwargs.values())
+            self.see(kwargs.values())
         if kind.replacement is not None:
             self.replaced = True
             result = kind.replacement(*args, **kwargs)
@@ -186,16 +186,19 @@ class Observer(TorchFunctionMode):
                     self._make(x, args)
         return result
 
-    def _see_all(self, values: Iterable[Any]) -> None:
+    def see(self, values: Iterable[Any]) -> None:
+        """Take note of the tensors and generators in what a function is given."""
         for x in values:
+            if type(x) in _PLAIN:
+                continue
             if isinstance(x, Tensor):
                 key = id(x)
                 if key not in self._known and not _holds(self._made, x):
                     self._meet(x)
             elif isinstance(x, (list, tuple)):
-                self._see_all(x)
+                self.see(x)
             elif isinstance(x, dict):
-                self._see_all(x.values())
+                self.see(x.values())
             elif isinstance(x, torch.Generator):
                 self._generators.meet(x)
 
@@ -237,7 +240,7 @@ class Observer(TorchFunctionMode):
         self._made[key] = weakref.ref(x)
         if not x.requires_grad and self._in_gradient is None and _has_memory(x):
             address = x.data_ptr()
-            if all(y.data_ptr() != address for y in tensors_in(args) if _has_memory(y)):
+            if all(y.data_ptr() != address for y in _flat(args) if _has_memory(y)):
                 self._fresh.add(address)
 
     def _check_writing(self, target: Any) -> None:
@@ -383,6 +386,7 @@ _INSPECTING = {"dim", "ndimension", "size", "numel", "nelement", "stride", "is_c
 _INSPECTING |= {"element_size", "storage_offset", "data_ptr", "get_device", "is_floating_point"}
 _INSPECTING |= {"is_complex", "is_signed", "is_inference", "__len__", "__hash__", "has_names"}
 _INSPECTING |= {"untyped_storage", "is_pinned", "is_shared", "_is_view", "is_same_size"}
+_PLAIN = {type(None), bool, int, float, str, torch.Size, torch.dtype, torch.device}
 _HARMLESS = {"requires_grad_", "detach_"}
 _KINDS: dict[Any, _Kind] = {}
 
@@ -404,6 +408,14 @@ def _extent(x: Tensor) -> tuple[int, int]:
     """The addresses between which the entries of ``x`` lie."""
     last = sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
     return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
+
+
+def _flat(values: Iterable[Any]) -> Iterator[Tensor]:
+    for x in values:
+        if isinstance(x, Tensor):
+            yield x
+        elif isinstance(x, (list, tuple)):
+            yield from _flat(x)
 
 
 def _holds(refs: Mapping[int, _Ref], x: Tensor) -> bool:

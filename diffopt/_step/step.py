@@ -42,6 +42,8 @@ from diffopt.optim.vjp import is_known
 #: ``f(grads)``, or ``f(grads, model, batch)``, to the gradients that the update is given.
 GradTransform = Callable[..., Mapping[str, Tensor]]
 
+_NOTHING = nullcontext()
+
 
 class InnerStep:
     """The step of one unroll, with everything but the state bound.
@@ -81,6 +83,8 @@ class InnerStep:
             for key in rule.defaults
             if is_scheduled(group[key])
         ]
+        self._constants: Sequence[Hyper] | None = None
+        self._is_pure = opt.is_pure and all(rule.is_pure for rule in opt.rules)
 
     def of_first_order(self) -> InnerStep:
         """This step with its inner gradients taken as constants."""
@@ -103,7 +107,9 @@ class InnerStep:
             name: x.view_as(x) if connected and x.requires_grad else x.detach().requires_grad_()
             for name, x in state.params.items()
         }
-        own = [*params.values(), *(x for x in state.tensors().values() if x.requires_grad)]
+        own = list(params.values())
+        if connected:
+            own += [x for x in state.each() if x.requires_grad]
         state = State(params, state.opt, state.buffers)
         with beyond_second_derivatives(connected):
             found = self.evaluate(state, t, own, connected, observer)
@@ -111,8 +117,9 @@ class InnerStep:
         if not connected:
             params = {name: x.detach() for name, x in params.items()}
             grads = {name: g if g is None else g.detach() for name, g in grads.items()}
-        shown = observer is not None and not self._is_known(found.hyper)
-        with torch.set_grad_enabled(connected or shown), observer or nullcontext():
+        seen = None if self._is_pure else observer  # a pure rule uses nothing but its arguments
+        shown = seen is not None and not self._is_known(found.hyper)
+        with torch.set_grad_enabled(connected or shown), seen or _NOTHING:
             new_params, new_opt = self.update(found.hyper, params, grads, state.opt)
         new = State(new_params, new_opt, found.buffers)
         if shown:
@@ -138,25 +145,38 @@ class InnerStep:
             self.group.at(number)
         if observer is not None:
             observer.begin(number, own, present_sequence())
-        with self.hooks, torch.enable_grad(), no_collectives(), observer or nullcontext():
-            loss, aux, left = self.loss(state.params, state.buffers, t)
-            hyper: list[Hyper] = [*self.opt.hyperparameters(number)]
-            with nullcontext() if observer is None else observer.gradient() as used:
-                raw = self._gradients(loss, state.params, number, connected)
+        with self.hooks, torch.enable_grad(), no_collectives():
+            loss, aux, left = self.loss(state.params, state.buffers, t, observer or _NOTHING)
+            with observer or _NOTHING:
+                hyper = self._options_at(number)
+                if observer is not None:
+                    observer.see(tensors_of(hyper))
+                with _NOTHING if observer is None else observer.gradient() as used:
+                    raw = self._gradients(loss, state.params, number, connected)
         if self.group is not None:
             raw, token = self._averaged(raw, state.params, number, connected)
-        with self.hooks, torch.enable_grad(), no_collectives(), observer or nullcontext():
-            leaves, given = self._given(raw, connected)
-            if observer is not None:
-                observer.transforms(given)
-            grads = self._transformed(raw, given, state.params, left, t)
+        leaves: Sequence[Tensor] = ()
+        grads: Mapping[str, Tensor | None] = raw
+        if self.grad_transform is not None:
+            with self.hooks, torch.enable_grad(), no_collectives(), observer or _NOTHING:
+                leaves, given = _given(raw, connected)
+                if observer is not None:
+                    observer.transforms(given)
+                grads = self._transformed(given, state.params, left, t)
         graph = Graph([*own, *leaves], in_gradient=[*(used or {}).values()])
         graph.roots["loss"] = [loss, *_learning(left.values())]
         graph.roots["hyper"] = _learning(tensors_of(hyper))
         if self.grad_transform is not None:
             graph.roots["transform"] = _learning(present(grads).values())
-        checked = self._checked(loss, hyper, grads)
+        checked = self._checked(loss, hyper, grads, connected)
         return Evaluated(loss, aux, left, hyper, raw, grads, checked, graph, token)
+
+    def _options_at(self, number: int) -> Sequence[Hyper]:
+        if self._called or not self._is_pure:
+            return [*self.opt.hyperparameters(number)]
+        if self._constants is None:  # a change to them is an error: `UnchangedOptions`
+            self._constants = self.opt.hyperparameters(number)
+        return self._constants
 
     def _gradients(
         self, loss: Tensor, params: Mapping[str, Tensor], number: int, connected: bool
@@ -203,49 +223,39 @@ class InnerStep:
 
     def _transformed(
         self,
-        raw: Mapping[str, Tensor | None],
         given: dict[str, Tensor],
         params: Mapping[str, Tensor],
         buffers: Mapping[str, Tensor],
         t: int,
     ) -> Mapping[str, Tensor | None]:
         """The gradients as the update is given them."""
-        if self.grad_transform is None:
-            return raw
+        assert self.grad_transform is not None
         if self._takes_model:
             changed = self.loss.transform_with_model(self.grad_transform, given, params, buffers, t)
         else:
             changed = self.loss.transform_grads(self.grad_transform, given)
         return _checked_grads(changed, params)
 
-    def _given(
-        self, raw: Mapping[str, Tensor | None], connected: bool
-    ) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """The gradients that a transform is given, and the leaves that they come from if any.
-
-        Without their graph, too, a transform may differentiate them and change them in place.
-        """
-        if self.grad_transform is None:
-            return [], {}
-        if connected:
-            return [], present(raw)
-        leaves = {name: _leaf(g) for name, g in present(raw).items()}
-        return [*leaves.values()], {name: x.clone() for name, x in leaves.items()}
-
     def _is_known(self, hyper: Sequence[Hyper]) -> bool:
         """Whether the rule is a function of its arguments alone, whose derivative is known."""
-        return is_known(self.opt, hyper, self.loss.tasks)
+        return self._is_pure or is_known(self.opt, hyper, self.loss.tasks)
 
     def _checked(
-        self, loss: Tensor, hyper: Sequence[Hyper], grads: Mapping[str, Tensor | None]
+        self,
+        loss: Tensor,
+        hyper: Sequence[Hyper],
+        grads: Mapping[str, Tensor | None],
+        connected: bool,
     ) -> Checked:
-        given = [g.detach() for g in present(grads).values() if g.layout is torch.strided]
+        given = [g for g in grads.values() if g is not None and g.layout is torch.strided]
+        if connected or self.grad_transform is not None:
+            given = [g.detach() for g in given]
         norms = torch._foreach_norm(given) if given else ()
         return Checked(loss.detach(), [small(hyper[i][key]) for i, key in self._called], norms)
 
     def _with_update(self, checked: Checked, after: State) -> Checked:
         """The norms of the new parameters as well, where the rule may use what nobody can see."""
-        if self.opt.is_pure:
+        if self._is_pure:
             return checked
         norms = torch._foreach_norm([x.detach() for x in after.params.values()])
         return replace(checked, grads=(*checked.grads, *norms))
@@ -277,18 +287,20 @@ class InnerStep:
 
     def linearize(self, state: State, t: int, observer: Observer | None = None) -> Linearization:
         """Evaluate step ``t`` and keep its graph, for vector-Jacobian products."""
-        flowing = self.differentiable(state)
-        leaves = {path: _leaf(x) for path, x in flowing.items() if path[0] != "opt"}
-        state = state.replace(leaves)
+        flowing = self.differentiable(State(state.params, {}, state.buffers))
+        leaves = {path: _leaf(x) for path, x in flowing.items()}
+        evaluated = State(state.params, {}, state.buffers).replace(leaves)
+        state = State(evaluated.params, state.opt, evaluated.buffers)
         own = list(leaves.values())
         since, number = present_sequence(), self.first_step + t
         found = self.evaluate(state, t, own, True, observer)
         known = self._is_known(found.hyper)
         if known and not comes_to(found.graph.roots["hyper"], own, since):
             return Split(self, number, state, leaves, found)
-        opt = {path: _leaf(x) for path, x in flowing.items() if path[0] == "opt"}
+        flowing = self.differentiable(State({}, state.opt, {}))
+        opt = {path: _leaf(x) for path, x in flowing.items()}
         found.graph.own = [*found.graph.own, *opt.values()]
-        with observer or nullcontext():
+        with observer or _NOTHING:
             whole = Whole(self, number, state.replace(opt), leaves | opt, found)
         whole.checked = self._with_update(found.checked, whole.after)
         if not known:
@@ -304,6 +316,19 @@ def arguments_of(function: Callable[..., Any]) -> int:
         return 1
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return sum(p.kind in positional and p.default is p.empty for p in parameters)
+
+
+def _given(
+    raw: Mapping[str, Tensor | None], connected: bool
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """The gradients that a transform is given, and the leaves that they come from if any.
+
+    Without their graph, too, a transform may differentiate them and change them in place.
+    """
+    if connected:
+        return [], present(raw)
+    leaves = {name: _leaf(g) for name, g in present(raw).items()}
+    return [*leaves.values()], {name: x.clone() for name, x in leaves.items()}
 
 
 def _leaf(x: Tensor) -> Tensor:

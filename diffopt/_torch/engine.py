@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,22 @@ def gradient(
         ones = torch.ones_like(loss, memory_format=torch.preserve_format)
     found: Sequence[Tensor | None] = _graph._engine_run_backward(
         (loss,), (ones,), retain_graph, create_graph, tuple(inputs), True, accumulate_grad=False
+    )
+    return found
+
+
+def pulled_back(
+    roots: Sequence[Any], cotangents: Sequence[Tensor], inputs: Sequence[Any], *, retain_graph: bool
+) -> Sequence[Tensor | None]:
+    """``torch.autograd.grad`` of tensors or gradient edges, without its checks of the arguments."""
+    found: Sequence[Tensor | None] = _graph._engine_run_backward(
+        tuple(roots),
+        tuple(cotangents),
+        retain_graph,
+        False,
+        tuple(inputs),
+        True,
+        accumulate_grad=False,
     )
     return found
 

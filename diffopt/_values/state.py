@@ -5,8 +5,9 @@ A state is a value: no function of this package writes into one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 
 from torch import Tensor
 
@@ -34,6 +35,12 @@ class State:
             flat["buffers", name] = x
         return flat
 
+    def each(self) -> Iterator[Tensor]:
+        """Every tensor of the state."""
+        return chain(
+            self.params.values(), *(e.values() for e in self.opt.values()), self.buffers.values()
+        )
+
     def differentiable(self) -> dict[Path, Tensor]:
         """The tensors that may carry a gradient: floating point ones, and not step counts."""
         return {
@@ -56,8 +63,9 @@ class State:
 
     def detach(self) -> State:
         """The same values, cut from any graph."""
-        attached = {path: x.detach() for path, x in self.tensors().items() if x.requires_grad}
-        return self.replace(attached) if attached else self
+        if not any(x.requires_grad for x in self.each()):
+            return self
+        return self.replace({p: x.detach() for p, x in self.tensors().items() if x.requires_grad})
 
     def apart_from(self, other: State) -> State:
         """The same values, copied where they are held in memory of ``other``."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from itertools import chain
 from typing import Any, ClassVar, Self
 
@@ -14,7 +15,7 @@ from torch.optim.optimizer import ParamsT
 from diffopt.optim import options
 from diffopt.optim.lists import Tensors
 from diffopt.optim.options import SWITCHES, Ranges
-from diffopt.optim.terms import Cotangents, Entries, Hyper, Pullback
+from diffopt.optim.terms import Cotangents, Entries, Hyper, Options, Pullback, tensors_of
 
 #: The state of every parameter, by name.
 OptState = dict[str, Entries]
@@ -104,6 +105,7 @@ class Optimizer(torch.optim.Optimizer):
         return self._steps if self._continued else 0
 
     @classmethod
+    @lru_cache(maxsize=256)  # asked for at every step
     def _declares(cls, name: str) -> bool:
         """Whether an attribute belongs to the rule, not to another one that it inherits from."""
         for base in cls.__mro__:
@@ -209,7 +211,8 @@ class Optimizer(torch.optim.Optimizer):
                         f"the state has no entry for {name!r}: start from init(params)"
                     )
             own = {name: params[name] for name in given}
-            options.check_shapes(type(self).__name__, option, own)
+            if tensors_of([option]):
+                options.check_shapes(type(self).__name__, option, own)
             values, entries = self._update(
                 option,
                 list(own.values()),
@@ -373,7 +376,8 @@ class Optimizer(torch.optim.Optimizer):
         )
 
     def _options_at(self, group: Mapping[str, Any], step: int) -> dict[str, Any]:
-        return options.values_at(type(self).__name__, self.ranges, self.defaults, group, step)
+        rule = type(self).__name__
+        return Options(options.values_at(rule, self.ranges, self.defaults, group, step))
 
 
 class _AtStart(dict[str, Any]):

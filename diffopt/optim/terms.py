@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -44,11 +45,27 @@ class Cotangents:
     states: list[Entries]
 
 
+class Options(dict[str, Any]):
+    """The options of one param group at a step, which do not change."""
+
+    @cached_property
+    def tensors(self) -> list[Tensor]:
+        """The tensors among them."""
+        return _tensors_among(self)
+
+
 def tensors_of(options: Sequence[Hyper]) -> list[Tensor]:
     """The tensors among the options of all param groups."""
     return [
-        item
+        x
         for hyper in options
+        for x in (hyper.tensors if isinstance(hyper, Options) else _tensors_among(hyper))
+    ]
+
+
+def _tensors_among(hyper: Hyper) -> list[Tensor]:
+    return [
+        item
         for value in hyper.values()
         for item in (value if isinstance(value, (tuple, list)) else (value,))
         if isinstance(item, Tensor)

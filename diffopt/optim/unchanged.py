@@ -20,6 +20,22 @@ class UnchangedOptions:
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         self._optimizers = optimizers
         self._before = [_options(opt) for opt in optimizers]
+        self._objects = self._present()
+        self._tensors = [x for x in self._items() if isinstance(x, Tensor)]
+        self._versions = _versions(self._tensors)
+
+    def _present(self) -> list[Any]:
+        return [
+            value
+            for opt in self._optimizers
+            for group in opt.param_groups
+            for key, value in group.items()
+            if key not in _NO_OPTIONS
+        ]
+
+    def _items(self) -> list[Any]:
+        pairs = [x if isinstance(x, (tuple, list)) else (x,) for x in self._objects]
+        return [item for pair in pairs for item in pair]
 
     def check(self, step: int) -> None:
         """Raise where an option is another one after ``step``.
@@ -27,6 +43,10 @@ class UnchangedOptions:
         Raises:
             ValueError: naming the optimizer and the option.
         """
+        now = self._present()
+        same = len(now) == len(self._objects) and all(map(_is_same, now, self._objects))
+        if same and _versions(self._tensors) == self._versions:
+            return
         for opt, before in zip(self._optimizers, self._before, strict=True):
             now = _options(opt)
             if now != before:
@@ -43,6 +63,14 @@ def _options(opt: torch.optim.Optimizer) -> list[dict[str, Any]]:
         {key: _comparable(value) for key, value in group.items() if key not in _NO_OPTIONS}
         for group in opt.param_groups
     ]
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    return a is b and type(a) is not list  # whose entries may be others now
+
+
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
+    return [0 if x.is_inference() else x._version for x in tensors]
 
 
 _NO_OPTIONS = {"params", "param_names", "initial_lr"}
