@@ -26,7 +26,8 @@ args = shared.arguments(
 # %%
 # ## A training run with a weight on every example
 #
-# Minibatches, momentum and a decaying rate, as one trains. A batch is (which examples, all weights).
+# Minibatches, momentum and a decaying rate, as one trains. A batch is
+# (which examples, all weights).
 
 train, test = shared.digits(args.train, 500, seed=args.seed)
 picks = [torch.randint(args.train, (50,)) for _ in range(args.inner)]

@@ -93,8 +93,7 @@ def adapt(model, lr):
     """The fast weights after 0 to 10 steps, and their mean loss on the curves."""
     opt = torch.optim.SGD(model.parameters(), lr=lr)
     runs = [
-        diffopt.unroll(model, opt, [support] * t, loss_fn, tasks=args.test_tasks)
-        for t in range(11)
+        diffopt.unroll(model, opt, [support] * t, loss_fn, tasks=args.test_tasks) for t in range(11)
     ]
     return runs, [run.apply(loss_fn, query).mean().item() for run in runs]
 
@@ -130,7 +129,8 @@ with torch.no_grad(), shared.picture(args, 1, 3, figsize=(11, 3.4), sharey=False
         for steps, style in ((0, ":"), (1, "--"), (10, "-")):
             values = runs[steps](everywhere)[task]
             ax.plot(grid, values, style, color=shared.BLUE, label=f"after {steps} steps")
-        ax.plot(support[0][task], support[1][task], "o", color=shared.ORANGE, label="its ten points")
+        points = support[0][task], support[1][task]
+        ax.plot(*points, "o", color=shared.ORANGE, label="its ten points")
         ax.set(title=name, ylim=(-5.5, 5.5), xlabel="x")
     axes[0].legend(fontsize=8, loc="lower right")
     axes[2].plot(pretrained_losses, color=shared.GREY, marker="o", label="pretrained")

@@ -13,6 +13,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from torch import Tensor
@@ -108,3 +109,33 @@ def _darken(figure: Figure) -> None:
             artist.set_color(PALE)
     for axes in figure.axes:
         axes.tick_params(colors=PALE)
+
+
+class FewShot:
+    """Five-way few-shot tasks: images (tasks, images, 1, 8, 8) and labels (tasks, images).
+
+    Five of the ten digits; which of them has which label is drawn for the task. Every image is
+    turned by an angle of its own, up to a quarter turn, and sheared.
+
+    Args:
+        images, labels: the digits to make tasks from.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.digits = [images[labels == digit].reshape(-1, 1, 8, 8) for digit in range(10)]
+
+    def draw(self, tasks: int, shots: int, queries: int) -> tuple[Any, Any]:
+        """(support, query), of ``shots`` and ``queries`` images of every class of every task."""
+        n = shots + queries
+        chosen = torch.rand(tasks, 10).argsort(1)[:, :5].flatten().tolist()
+        pools = (self.digits[digit] for digit in chosen)
+        x = torch.cat([pool[torch.randperm(len(pool))[:n]] for pool in pools])
+        angle, shear = ((torch.rand(len(x)) - 0.5) * width for width in (torch.pi, 0.6))
+        cos, sin, zero = angle.cos(), angle.sin(), torch.zeros(len(x))
+        maps = torch.stack([cos, shear - sin, zero, sin, cos + shear, zero], 1).unflatten(1, (2, 3))
+        x = F.grid_sample(x, F.affine_grid(maps, x.shape, align_corners=False), align_corners=False)
+        x = x.unflatten(0, (tasks, 5, n))  # (tasks, classes, images, 1, 8, 8)
+        y = torch.arange(5)[None, :, None].expand(x.shape[:3])
+        halves = (x[:, :, :shots], y[:, :, :shots]), (x[:, :, shots:], y[:, :, shots:])
+        support, query = ((x.flatten(1, 2), y.flatten(1, 2)) for x, y in halves)
+        return support, query
