@@ -1,9 +1,10 @@
-"""iMAML: the meta-gradient of a converged inner problem, without its path.
+r"""iMAML: the meta-gradient of a converged inner problem, without its path.
 
 [Rajeswaran et al. (2019)](https://arxiv.org/abs/1909.04630). The inner problem keeps close to the
-meta-learned weights $\\phi$ by a proximal term, and is solved until it has converged:
+meta-learned weights $\phi$ by a proximal term, and is solved until it has converged:
 
-$$ \\theta^\\star(\\phi) = \\arg\\min_\\theta\\ L(\\theta) + \\tfrac{\\lambda}{2} \\|\\theta - \\phi\\|^2. $$
+$$ \theta^\star(\phi) = \arg\min_\theta
+   \ L(\theta) + \tfrac{\lambda}{2} \|\theta - \phi\|^2. $$
 
 There the gradient is zero, which determines the meta-gradient by one linear system, however long it
 took to get there: `adjoint=diffopt.Implicit(...)` keeps one state and no path. The baseline
@@ -20,8 +21,8 @@ import diffopt
 
 args = shared.arguments(
     __doc__,
-    outer=(250, "updates"),
-    inner=(30, "steps to solve the inner problem"),
+    outer=(100, "updates"),
+    inner=(50, "steps to solve the inner problem"),
     tasks=(8, "tasks per update"),
     new_tasks=(100, "tasks that the result is measured on"),
 )
@@ -40,7 +41,6 @@ def network():
     return torch.nn.Sequential(
         torch.nn.Flatten(),
         torch.nn.Linear(64, 64),
-        torch.nn.LayerNorm(64),
         torch.nn.Tanh(),
         torch.nn.Linear(64, 5),
     )
@@ -51,8 +51,8 @@ class Learner:
         self.adjoint, self.history = adjoint, []
         self.model = network()
         self.prior = list(self.model.parameters())
-        self.inner = torch.optim.SGD(self.prior, lr=0.3)
-        self.outer = torch.optim.Adam(self.prior, lr=3e-3)
+        self.inner = torch.optim.SGD(self.prior, lr=0.2)
+        self.outer = torch.optim.Adam(self.prior, lr=1e-2)
 
     def proximal_loss(self, model, batch):
         x, y = batch
@@ -81,7 +81,7 @@ def query_loss(model, batch):
     return F.cross_entropy(model(x), y)
 
 
-STRENGTH = 0.5
+STRENGTH = 1.0
 solves = []
 learners = {
     "iMAML": Learner(diffopt.Implicit(diffopt.CG(15, tol=1e-3), report=solves.append)),

@@ -1,9 +1,10 @@
-"""Meta-SGD: learn initial weights, and a learning rate for every single weight.
+r"""Meta-SGD: learn initial weights, and a learning rate for every single weight.
 
 [Li et al. (2017)](https://arxiv.org/abs/1707.09835). Where MAML learns from where to adapt,
-Meta-SGD also learns in which direction: the inner step is $\\theta - \\alpha \\odot \\nabla L$ with a
-learned $\\alpha$ for each weight, of either sign. The tasks are sine curves, of which five points are
-given, and one step is taken. The baselines are MAML with a fixed rate, and with one learned rate.
+Meta-SGD also learns in which direction: the inner step is $\theta - \alpha \odot \nabla L$ with a
+learned $\alpha$ for each weight, of either sign. The tasks are sine curves, of which five points
+are given, and one step is taken. The baselines are MAML with a fixed rate, and with one learned
+rate.
 
 A hyperparameter may be a tensor of its weight's shape: one param group for each weight.
 """
