@@ -121,7 +121,7 @@ with shared.picture(args, 1, 3, figsize=(11, 3.4), width_ratios=(1, 1, 1.2)) as 
     helpful, harmful = order[:5], order[-5:].flip(0)
     rows = [torch.cat([*train[0][some].reshape(-1, 8, 8)], 1) for some in (helpful, harmful)]
     gap = torch.full((3, 40), float("nan"))
-    right.imshow(torch.cat([rows[0], gap, rows[1]]), cmap="gray_r")
+    right.imshow(torch.cat([rows[0], gap, rows[1]]).numpy(), cmap="gray_r")
     right.set_title("Most helpful, most harmful", pad=20)
     right.set(xticks=[], yticks=[])
     right.grid(False)

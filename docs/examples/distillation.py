@@ -95,6 +95,6 @@ with shared.picture(args, 2, 10, figsize=(11, 2.6)) as axes:
     rows = zip(axes, (images.detach(), one_of_each()), ("learned", "real"), strict=True)
     for row, x, name in rows:
         for ax, image in zip(row, x, strict=True):
-            ax.imshow(image.reshape(8, 8), cmap="gray_r", vmin=0, vmax=1)
+            ax.imshow(image.reshape(8, 8).numpy(), cmap="gray_r", vmin=0, vmax=1)
             ax.set(xticks=[], yticks=[])
         row[0].set_ylabel(name)
