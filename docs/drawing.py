@@ -1,6 +1,6 @@
 """Draws docs/pages/images/steps.svg: steps, states, snapshots and the way back.
 
-    python docs/drawing.py
+python docs/drawing.py
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ def drawing() -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {end} {bottom + 14}"'
         ' font-family="system-ui, sans-serif" role="img">\n<title>Nine steps in segments of three:'
         " the first pass keeps states 0, 3 and 6; the way back takes the segments from the last to"
-        f" the first, computes their states again, and takes one VJP a step</title>\n{body}\n</svg>\n"
+        " the first, computes their states again, and takes one VJP a step</title>\n"
+        f"{body}\n</svg>\n"
     )
 
 
