@@ -147,7 +147,7 @@ def look_at(site: Path, pictures: Path, browser: str, widths: list[str]) -> dict
             for page in pages:
                 for width in widths:
                     for name, scheme in SCHEMES.items():
-                        stem = "-".join([*page.parts, width, name]) or f"home-{width}-{name}"
+                        stem = "-".join([*(page.parts or ["home"]), width, name])
                         url = f"{address}/{page.as_posix()}/"
                         picture = pictures / f"{stem}.png"
                         if wrong := chromium.look(url, WIDTHS[width], scheme, picture):
