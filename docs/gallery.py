@@ -115,8 +115,8 @@ def cards() -> str:
     for name in shown():
         title, text = title_of(name)
         head, _, tail = title.partition(": ")
-        about = (tail[:1].upper() + tail[1:] if tail else text.partition(". ")[0]) + "."
-        about = " ".join(about.replace("..", ".").split())
+        about = " ".join((tail[:1].upper() + tail[1:] if tail else text.partition(". ")[0]).split())
+        about += "" if about.endswith("?") else "."
         parts.append(
             f"-   [![]({name}.png#only-light)![]({name}-dark.png#only-dark)]({name}.md)\n\n"
             f"    **[{head}]({name}.md)**\n\n    {about}\n"

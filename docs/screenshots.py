@@ -72,6 +72,8 @@ class Browser:
         self.session = found["sessionId"]
         for domain in ("Page", "Runtime", "Log"):
             self.ask(f"{domain}.enable")
+        # The theme keeps the scheme that it chose first.
+        self.ask("Page.addScriptToEvaluateOnNewDocument", source="localStorage.clear()")
 
     def _read(self) -> Any:
         data = bytearray()
