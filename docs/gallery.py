@@ -33,10 +33,7 @@ NAMES = (
     "meta_sgd",
     "imaml",
     "learned_loss",
-    "learned_optimizer",
-    "darts",
     "nested",
-    "unrolled_gan",
     "lora",
 )
 

@@ -69,21 +69,38 @@ def test_a_learned_schedule_is_better_than_a_constant_rate(run: Any) -> None:
 
 
 def test_a_rate_per_weight_adapts_better_than_one_rate(run: Any) -> None:
-    result = run("meta_sgd", outer=400, new_tasks=300)
+    result = run("meta_sgd", outer=200, new_tasks=300)
     assert result["Meta-SGD"] < 0.9 * result["MAML, one learned rate"]
 
 
 def test_multi_step_losses_and_rates_adapt_better(run: Any) -> None:
-    result = run("maml_plus_plus", outer=60, new_tasks=100)
+    result = run("maml_plus_plus", outer=30, new_tasks=100)
     assert result["MAML++"] > result["MAML"]
     assert result["MAML++"] > result["nearest image"]
 
 
 def test_imaml_has_the_gradient_of_the_path_and_learns_as_well(run: Any) -> None:
-    result = run("imaml", outer=15, new_tasks=100)
+    result = run("imaml", outer=8, tasks=4, new_tasks=50)
     assert result["difference"] < 1e-3
     assert result["iMAML"] > result["not meta-learned"]
     assert abs(result["iMAML"] - result["MAML"]) < 0.05
+
+
+def test_a_learned_loss_withstands_wrong_labels(run: Any) -> None:
+    result = run("learned_loss", outer=25, inner=30, runs=6)
+    assert result["learned"] > result["cross-entropy"]
+
+
+def test_the_gradient_of_a_gradient_of_training_is_exact_and_of_use(run: Any) -> None:
+    result = run("nested", outer=2, middle=2, inner=5)
+    assert result["error"] < 1e-6
+    assert result["rate learned at the learned rate"] < result["rate learned at 0.05"]
+
+
+def test_learned_weights_choose_what_to_fine_tune_on(run: Any) -> None:
+    result = run("lora", pretraining=40, outer=3, inner=6, pool=18)
+    assert result["auc"] > 0.6
+    assert result["learned weights"] < result["the pool as it is"]
 
 
 @pytest.mark.parametrize("name", gallery.names())
