@@ -10,7 +10,7 @@ from latex2mathml.converter import convert
 
 # What pymdownx.arithmatex with `generic: true` makes of $...$ and $$...$$.
 _FORMULA = re.compile(
-    r'<(span|div) class="arithmatex">(?:\\(|\\[)(.*?)(?:\\)|\\])</\1>', re.DOTALL
+    r'<(span|div) class="arithmatex">(?:\\\(|\\\[)(.*?)(?:\\\)|\\\])</\1>', re.DOTALL
 )
 
 # Of \mathrm{d} and \mathrel{+}=: the converter makes an italic letter, and an operator of two.
