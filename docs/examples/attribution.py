@@ -116,7 +116,7 @@ with shared.picture(args, 1, 3, figsize=(11, 3.4), width_ratios=(1, 1, 1.2)) as 
         ranks = [result[size][i] for size in sizes]
         middle.plot([f"{size:.0%}" for size in sizes], ranks, "o-", color=color, label=name)
     middle.set(title="Rank correlation", xlabel="left out", ylim=(min(0, *ranks), 1.02))
-    middle.legend()
+    middle.legend(loc="lower right")
     order = exact.argsort()  # negative: a larger weight lowers the loss
     helpful, harmful = order[:5], order[-5:].flip(0)
     rows = [torch.cat([*train[0][some].reshape(-1, 8, 8)], 1) for some in (helpful, harmful)]

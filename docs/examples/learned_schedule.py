@@ -116,6 +116,6 @@ with shared.picture(args, 1, 2, figsize=(11, 3.6)) as (left, right):
         left.plot([float(rate(t)) for t in range(args.inner)], color=color, label=name)
     left.set(title="Schedules", xlabel="step", ylabel="learning rate", yscale="log")
     left.set_ylim(bottom=1e-4)
-    left.legend()
+    left.legend(loc="lower left")
     right.plot(history, color=shared.BLUE)
     right.set(title="Learning the schedule", xlabel="outer step", ylabel="validation loss")

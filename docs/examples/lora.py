@@ -176,6 +176,6 @@ with shared.picture(args, 1, 2, figsize=(11, 3.4)) as (left, right):
         label=list(kinds),
     )
     left.set(title="Learned weights", xlabel="weight", ylabel="texts")
-    left.legend()
+    left.legend(loc="upper center")
     right.plot(history, color=shared.BLUE)
     right.set(title="Learning the weights", xlabel="update", ylabel="loss on a little Python")

@@ -101,7 +101,7 @@ with shared.picture(args, 1, 3, figsize=(11, 3.4)) as (left, middle, right):
     left.hist(weights[~wrong], bins, color=shared.BLUE, alpha=0.7, label="right label")
     left.hist(weights[wrong], bins, color=shared.ORANGE, alpha=0.7, label="wrong label")
     left.set(title="Learned weights", xlabel="weight", ylabel="examples")
-    left.legend()
+    left.legend(loc="upper center")
     losses, aucs = zip(*history, strict=True)
     middle.plot(losses, color=shared.BLUE)
     middle.set(title="Loss on clean digits", xlabel="outer step", ylim=(0, None))

@@ -43,6 +43,7 @@ STYLE = {
     "xtick.color": INK,
     "ytick.color": INK,
     "legend.frameon": False,
+    "legend.loc": "upper right",
     "lines.linewidth": 2,
     "figure.constrained_layout.use": True,
 }
