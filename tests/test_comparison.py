@@ -47,7 +47,8 @@ def test_what_it_says_of_higher() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         higher = pytest.importorskip("higher")
-    own = [rule for rule in higher.optim._opt_mapping if rule.__module__.startswith("torch.")]
+    # `import diffopt.higher`, elsewhere in this process, adds to them.
+    own = [rule for rule in higher.optim._opt_mapping.values() if rule.__module__ == "higher.optim"]
     assert cell("differentiable optimizers", "higher").startswith(f"{len(own)}, ")
     assert cell("a learned hyperparameter", "higher") == "`override=`"
 
