@@ -72,8 +72,10 @@ class Browser:
         self.session = found["sessionId"]
         for domain in ("Page", "Runtime", "Log"):
             self.ask(f"{domain}.enable")
-        # The theme keeps the scheme that it chose first.
-        self.ask("Page.addScriptToEvaluateOnNewDocument", source="localStorage.clear()")
+        # The theme would stay with the scheme that it chose first.
+        self.ask(
+            "Page.addScriptToEvaluateOnNewDocument", source="Storage.prototype.getItem = () => null"
+        )
 
     def _read(self) -> Any:
         data = bytearray()

@@ -6,7 +6,8 @@ learned $\alpha$ for each weight, of either sign. The tasks are sine curves, of 
 are given, and one step is taken. The baselines are MAML with a fixed rate, and with one learned
 rate.
 
-A hyperparameter may be a tensor of its weight's shape: one param group for each weight.
+Learning rates of an optimizer are not negative, so that the learned ones are applied by
+`grad_transform`, which changes the inner gradients by any differentiable function.
 """
 
 import math
@@ -19,7 +20,7 @@ import diffopt
 
 args = shared.arguments(
     __doc__,
-    outer=(2500, "updates"),
+    outer=(1500, "updates"),
     tasks=(16, "curves per update"),
     new_tasks=(1000, "curves that the result is measured on"),
 )
@@ -44,17 +45,21 @@ class Learner:
     def __init__(self, rates):
         torch.manual_seed(args.seed)
         self.model = network()
-        self.rates = rates(list(self.model.parameters()))
-        pairs = zip(self.model.parameters(), self.rates, strict=True)
-        self.inner = diffopt.SGD({"params": [p], "lr": rate} for p, rate in pairs)
+        names, params = zip(*self.model.named_parameters(), strict=True)
+        self.rates = rates(params)
+        self.rate_of = dict(zip(names, self.rates, strict=True))
+        self.inner = torch.optim.SGD(params, lr=1.0)
         learned = {rate for rate in self.rates if rate.requires_grad}
         self.outer = torch.optim.Adam([*self.model.parameters(), *learned])
         self.history = []
 
+    def scaled(self, grads):
+        return {name: self.rate_of[name] * grad for name, grad in grads.items()}
+
     def query(self, support, query):
         """The loss of each task on other points, after one step."""
-        tasks = len(support[0])
-        fast = diffopt.unroll(self.model, self.inner, [support], loss_fn, tasks=tasks)
+        how = {"grad_transform": self.scaled, "tasks": len(support[0])}
+        fast = diffopt.unroll(self.model, self.inner, [support], loss_fn, **how)
         return fast.apply(loss_fn, query)
 
     def learn(self, support, query):
