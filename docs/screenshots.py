@@ -137,6 +137,8 @@ class Browser:
     def close(self) -> None:
         self.ask("Browser.close") if self.process.poll() is None else None
         self.process.wait(timeout=20)
+        self.process.stdin.close()
+        self.process.stdout.close()
         self.folder.cleanup()
 
 
