@@ -60,6 +60,18 @@ def test_what_is_documented_as_an_argument_is_one(public: Any) -> None:
         assert set(names) <= set(inspect.signature(public).parameters)
 
 
+def test_every_public_name_has_an_example_on_the_api_page() -> None:
+    page = "\n".join(source for _, source in blocks(TOP / "docs/pages/api.md"))
+    used = set(re.findall(r"diffopt\.(\w+)", page))
+    assert set(diffopt.__all__) <= used
+
+
+def test_the_drawing_is_the_scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(TOP / "docs"))
+    drawing = importlib.import_module("drawing")
+    assert drawing.drawing() == drawing.PICTURE.read_text("utf-8")
+
+
 def test_the_table_of_adjoints_is_that_of_the_plans(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(TOP / "docs"))
     adjoints = importlib.import_module("adjoints_table")

@@ -1,0 +1,179 @@
+"""Looks at every page of the built site in headless Chromium: a picture each, and what is wrong.
+
+    mkdocs build -f docs/mkdocs.yml -d site
+    python docs/screenshots.py site pictures
+
+Each page is seen on a desktop and on a phone of 390 pixels, light and dark, and asked whether it
+scrolls sideways and what it wrote to the console. Needs `chromium` (or `--browser`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import contextlib
+import functools
+import http.server
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+WIDTHS = {"desktop": 1280, "phone": 390}
+SCHEMES = {"light": "default", "dark": "slate"}
+#: Which elements reach beyond the page's right edge, of those that nothing around them clips.
+SIDEWAYS = """
+(() => {
+  const width = document.documentElement.clientWidth;
+  if (document.documentElement.scrollWidth <= width) return [];
+  return [...document.querySelectorAll("article *")]
+    .filter(e => e.getBoundingClientRect().right > width + 1)
+    .map(e => e.tagName + ": " + e.textContent.trim().slice(0, 60)).slice(0, 5);
+})()
+"""
+
+
+@contextlib.contextmanager
+def served(site: Path) -> Iterator[str]:
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    handler = functools.partial(Quiet, directory=str(site))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+class Browser:
+    """Chromium over its debugging pipe: requests and events as JSON, each ended by a zero byte."""
+
+    def __init__(self, path: str) -> None:
+        self.folder = tempfile.TemporaryDirectory()
+        # The browser reads from file descriptor 3 and writes to 4.
+        command = 'exec "$0" "$@" 3<&0 4>&1 1>/dev/null'
+        flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe"]
+        flags += ["--hide-scrollbars", f"--user-data-dir={self.folder.name}"]
+        self.process = subprocess.Popen(
+            ["sh", "-c", command, path, *flags],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        self.number, self.events, self.session = 0, [], None
+        target = self.ask("Target.createTarget", url="about:blank")["targetId"]
+        found = self.ask("Target.attachToTarget", targetId=target, flatten=True)
+        self.session = found["sessionId"]
+        for domain in ("Page", "Runtime", "Log"):
+            self.ask(f"{domain}.enable")
+        # The theme would stay with the scheme that it chose first.
+        self.ask(
+            "Page.addScriptToEvaluateOnNewDocument", source="Storage.prototype.getItem = () => null"
+        )
+
+    def _read(self) -> Any:
+        data = bytearray()
+        while (byte := self.process.stdout.read(1)) != b"\0":
+            if not byte:
+                raise RuntimeError("the browser has ended")
+            data += byte
+        return json.loads(data)
+
+    def ask(self, method: str, **params: Any) -> Any:
+        self.number += 1
+        message = {"id": self.number, "method": method, "params": params}
+        if self.session:
+            message["sessionId"] = self.session
+        self.process.stdin.write(json.dumps(message).encode() + b"\0")
+        self.process.stdin.flush()
+        while True:
+            answer = self._read()
+            if answer.get("id") == self.number:
+                if "error" in answer:
+                    raise RuntimeError(f"{method}: {answer['error']}")
+                return answer["result"]
+            self.events.append(answer)
+
+    def wait_for(self, event: str) -> None:
+        while all(seen.get("method") != event for seen in self.events):
+            self.events.append(self._read())
+
+    def run(self, script: str) -> Any:
+        found = self.ask("Runtime.evaluate", expression=script, returnByValue=True)
+        return found["result"].get("value")
+
+    def look(self, url: str, width: int, scheme: str, picture: Path) -> list[str]:
+        """Take a picture of the page, and list what is wrong with it."""
+        self.ask(
+            "Emulation.setDeviceMetricsOverride",
+            **{"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600},
+        )
+        dark = "dark" if scheme == "slate" else "light"
+        features = [{"name": "prefers-color-scheme", "value": dark}]
+        self.ask("Emulation.setEmulatedMedia", features=features)
+        self.events.clear()
+        self.ask("Page.navigate", url=url)
+        self.wait_for("Page.loadEventFired")
+        wrong = [f"scrolls sideways at {e}" for e in self.run(SIDEWAYS) or []]
+        size = self.ask("Page.getLayoutMetrics")["cssContentSize"]
+        clip = {"x": 0, "y": 0, "width": width, "height": min(size["height"], 6000), "scale": 1}
+        shot = self.ask("Page.captureScreenshot", clip=clip, captureBeyondViewport=True)
+        picture.write_bytes(base64.b64decode(shot["data"]))
+        for event in self.events:
+            params = event.get("params", {})
+            if event.get("method") == "Runtime.exceptionThrown":
+                wrong.append(f"console: {params['exceptionDetails'].get('text')}")
+            entry = params.get("entry", {})
+            if event.get("method") == "Log.entryAdded" and entry.get("level") == "error":
+                wrong.append(f"console: {entry['text']} {entry.get('url', '')}")
+        return wrong
+
+    def close(self) -> None:
+        self.ask("Browser.close") if self.process.poll() is None else None
+        self.process.wait(timeout=20)
+        self.process.stdin.close()
+        self.process.stdout.close()
+        self.folder.cleanup()
+
+
+def look_at(site: Path, pictures: Path, browser: str, widths: list[str]) -> dict[str, list[str]]:
+    """What is wrong, by page and how it was looked at."""
+    pictures.mkdir(parents=True, exist_ok=True)
+    pages = sorted(page.parent.relative_to(site) for page in site.rglob("index.html"))
+    found: dict[str, list[str]] = {}
+    chromium = Browser(browser)
+    try:
+        with served(site) as address:
+            for page in pages:
+                for width in widths:
+                    for name, scheme in SCHEMES.items():
+                        stem = "-".join([*(page.parts or ["home"]), width, name])
+                        url = f"{address}/{page.as_posix()}/"
+                        picture = pictures / f"{stem}.png"
+                        if wrong := chromium.look(url, WIDTHS[width], scheme, picture):
+                            found[stem] = wrong
+    finally:
+        chromium.close()
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("site", type=Path)
+    parser.add_argument("pictures", type=Path)
+    parser.add_argument("--browser", default=shutil.which("chromium") or "chromium")
+    args = parser.parse_args()
+    found = look_at(args.site, args.pictures, args.browser, list(WIDTHS))
+    for page, wrong in found.items():
+        print(page, *wrong, sep="\n  ")
+    sys.exit(bool(found))
+
+
+if __name__ == "__main__":
+    main()

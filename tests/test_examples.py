@@ -1,0 +1,118 @@
+"""The gallery's examples, run small, show what their pages say; what is committed is theirs."""
+
+from __future__ import annotations
+
+import importlib
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fenced import TOP
+
+pytest.importorskip("sklearn")
+sys.path.insert(0, str(TOP / "docs"))
+gallery = importlib.import_module("gallery")
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``run(name, outer=3)``: what the example calls ``result``."""
+    threads = torch.get_num_threads()
+
+    def run(name: str, **options: float) -> Any:
+        picture = tmp_path / f"{name}.png"
+        argv = [name, "--dark", "--out", str(picture)]
+        argv += [word for key, value in options.items() for word in (f"--{key}", str(value))]
+        monkeypatch.setattr(sys, "argv", argv)
+        monkeypatch.syspath_prepend(str(gallery.EXAMPLES))
+        with torch.random.fork_rng():
+            namespace = runpy.run_path(str(gallery.EXAMPLES / f"{name}.py"), run_name="__main__")
+        for path in (picture, picture.with_stem(f"{name}-dark")):
+            assert path.read_bytes().startswith(b"\x89PNG")
+        return namespace["result"]
+
+    yield run
+    torch.set_num_threads(threads)
+
+
+def test_maml_fits_new_curves_better_than_pretraining(run: Any) -> None:
+    result = run("maml_sinusoids", outer=500, test_tasks=100)
+    assert len(result["maml"]) == 11  # before, and after each of ten steps
+    assert result["maml"][10] < 0.75 * result["pretrained"][10]
+
+
+def test_reweighting_finds_wrong_labels(run: Any) -> None:
+    result = run("reweighting", outer=8, inner=40, train=300)
+    assert result["auc"] > 0.8
+    assert result["weighted"] > result["all labels as they are"]
+
+
+def test_distilled_images_teach_more_than_real_ones(run: Any) -> None:
+    result = run("distillation", outer=60, inner=10, draws=4)
+    assert result["distilled"] > result["ten real images"] + 0.05
+
+
+def test_the_metagradient_predicts_retraining(run: Any) -> None:
+    result = run("attribution", inner=150, train=600, subsets=40)
+    metagradient, similarity = result[0.02]
+    assert metagradient > 0.9
+    assert metagradient > similarity
+
+
+def test_a_learned_schedule_is_better_than_a_constant_rate(run: Any) -> None:
+    result = run("learned_schedule", outer=20, inner=40, runs=8, new_runs=50)
+    (constant,) = (loss for name, loss in result.items() if name.startswith("constant"))
+    assert result["learned"] < constant
+
+
+def test_a_rate_per_weight_adapts_better_than_one_rate(run: Any) -> None:
+    result = run("meta_sgd", outer=250, new_tasks=300)
+    assert result["Meta-SGD"] < 0.9 * result["MAML, one learned rate"]
+
+
+def test_multi_step_losses_and_rates_adapt_better(run: Any) -> None:
+    result = run("maml_plus_plus", outer=30, new_tasks=100)
+    assert result["MAML++"] > result["MAML"]
+    assert result["MAML++"] > result["nearest image"]
+
+
+def test_imaml_has_the_gradient_of_the_path_and_learns_as_well(run: Any) -> None:
+    result = run("imaml", outer=8, tasks=4, new_tasks=50)
+    assert result["difference"] < 1e-3
+    assert result["iMAML"] > result["not meta-learned"]
+    assert abs(result["iMAML"] - result["MAML"]) < 0.05
+
+
+def test_a_learned_loss_withstands_wrong_labels(run: Any) -> None:
+    result = run("learned_loss", outer=25, inner=30, runs=6)
+    assert result["learned"] > result["cross-entropy"]
+
+
+def test_the_gradient_of_a_gradient_of_training_is_exact_and_of_use(run: Any) -> None:
+    result = run("nested", outer=2, middle=2, inner=5)
+    assert result["error"] < 1e-6
+    assert result["rate learned at the learned rate"] < result["rate learned at 0.05"]
+
+
+def test_learned_weights_choose_what_to_fine_tune_on(run: Any) -> None:
+    result = run("lora", pretraining=40, outer=3, inner=6, pool=18)
+    assert result["auc"] > 0.6
+    assert result["learned weights"] < result["the pool as it is"]
+
+
+@pytest.mark.parametrize("name", gallery.names())
+def test_what_is_committed_was_printed_by_the_example_as_it_is(name: str) -> None:
+    first, _, printed = (gallery.OUTPUT / f"{name}.txt").read_text("utf-8").partition("\n")
+    assert first == gallery.digest(name), f"run: python docs/gallery.py {name}"
+    assert printed.strip()
+    assert (gallery.OUTPUT / f"{name}.png").exists()
+
+
+def test_every_example_has_a_place_in_the_gallery_and_in_the_navigation() -> None:
+    files = {path.stem for path in gallery.EXAMPLES.glob("*.py")}
+    assert files - {"shared", "digits", "precision"} == set(gallery.names())
+    navigation = (TOP / "docs/mkdocs.yml").read_text("utf-8")
+    assert all(f"examples/{name}.md" in navigation for name in gallery.names())
