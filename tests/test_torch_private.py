@@ -28,12 +28,6 @@ PACKAGE = Path(diffopt.__file__).parent
 #: What PyTorch's documentation lists: operations on lists of tensors, and the operators of ATen.
 DOCUMENTED = ("torch._foreach_", "torch.ops.aten.")
 
-#: Files that are being rewritten.
-NOT_YET = {
-    *("_compile/compiled.py", "_compile/specialise.py", "_compile/trace.py"),
-    "_step/observe.py",
-}
-
 
 def is_private(name: str) -> bool:
     return any(part.startswith("_") and not part.startswith("__") for part in name.split("."))
@@ -93,8 +87,6 @@ FILES = [p for p in sorted(PACKAGE.rglob("*.py")) if "_torch" not in p.parts]
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
 def test_private_names_are_used_in_one_place(path: Path) -> None:
-    if path.relative_to(PACKAGE).as_posix() in NOT_YET:
-        pytest.skip("being rewritten")
     found = {n for n in private_names(path.read_text()) if not n.startswith(DOCUMENTED)}
     assert not found, f"{path.name} uses {sorted(found)}: wrap it in diffopt/_torch"
 

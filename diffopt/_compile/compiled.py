@@ -24,9 +24,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from diffopt._compile.block import CompiledBlock, CompiledLinearization
 from diffopt._compile.code import Code
@@ -39,10 +37,12 @@ from diffopt._compile.trace import Untraceable
 from diffopt._derivatives.table import with_second_derivatives
 from diffopt._step.generators import Generators
 from diffopt._step.linearization import Linearization
-from diffopt._step.observe import Observer, present_sequence
+from diffopt._step.observe import Observer
 from diffopt._step.result import Checked, StepResult
 from diffopt._step.step import InnerStep, small
+from diffopt._torch.autograd import in_forward_mode, present_sequence
 from diffopt._torch.inductor import operations_are_watched
+from diffopt._torch.pytree import tree_flatten
 from diffopt._values.state import State
 from diffopt.optim import Optimizer
 from diffopt.optim.scalars import values_unknown
@@ -423,12 +423,12 @@ def _flattened(item: Any) -> tuple[Sequence[Any], Any]:
     """The leaves of a batch, and what else it is."""
     if type(item) is tuple and all(type(x) is Tensor for x in item):
         return item, len(item)
-    return pytree.tree_flatten(item)
+    return tree_flatten(item)
 
 
 def _transformed() -> bool:
     """Whether more is wanted of a step than its values: it is traced, batched or has tangents."""
-    return values_unknown() or forward_ad._current_level >= 0 or operations_are_watched()
+    return values_unknown() or in_forward_mode() or operations_are_watched()
 
 
 def _arithmetic() -> Hashable:

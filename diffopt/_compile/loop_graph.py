@@ -18,6 +18,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from diffopt._compile.trace import Traced
+from diffopt._torch.compiling import is_overload
 from diffopt._torch.inductor import loop_operator
 
 aten = torch.ops.aten
@@ -160,7 +161,7 @@ def _root(node: Node) -> Node:
 
 
 def _is_view(target: Any) -> bool:
-    if not isinstance(target, torch._ops.OpOverload):
+    if not is_overload(target):
         return False
     return any(r.alias_info is not None for r in target._schema.returns)
 

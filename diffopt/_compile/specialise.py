@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
@@ -19,6 +18,7 @@ from diffopt._step.generators import Generators
 from diffopt._step.observe import Observer
 from diffopt._step.result import Checked, StepResult, present
 from diffopt._step.step import InnerStep
+from diffopt._torch.pytree import tree_flatten, tree_unflatten
 from diffopt._values.state import Cotangent, State
 from diffopt._values.tree import Path
 
@@ -174,7 +174,7 @@ class Specialisation:
             step = call.bound(hyper, traced=True)
             with torch.no_grad():
                 result = step(before, call.t)
-            leaves, spec = pytree.tree_flatten(result.aux)
+            leaves, spec = tree_flatten(result.aux)
             found[:] = result.state, leaves, spec, frozenset(step.loss.buffers.tracked)
             old = before.tensors()
             values = [_as(x, old.get(path)) for path, x in result.state.tensors().items()]
@@ -209,7 +209,7 @@ class Specialisation:
             return None
         given = iter(tensors)
         leaves = [next(given) if x is _TENSOR else x for x in self._aux]
-        return pytree.tree_unflatten(leaves, self._aux_spec)
+        return tree_unflatten(leaves, self._aux_spec)
 
     def run(self, call: Call, drawn: Sequence[Tensor]) -> StepResult:
         """Take the step.

@@ -25,6 +25,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from diffopt._derivatives.table import with_second_derivatives
+from diffopt._torch.compiling import is_overload, without_autocast
 from diffopt._torch.inductor import Run, compile_graph, said_to_compile
 
 aten = torch.ops.aten
@@ -168,7 +169,7 @@ def _check(node: Node, graph: GraphModule) -> None:
 
 def _shape_depends_on_data(node: Node) -> bool:
     target = node.target
-    if not isinstance(target, torch._ops.OpOverload):
+    if not is_overload(target):
         return False
     if torch.Tag.dynamic_output_shape not in target.tags:
         return False
@@ -185,10 +186,7 @@ def _lift_draws(graph: GraphModule) -> list[Draw]:
     draws = []
     for node in list(nodes):
         target = node.target
-        if not (
-            isinstance(target, torch._ops.OpOverload)
-            and torch.Tag.nondeterministic_seeded in target.tags
-        ):
+        if not (is_overload(target) and torch.Tag.nondeterministic_seeded in target.tags):
             continue
         draws.append(_draw(node))
         with graph.graph.inserting_after(last):
@@ -269,7 +267,7 @@ def _is_written(node: Node) -> bool:
     """Whether the tensor of ``node``, or a view of it, may be changed in place."""
     for user in node.users:
         target = user.target
-        if not isinstance(target, torch._ops.OpOverload):
+        if not is_overload(target):
             if user.op != "output":
                 return True
         elif target._schema.is_mutable or target._schema.name in _WRITING:
@@ -343,12 +341,8 @@ def _where(node: Node) -> str:
 @contextmanager
 def plain_arithmetic() -> Iterator[None]:
     """Without autograd and autocast, which have done their work in the trace."""
-    with torch.no_grad():
-        if torch._C._is_any_autocast_enabled():
-            with torch._C._DisableAutocast():
-                yield
-        else:
-            yield
+    with torch.no_grad(), without_autocast():
+        yield
 
 
 @contextmanager

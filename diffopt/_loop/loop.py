@@ -20,9 +20,10 @@ from diffopt._model.standing import standing
 from diffopt._step.capture import Captured, Graph, Part
 from diffopt._step.generators import Generators
 from diffopt._step.linearization import Linearization
-from diffopt._step.observe import Observer, present_sequence
+from diffopt._step.observe import Observer
 from diffopt._step.result import Checked, StepResult
 from diffopt._step.step import InnerStep
+from diffopt._torch.autograd import present_sequence
 from diffopt._torch.engine import shielded
 from diffopt._values.state import Cotangent, State
 from diffopt._values.tree import Path, add, map_tensors

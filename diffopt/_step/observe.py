@@ -25,6 +25,8 @@ from torch.overrides import TorchFunctionMode
 
 from diffopt._derivatives.table import REPLACEMENTS
 from diffopt._step.generators import Generators
+from diffopt._torch.autograd import present_sequence
+from diffopt._torch.functorch import is_wrapped
 from diffopt._torch.modes import opened
 from diffopt._values.tree import tensors_in
 
@@ -205,7 +207,7 @@ class Observer(TorchFunctionMode):
     def _meet(self, x: Tensor) -> None:
         """Take note of a tensor that the step uses for the first time and did not make."""
         key = id(x)
-        if torch._C._functorch.is_functorch_wrapped_tensor(x):
+        if is_wrapped(x):
             self._known[key] = x
             return
         if x.requires_grad and not x.is_leaf:
@@ -391,11 +393,6 @@ _HARMLESS = {"requires_grad_", "detach_"}
 _KINDS: dict[Any, _Kind] = {}
 
 
-def present_sequence() -> int:
-    """A number that every autograd node made on this thread from now on reaches or exceeds."""
-    return int(torch._C._autograd._get_sequence_nr())
-
-
 def edge_of(x: Tensor) -> Edge:
     """Where the graph behind ``x`` begins."""
     if x.grad_fn is not None:
@@ -424,4 +421,4 @@ def _holds(refs: Mapping[int, _Ref], x: Tensor) -> bool:
 
 
 def _has_memory(x: Tensor) -> bool:
-    return x.layout is torch.strided and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    return x.layout is torch.strided and not is_wrapped(x)

@@ -27,8 +27,9 @@ from diffopt._step.capture import Graph, comes_to
 from diffopt._step.group import Group
 from diffopt._step.linearization import Linearization, Split, Whole
 from diffopt._step.loss import InnerLoss
-from diffopt._step.observe import Observer, present_sequence
+from diffopt._step.observe import Observer
 from diffopt._step.result import Checked, Evaluated, StepResult, present
+from diffopt._torch.autograd import present_sequence
 from diffopt._torch.collectives import no_collectives
 from diffopt._torch.engine import gradient
 from diffopt._values.state import State

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeGuard
 
 from diffopt._torch.feature import optional, private
 
@@ -20,7 +20,7 @@ def compile_fx(*args: Any, **kwargs: Any) -> Any:
     return private(_compile_fx, "compile_fx", _FEATURE)(*args, **kwargs)
 
 
-def is_overload(target: Any) -> bool:
+def is_overload(target: Any) -> TypeGuard[Any]:
     """Whether ``target`` is an operator of ``torch.ops``, as traced graphs call."""
     return _OpOverload is not None and isinstance(target, _OpOverload)
 

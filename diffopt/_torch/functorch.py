@@ -53,6 +53,11 @@ def unwrapped(x: Any, level: Level) -> tuple[Tensor, int] | None:
     return value, int(dim)
 
 
+def is_batched(x: Tensor) -> bool:
+    """Whether ``x`` is mapped over by ``torch.vmap``."""
+    return _is_batched is not None and bool(_is_batched(x))
+
+
 def is_wrapped(x: Tensor) -> bool:
     """Whether ``x`` stands for another tensor inside a ``torch.func`` transform."""
     return _is_wrapped is not None and bool(_is_wrapped(x))

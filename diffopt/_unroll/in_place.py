@@ -14,10 +14,10 @@ from functools import partial, wraps
 from inspect import getattr_static
 from typing import TYPE_CHECKING, Any, Self, TypeGuard
 
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from diffopt._model.held import APART, reaches
+from diffopt._torch.pytree import tree_flatten, tree_unflatten
 from diffopt._values.tree import tensors_in
 
 if TYPE_CHECKING:
@@ -276,11 +276,11 @@ def _replaced(tree: Any, function: Callable[[Any], Any]) -> Any:
 
     The tables of a module, which are trees, too, hold other tensors when the values are gone.
     """
-    leaves, spec = pytree.tree_flatten(tree)
+    leaves, spec = tree_flatten(tree)
     new = [function(x) for x in leaves]
     if all(a is b and not isinstance(a, Tensor) for a, b in zip(new, leaves, strict=True)):
         return tree
-    return pytree.tree_unflatten(new, spec)
+    return tree_unflatten(new, spec)
 
 
 def _shown(fast: Unrolled, value: Any) -> Any:

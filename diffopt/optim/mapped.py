@@ -15,10 +15,10 @@ from itertools import groupby
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
-from torch._C._functorch import is_batchedtensor
 
+from diffopt._torch.functorch import is_batched
+from diffopt._torch.pytree import tree_flatten, tree_leaves, tree_unflatten
 from diffopt.optim.base import Optimizer, OptState
 from diffopt.optim.options import broadcasts
 from diffopt.optim.terms import Hyper, tensors_of
@@ -141,9 +141,9 @@ def _mapped(
 ) -> Any:
     """``function(params, hyper, *rest)`` for every task."""
     hyper = [dict(options) for options in part.hyper]
-    tensors, spec = pytree.tree_flatten((params, hyper, *rest))
+    tensors, spec = tree_flatten((params, hyper, *rest))
     of_hyper = iter(_dims(part, tasks, params))
-    count_before, count = len(params), len(pytree.tree_leaves(hyper))
+    count_before, count = len(params), len(tree_leaves(hyper))
     dims = [
         next(of_hyper)
         if count_before <= i < count_before + count
@@ -153,9 +153,9 @@ def _mapped(
     results: list[Any] = []
 
     def one(*leaves: Any) -> list[Tensor]:
-        found = function(*pytree.tree_unflatten(list(leaves), spec))
-        leaves_out, out_spec = pytree.tree_flatten(found)
-        shared = [None if x.dim() or is_batchedtensor(x) else x for x in leaves_out]
+        found = function(*tree_unflatten(list(leaves), spec))
+        leaves_out, out_spec = tree_flatten(found)
+        shared = [None if x.dim() or is_batched(x) else x for x in leaves_out]
         results[:] = [shared, out_spec]
         return [x for x, same in zip(leaves_out, shared, strict=True) if same is None]
 
@@ -173,7 +173,7 @@ def _mapped(
         ) from error
     shared, out_spec = results
     leaves = [next(outputs) if same is None else same for same in shared]
-    return pytree.tree_unflatten(leaves, out_spec)
+    return tree_unflatten(leaves, out_spec)
 
 
 def _dims(part: _Part, tasks: int, params: Params) -> list[int | None]:
