@@ -78,9 +78,9 @@ def _one_call_with_many(c: Coefficient) -> TypeGuard[Any]:
 
 def _may_overwrite(*operands: Tensors) -> bool:
     """Whether memory that is given up may be written into: nothing is being recorded."""
-    if in_functorch() or in_forward_mode():
+    if torch.is_grad_enabled() and any(x.requires_grad for xs in operands for x in xs):
         return False
-    return not (torch.is_grad_enabled() and any(x.requires_grad for xs in operands for x in xs))
+    return not in_forward_mode() and not in_functorch()
 
 
 def _operand(c: Any, xs: Tensors) -> Any:
