@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -66,7 +66,6 @@ class Block(Protocol):
         """
 
 
-@runtime_checkable
 class TakesBlocks(Protocol):
     """A step that can be taken many times at once."""
 
@@ -165,12 +164,12 @@ def _taken(
     loop: Loop, state: State, start: int, stop: int, keep: bool, observer: Observer | None = None
 ) -> Block | None:
     step = loop.step
-    if loop.ledger is not None or not isinstance(step, TakesBlocks):
+    if loop.ledger is not None or not hasattr(step, "together"):
         return None
     if keep and loop.max_cotangent_norm is not None:  # something to do between the steps
         return None
     with torch.no_grad():
-        return step.together(state, start, stop, keep=keep, observer=observer)
+        return cast(TakesBlocks, step).together(state, start, stop, keep=keep, observer=observer)
 
 
 def block_vjp(

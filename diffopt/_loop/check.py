@@ -140,6 +140,9 @@ def _values(checked: Checked) -> Iterator[tuple[str, _Value]]:
 
 
 def _value(values: Sequence[Any]) -> _Value:
+    first = values[0]
+    if len(values) == 1 and isinstance(first, Tensor) and first.is_cpu and not first.dim():
+        return (first.item(),)
     flat: list[Any] = []
     for value in values:
         flat += value if isinstance(value, tuple) else (value,)

@@ -21,6 +21,7 @@ from diffopt._step.result import Checked, Evaluated, StepResult, present
 from diffopt._torch.engine import pulled_back
 from diffopt._values.state import Cotangent, State
 from diffopt._values.tree import Path, add
+from diffopt.optim import lists as L
 from diffopt.optim.vjp import reads_gradients, update_vjp
 
 if TYPE_CHECKING:
@@ -213,10 +214,12 @@ class Split(Linearization):
         roots += [(x, by_kind["buffers"].get(name)) for name, x in self._buffers.items()]
         roots += [(self._loss, loss_cotangent)]
         found, others = self._pulled(roots, captured, retain_graph)
-        for path, c in found.items():
-            total = add(before.get(path), c)
-            assert total is not None
-            before[path] = total
+        both = [path for path in found if path in before]
+        sums: Sequence[Tensor] = ()
+        if both:
+            sums = L.add([before[path] for path in both], [found[path] for path in both])
+        before.update(found)
+        before.update(zip(both, sums, strict=True))
         return before, [add(a, b) for a, b in zip(update.seen, others, strict=True)]
 
 

@@ -111,13 +111,16 @@ class InnerStep:
         own = list(params.values())
         if connected:
             own += [x for x in state.each() if x.requires_grad]
+        given = state.params
         state = State(params, state.opt, state.buffers)
         with beyond_second_derivatives(connected):
             found = self.evaluate(state, t, own, connected, observer)
         grads = found.grads
         if not connected:
-            params = {name: x.detach() for name, x in params.items()}
-            grads = {name: g if g is None else g.detach() for name, g in grads.items()}
+            params = {n: x.detach() if x.requires_grad else x for n, x in given.items()}
+            grads = {
+                n: g.detach() if g is not None and g.requires_grad else g for n, g in grads.items()
+            }
         seen = None if self._is_pure else observer  # a pure rule uses nothing but its arguments
         shown = seen is not None and not self._is_known(found.hyper)
         with torch.set_grad_enabled(connected or shown), seen or _NOTHING:

@@ -352,8 +352,10 @@ class Optimizer(torch.optim.Optimizer):
     ) -> Sequence[Sequence[str]]:
         """The names of each param group."""
         if groups is not None:
-            missing = [name for name in chain.from_iterable(groups) if name not in params]
-            if len(groups) != len(self.param_groups) or missing:
+            if len(groups) != len(self.param_groups) or not all(
+                map(params.__contains__, chain.from_iterable(groups))
+            ):
+                missing = [name for name in chain.from_iterable(groups) if name not in params]
                 raise ValueError(
                     "groups= must list the parameter names of each of the "
                     f"{len(self.param_groups)} param groups; got {len(groups)} lists"

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from diffopt._torch.autograd import in_forward_mode
 from diffopt._torch.functorch import in_functorch
-from diffopt.optim.scalars import Coefficient, Scalar, has_tangent
+from diffopt.optim.scalars import Coefficient, Scalar, has_tangent, values_unknown
 
 Tensors = list[Tensor]
 
@@ -78,9 +78,27 @@ def _one_call_with_many(c: Coefficient) -> TypeGuard[Any]:
 
 def _may_overwrite(*operands: Tensors) -> bool:
     """Whether memory that is given up may be written into: nothing is being recorded."""
-    if in_functorch() or in_forward_mode():
+    if torch.is_grad_enabled() and any(x.requires_grad for xs in operands for x in xs):
         return False
-    return not (torch.is_grad_enabled() and any(x.requires_grad for xs in operands for x in xs))
+    return not in_forward_mode() and not in_functorch()
+
+
+def _operand(c: Any, xs: Tensors) -> Any:
+    """A factor for one call over ``xs``, with the same result and in half of the time.
+
+    On the CPU, where it is made a tensor for each of ``xs`` otherwise. Not where that is recorded:
+    autograd would save it.
+    """
+    dtype = xs[0].dtype
+    plain = (
+        type(c) in (int, float)
+        and dtype in _WIDE
+        and all(x.is_cpu and x.dtype is dtype and not x.requires_grad for x in xs)
+    )
+    return torch.scalar_tensor(c, dtype=dtype) if plain and not values_unknown() else c
+
+
+_WIDE = (torch.float32, torch.float64)
 
 
 def neg(xs: Tensors) -> Tensors:
@@ -122,20 +140,22 @@ def scale(
         if into is not None and _may_overwrite(xs, into):
             torch._foreach_copy_(into, xs)
             xs, give_up = into, True
+        factor = _operand(c, xs)
         if give_up and _may_overwrite(xs):
-            torch._foreach_mul_(xs, c)
+            torch._foreach_mul_(xs, factor)
             return xs
-        return list(torch._foreach_mul(xs, c))
+        return list(torch._foreach_mul(xs, factor))
     return [k * x for x, k in zip(xs, _each(c, xs), strict=True)]
 
 
 def divide(xs: Tensors, c: Coefficient, *, give_up: bool = False) -> Tensors:
     """x / c."""
     if _one_call_with_many(c):
+        factor = _operand(c, xs)
         if give_up and _may_overwrite(xs):
-            torch._foreach_div_(xs, c)
+            torch._foreach_div_(xs, factor)
             return xs
-        return list(torch._foreach_div(xs, c))
+        return list(torch._foreach_div(xs, factor))
     return [x / k for x, k in zip(xs, _each(c, xs), strict=True)]
 
 
