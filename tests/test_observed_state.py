@@ -717,7 +717,7 @@ def test_detached_unroll_cuts_the_graph_of_its_buffers(adjoint: str) -> None:
             first = first.detach()
         else:
             first.params = {n: p.detach().requires_grad_() for n, p in first.params.items()}
-            first.rest = {n: b.detach() for n, b in first.rest.items()}
+            first.rest = {n: b.detach() for n, b in first.buffers.items()}
         second = train(model, 2, lambda m, t: squares(m(x) - 1), lr=rate, initial=first)
         return squares(second.apply(lambda m: m.net(x))), [rate]
 
