@@ -38,6 +38,8 @@ ADJOINTS: dict[str, diffopt.Adjoint] = {
     "memory-budget": diffopt.MemoryBudget("1GiB"),
 }
 every_adjoint = pytest.mark.parametrize("adjoint", ADJOINTS)
+#: Where it can only matter whether a step is stored or computed again.
+stored_or_again = pytest.mark.parametrize("adjoint", ["store-all", "segmented-1"])
 
 #: Those that may keep the graph of a step, so that a step of theirs runs once.
 KEEPING = ("store-all", "memory-budget")
