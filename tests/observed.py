@@ -17,14 +17,14 @@ import random
 import re
 import types
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import count
 from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
+from oracle import Plain, plain
 from torch import Tensor, nn
 
 import diffopt
@@ -38,6 +38,8 @@ ADJOINTS: dict[str, diffopt.Adjoint] = {
     "memory-budget": diffopt.MemoryBudget("1GiB"),
 }
 every_adjoint = pytest.mark.parametrize("adjoint", ADJOINTS)
+#: Where it can only matter whether a step is stored or computed again.
+stored_or_again = pytest.mark.parametrize("adjoint", ["store-all", "segmented-1"])
 
 #: Those that may keep the graph of a step, so that a step of theirs runs once.
 KEEPING = ("store-all", "memory-budget")
@@ -82,75 +84,6 @@ def cases(name: str, table: Mapping[str, Any]) -> Any:
     return pytest.mark.parametrize(name, list(table.values()), ids=ids(table))
 
 
-# The plain loop.
-
-
-@contextmanager
-def standing(model: nn.Module, values: Mapping[str, Tensor | None]) -> Iterator[None]:
-    """Put tensors into the places of parameters and buffers, and all places back afterwards.
-
-    A buffer that is not among ``values`` is not there meanwhile.
-    """
-    modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
-    before = [(m, dict(m._parameters), dict(m._buffers)) for m in modules]
-    same: dict[int, list[str]] = {}
-    for name, p in model.named_parameters(remove_duplicate=False):
-        same.setdefault(id(p), []).append(name)
-    names = {group[0]: group for group in same.values()}
-    for name in entries(model).keys() - values.keys():
-        prefix, _, key = name.rpartition(".")
-        del model.get_submodule(prefix)._buffers[key]
-    for name, x in values.items():
-        for alias in names.get(name, [name]):
-            prefix, _, key = alias.rpartition(".")
-            owner = model.get_submodule(prefix)
-            places: Any = owner._parameters if key in owner._parameters else owner._buffers
-            places[key] = x
-    try:
-        yield
-    finally:
-        for module, params, buffers in before:
-            module._parameters.clear()
-            module._parameters.update(params)
-            module._buffers.clear()
-            module._buffers.update(buffers)
-
-
-def entries(model: nn.Module) -> dict[str, Tensor | None]:
-    """The buffers by name, those included that are None."""
-    return {
-        f"{prefix}.{key}" if prefix else key: x
-        for prefix, module in model.named_modules()
-        if not isinstance(module, torch.jit.ScriptModule)
-        for key, x in module._buffers.items()
-    }
-
-
-class Plain:
-    """What the plain loop gives, under the names that ``Unrolled`` has."""
-
-    def __init__(
-        self, model: nn.Module, params: dict[str, Tensor], rest: dict[str, Tensor | None]
-    ) -> None:
-        self.model, self.params, self.rest = model, params, rest
-        self.losses = torch.zeros(0)
-
-    @property
-    def buffers(self) -> dict[str, Tensor]:
-        return {name: x for name, x in self.rest.items() if x is not None}
-
-    def apply(self, fn: Callable[..., Any], *args: Any) -> Any:
-        with standing(self.model, {**self.params, **_copies(self.rest)}):
-            return fn(self.model, *args)
-
-    def __call__(self, *args: Any) -> Any:
-        return self.apply(lambda model: model(*args))
-
-
-def _copies(values: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
-    return {name: x if x is None else x.clone() for name, x in values.items()}
-
-
 class Train:
     """``train(model, steps, loss_fn, lr=...)``: gradient descent, by one of two ways."""
 
@@ -179,7 +112,7 @@ class Train:
 
 
 class ByHand(Train):
-    """A loop with ``autograd.grad(create_graph=True)`` that moves the module itself along."""
+    """The plain loop."""
 
     def __call__(
         self,
@@ -191,40 +124,9 @@ class ByHand(Train):
         inner: str = "",
         by: Any = None,
         rule: Any = None,
-        grad_transform: Any = None,
-        initial: Any = None,
+        **more: Any,
     ) -> Plain:
-        named = dict(model.named_parameters())
-        chosen = [n for n, p in named.items() if p.requires_grad and n.startswith(inner)]
-        if initial is None:
-            rest = {n: p for n, p in named.items() if n not in chosen}
-            result = Plain(model, {n: named[n] for n in chosen}, {**rest, **entries(model)})
-        else:
-            result = Plain(model, dict(initial.params), dict(initial.rest))
-        losses = []
-        for t, item in enumerate(range(steps) if isinstance(steps, int) else steps):
-            # Aliases: a weight's other uses are constants of the inner gradient.
-            params = {name: x.view_as(x) for name, x in result.params.items()}
-            places = {**params, **_copies(result.rest)}
-            with standing(model, places):
-                loss = loss_fn(model, item)
-                losses.append(loss)
-                after = {n: x for n, x in model.named_parameters() if n not in chosen}
-                after |= entries(model)
-            found = torch.autograd.grad(
-                loss, list(params.values()), create_graph=True, allow_unused=True
-            )
-            grads = {n: g for n, g in zip(params, found, strict=True) if g is not None}
-            if grad_transform is not None:
-                grads = dict(grad_transform(grads))
-            if rule is not None:
-                new = rule(params, grads, t)
-            else:
-                rate = lr(t) if callable(lr) else lr
-                new = {n: params[n] - rate * g for n, g in grads.items()}
-            result.params, result.rest = {**result.params, **new}, after
-        result.losses = torch.stack(losses) if losses else result.losses
-        return result
+        return plain(model, [(inner, {"lr": lr})], steps, loss_fn, rule=rule, **more)
 
 
 class Guard:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from oracle import plain
 from torch import Tensor, nn
 
 import diffopt
@@ -71,22 +72,21 @@ class Training:
         """With the graph of all steps kept, and Adam's rule as its authors state it."""
         model = self._reference()
         start = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        params = dict(start)
         first = {name: torch.zeros_like(p) for name, p in start.items()}
         second = dict(first)
-        torch.manual_seed(1)
-        for t in range(self.steps):
-            value = torch.func.functional_call(_Holds(model, self.loss), _under(params), (t,))
-            grads = torch.autograd.grad(value, list(params.values()), create_graph=True)
-            for (name, p), g in zip(params.items(), grads, strict=True):
+
+        def rule(params: dict[str, Tensor], grads: dict[str, Tensor], t: int) -> dict[str, Tensor]:
+            new = {}
+            for name, g in grads.items():
                 first[name] = 0.9 * first[name] + 0.1 * g
                 second[name] = 0.999 * second[name] + 0.001 * g * g
-                mean, square = (
-                    first[name] / (1 - 0.9 ** (t + 1)),
-                    second[name] / (1 - 0.999 ** (t + 1)),
-                )
-                params[name] = p - 0.03 * mean / (square.sqrt() + 1e-3)
-        outer = torch.func.functional_call(_Holds(model, self.outer), _under(params), ())
+                mean = first[name] / (1 - 0.9 ** (t + 1))
+                square = second[name] / (1 - 0.999 ** (t + 1))
+                new[name] = params[name] - 0.03 * mean / (square.sqrt() + 1e-3)
+            return new
+
+        torch.manual_seed(1)
+        outer = plain(model, {}, self.steps, self.loss, rule=rule).apply(self.outer)
         found = torch.autograd.grad(outer, list(start.values()))
         return sum((g * v[name]).sum().item() for name, g in zip(start, found, strict=True))
 
@@ -115,21 +115,6 @@ class Training:
             for name, x in model.named_buffers():  # which the outer evaluation may advance
                 x.copy_(buffers[name])
         return outer, model, generator
-
-
-class _Holds(nn.Module):
-    """``function(model, ...)`` as the forward of a module, for ``functional_call``."""
-
-    def __init__(self, model: nn.Module, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.model, self.function = model, function
-
-    def forward(self, *args: Any) -> Any:
-        return self.function(self.model, *args)
-
-
-def _under(params: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {f"model.{name}": p for name, p in params.items()}
 
 
 def check(training: Training, adjoints: Sequence[diffopt.Adjoint] = ADJOINTS) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from adjoints import EXACT
-from helpers import plain
 from optimizers import CASES, Case
+from oracle import plain
 from torch import Tensor, nn
 
 import diffopt

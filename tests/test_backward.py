@@ -12,7 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from adjoints import every_adjoint
-from helpers import Plain, assert_all_close, batch, batches, called, mse, plain, tiny
+from helpers import assert_all_close, batch, batches, called, mse, tiny
+from oracle import Plain, plain
 from torch import Tensor, nn
 
 import diffopt
@@ -287,7 +288,7 @@ def test_attributes_of_the_model_may_be_bound_anew() -> None:
     assert model.scale.grad is None
 
 
-def test_a_tensor_that_only_the_gradient_depends_on_is_an_error() -> None:
+def test_a_tensor_that_only_the_gradient_depends_on() -> None:
     class Scaled(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -299,14 +300,7 @@ def test_a_tensor_that_only_the_gradient_depends_on_is_an_error() -> None:
 
     model, data, strength = tiny(), batches(T), number(0.7)
     fast = diffopt.unroll(model, sgd(model), data, lambda m, p: Scaled.apply(mse(m, p)), segment=1)
-    with pytest.raises(RuntimeError, match=r"gradient of the loss of step 3 depends on a tensor"):
-        fast.losses.sum().backward()
-    (grad,) = torch.autograd.grad(
-        diffopt.unroll(
-            model, sgd(model), data, lambda m, p: Scaled.apply(mse(m, p)) + 0 * strength
-        ).losses.sum(),
-        strength,
-    )
+    (grad,) = torch.autograd.grad(fast.losses.sum(), strength)
     reference = plain(model, {"lr": 0.2}, data, lambda m, p: Scaled.apply(mse(m, p)))
     (want,) = torch.autograd.grad(reference.losses.sum(), strength)
     torch.testing.assert_close(grad, want, rtol=1e-10, atol=1e-13)
@@ -319,7 +313,7 @@ def test_tensors_that_a_step_keeps_for_the_next_are_an_error() -> None:
         held[0] = mse(model, pair) + 0.1 * held[0]
         return held[0]
 
-    with pytest.raises(NotImplementedError, match=r"step 1 uses a tensor made by .*detach it"):
+    with pytest.raises(NotImplementedError, match=r"step 1 uses a tensor .* earlier step made"):
         diffopt.unroll(model, sgd(model), data, carries)
 
     def keeps(model: Any, pair: Any) -> Tensor:
@@ -327,8 +321,10 @@ def test_tensors_that_a_step_keeps_for_the_next_are_an_error() -> None:
         return mse(model, (held[0], pair[1]))
 
     fast = diffopt.unroll(model, sgd(model), data, keeps, segment=1)
-    with pytest.raises(RuntimeError, match=r"does it keep tensors from step to step, .*detach"):
-        fast.losses.sum().backward()
+    inputs = list(model.parameters())
+    got = torch.autograd.grad(fast.losses.sum(), inputs)
+    want = torch.autograd.grad(plain(model, {"lr": 0.2}, data, mse).losses.sum(), inputs)
+    assert_all_close(got, want, rtol=1e-10, atol=1e-13)  # a leaf made anew each time is no state
 
 
 # Threads.
@@ -359,7 +355,7 @@ def test_threads(adjoint: diffopt.Adjoint) -> None:
 
 
 def test_a_tensor_computed_on_another_thread() -> None:
-    model, data, a = tiny(), batches(T), number(0.7)
+    model, data, a, found = tiny(), batches(T), number(0.7), []
     for _ in range(2000):
         a * 1.0  # this thread is ahead of a new one in numbering its nodes
     b = a.exp()
@@ -372,13 +368,13 @@ def test_a_tensor_computed_on_another_thread() -> None:
         return diffopt.unroll(model, sgd(model), steps, lambda m, s: mse(m, s[0]) * s[1])
 
     with ThreadPoolExecutor(1) as other:
-        fast = other.submit(captured).result()
-        with pytest.raises(RuntimeError, match=r"computed on another thread.*inside the batch"):
-            other.submit(fast.losses.sum().backward).result()
-        b = a.exp()
-        other.submit(inside_the_batch).result().losses.sum().backward()
+        for run in (captured, inside_the_batch):
+            a.grad, b = None, a.exp()
+            other.submit(run).result().losses.sum().backward()
+            found.append(a.grad)
     reference = plain(model, {"lr": 0.2}, data, lambda m, p: mse(m, p) * a.exp())
-    torch.testing.assert_close(a.grad, torch.autograd.grad(reference.losses.sum(), a)[0])
+    (want,) = torch.autograd.grad(reference.losses.sum(), a)
+    torch.testing.assert_close(found, [want, want])
 
 
 # Nesting.
@@ -516,6 +512,6 @@ def test_the_backward_pass_frees_what_was_kept(adjoint: diffopt.Adjoint) -> None
         del fast
         gc.collect()
         held[mode] = present - live_tensors()
-    assert held["after"] == 5  # four parameters, and the losses
+    assert held["after"] == 6  # four parameters, the losses, and the state of the random generator
     assert held["before"] > 8 * 4
     assert held["retained"] == held["before"]

@@ -19,8 +19,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_all_close, batch, batches, plain, tiny, unrolled
+from helpers import assert_all_close, batch, batches, tiny, unrolled
 from optimizers import CASES, Case
+from oracle import plain
 from test_gradients import PROBLEMS
 from torch import Tensor, nn
 

@@ -14,17 +14,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from adjoints import every_adjoint
-from helpers import (
-    Train,
-    assert_all_close,
-    batch,
-    batches,
-    differences,
-    mse,
-    plain,
-    tiny,
-    unrolled,
-)
+from helpers import Train, assert_all_close, batch, batches, differences, mse, tiny, unrolled
+from oracle import plain
 from torch import Tensor, nn
 
 import diffopt

@@ -13,14 +13,25 @@ from typing import Any
 
 import pytest
 import torch
-from observed import ADJOINTS, ByHand, Ours, data, gradients, learned, outcome, seed, small, squares
+from observed import (
+    ADJOINTS,
+    ByHand,
+    Ours,
+    data,
+    gradients,
+    learned,
+    outcome,
+    seed,
+    small,
+    squares,
+    stored_or_again,
+)
 from torch import Tensor, nn
 
 import diffopt
 
 STEPS = 3
 recomputing = pytest.mark.parametrize("adjoint", ["segmented-1", "segmented", "binomial-2"])
-kept_or_not = pytest.mark.parametrize("adjoint", ["store-all", "segmented-1"])
 
 
 def scripted(function: Callable[..., Any]) -> Any:
@@ -48,7 +59,7 @@ def _follow(teacher: Tensor, student: Tensor) -> None:
 # TorchScript is not observed.
 
 
-@kept_or_not
+@stored_or_again
 def test_leaf_that_only_torchscript_is_given_gets_its_gradient(adjoint: str) -> None:
     product = scripted(_product)
 
@@ -60,7 +71,7 @@ def test_leaf_that_only_torchscript_is_given_gets_its_gradient(adjoint: str) -> 
     outcome(experiment, adjoint)
 
 
-@kept_or_not
+@stored_or_again
 def test_computed_tensor_that_only_torchscript_is_given_is_refused(adjoint: str) -> None:
     product = scripted(_product)
 
@@ -98,7 +109,7 @@ def test_generator_that_only_torchscript_is_given_is_checked(adjoint: str) -> No
     outcome(experiment, adjoint, "refused", r"step \d, computed again, gives another loss")
 
 
-@kept_or_not
+@stored_or_again
 def test_global_generator_is_rewound_for_torchscript_too(adjoint: str) -> None:
     noisy = scripted(_noisy)
 
@@ -110,7 +121,7 @@ def test_global_generator_is_rewound_for_torchscript_too(adjoint: str) -> None:
     outcome(experiment, adjoint)
 
 
-@kept_or_not
+@stored_or_again
 def test_parameter_that_torchscript_moves_is_refused(adjoint: str) -> None:
     """Nobody could see it in time: the model stays as TorchScript has left it."""
     follow, x = scripted(_follow), data()
@@ -152,7 +163,7 @@ def test_generator_that_the_loss_uses_on_a_thread_of_its_own_is_checked(adjoint:
     outcome(experiment, adjoint, "refused", r"step \d, computed again, gives another loss")
 
 
-@kept_or_not
+@stored_or_again
 def test_tensor_that_another_thread_computed_before_is_captured(adjoint: str) -> None:
     def experiment(train: Any) -> Any:
         model, x, log_scale = small(), data(), learned(0.8)
@@ -233,7 +244,7 @@ def test_default_adjoint_with_state_out_of_sight() -> None:
 # Hooks of the loss may use what the loss does not.
 
 
-@kept_or_not
+@stored_or_again
 def test_tensor_that_a_hook_alone_uses_gets_its_gradient(adjoint: str) -> None:
     """A plain loop would call the hook once more on the way back: there k scales the gradients."""
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import plain
+from oracle import plain
 from torch import Tensor, nn
 
 import diffopt

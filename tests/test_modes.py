@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from adjoints import every_adjoint
-from helpers import plain
+from oracle import plain
 from torch import Tensor, nn
 
 import diffopt

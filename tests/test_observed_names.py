@@ -23,6 +23,7 @@ from observed import (
     outcome,
     small,
     squares,
+    stored_or_again,
 )
 from torch import Tensor, nn
 
@@ -95,7 +96,7 @@ NUMBER_USES = {
 
 
 @every_holder
-@every_adjoint
+@stored_or_again
 def test_batch_bound_anew(adjoint: str, holder: Any) -> None:
     outcome(rebound(holder, data, lambda: data() + 1, _batch), adjoint, "either", CHANGED)
 
@@ -139,7 +140,7 @@ def test_name_bound_to_nothing(adjoint: str, holder: Any) -> None:
 
 
 @every_holder
-@every_adjoint
+@stored_or_again
 def test_captured_tensor_in_any_holder(adjoint: str, holder: Any) -> None:
     """No name is bound anew: leaf and non-leaf tensors are found wherever they are kept."""
 

@@ -11,7 +11,18 @@ from typing import Any
 
 import pytest
 import torch
-from observed import Inputs, Slotted, Train, cases, data, every_adjoint, outcome, small, squares
+from observed import (
+    Inputs,
+    Slotted,
+    Train,
+    cases,
+    data,
+    every_adjoint,
+    outcome,
+    small,
+    squares,
+    stored_or_again,
+)
 from torch import Tensor, nn
 
 STEPS = 4
@@ -162,7 +173,7 @@ def reached(way: Way, *, beside: bool) -> Any:
 
 @pytest.mark.parametrize("beside", [True, False], ids=["beside-its-module", "alone"])
 @cases("way", WAYS)
-@every_adjoint
+@stored_or_again
 def test_parameter_reached_by_a_second_way(adjoint: str, way: Way, beside: bool) -> None:
     outcome(reached(way, beside=beside), adjoint, "either", r"enc\.weight|verify=True")
 
@@ -184,7 +195,7 @@ def test_only_at_a_later_step(adjoint: str, way: Way) -> None:
 
 
 @cases("way", {k: WAYS[k] for k in ("list", "closure", "SimpleNamespace", "view")})
-@every_adjoint
+@stored_or_again
 def test_frozen_parameter_reached_by_a_second_way(adjoint: str, way: Way) -> None:
     """One outside the optimizer that nothing moves is a constant: any way to it is right."""
 
@@ -252,7 +263,7 @@ SHARED = {
 
 
 @cases("share", SHARED)
-@every_adjoint
+@stored_or_again
 def test_parameters_that_share_memory_are_refused_by_name(adjoint: str, share: Any) -> None:
     def experiment(train: Train) -> tuple[Tensor, Inputs]:
         model, x = nn.Module(), data()

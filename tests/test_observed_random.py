@@ -25,6 +25,7 @@ from observed import (
     outcome,
     small,
     squares,
+    stored_or_again,
 )
 from torch import Tensor, nn
 
@@ -60,7 +61,7 @@ def drawing(read: Callable[[], torch.Generator], *kept: Any, model: Any = small)
 
 
 @every_holder
-@every_adjoint
+@stored_or_again
 def test_generator_in_any_holder(adjoint: str, holder: Any) -> None:
     read, _ = holder(generator())
     outcome(drawing(read), adjoint)
@@ -159,7 +160,7 @@ OTHER_HOLDERS = {
 
 
 @cases("holder", OTHER_HOLDERS)
-@every_adjoint
+@stored_or_again
 def test_generator_in_odd_holders(adjoint: str, holder: Any) -> None:
     outcome(drawing(holder(generator())), adjoint)
 
@@ -263,7 +264,7 @@ WAYS = {
 
 
 @cases("draw", WAYS)
-@every_adjoint
+@stored_or_again
 def test_generator_used_in_any_way(adjoint: str, draw: Any) -> None:
     def experiment(train: Train) -> tuple[Tensor, Inputs]:
         held = types.SimpleNamespace(g=generator())

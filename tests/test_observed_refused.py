@@ -20,250 +20,13 @@ from observed import (
     seed,
     small,
     squares,
+    stored_or_again,
 )
 from torch import Tensor, nn
 
 import diffopt
 
 STEPS = 4
-Function = torch.autograd.Function
-
-
-# Custom Functions whose backward pass is not recorded: the second derivative is cut.
-
-
-class InNoGrad(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.exp()
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        with torch.no_grad():
-            return g * x.exp()
-
-
-class Decorated(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.exp()
-
-    @staticmethod
-    @torch.no_grad()
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return g * x.exp()
-
-
-class OnceDifferentiable(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.exp()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return g * x.exp()
-
-
-class Detached(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.sin()
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return (g * x.cos()).detach()
-
-
-class ByNumPy(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.sin()
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return torch.from_numpy(g.detach().numpy() * x.detach().cos().numpy())
-
-
-class ByAutograd(Function):
-    """As an adjoint method does it: a graph of its own, and its gradient without a graph."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.sin()
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        with torch.enable_grad():
-            leaf = x.detach().requires_grad_()
-            (found,) = torch.autograd.grad(leaf.sin(), leaf, g.detach())
-        return found
-
-
-class ThroughData(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.tanh()
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return g.data * (1 - x.data.tanh() ** 2)
-
-
-class TwoInputs(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, k: float) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.k = k
-        return k * x.exp()
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:
-        (x,) = ctx.saved_tensors
-        with torch.no_grad():
-            return ctx.k * g * x.exp(), None
-
-
-class SetUp(Function):
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return x.exp()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        with torch.no_grad():
-            return g * x.exp()
-
-
-class OnTheContext(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.factor = x.detach().exp()
-        return ctx.factor.clone()
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        with torch.no_grad():
-            return g * ctx.factor
-
-
-CUT: dict[str, Any] = {
-    "InNoGrad": InNoGrad.apply,
-    "Decorated": Decorated.apply,
-    "OnceDifferentiable": OnceDifferentiable.apply,
-    "Detached": Detached.apply,
-    "ByNumPy": ByNumPy.apply,
-    "ByAutograd": ByAutograd.apply,
-    "ThroughData": ThroughData.apply,
-    "TwoInputs": lambda x: TwoInputs.apply(x, 0.5),
-    "SetUp": SetUp.apply,
-    "OnTheContext": OnTheContext.apply,
-}
-
-
-@pytest.mark.parametrize("name", CUT)
-@pytest.mark.parametrize("where", ["loss", "first layer"])
-@every_adjoint
-def test_function_whose_backward_is_not_recorded(adjoint: str, where: str, name: str) -> None:
-    apply = CUT[name]
-
-    class Act(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            found: Tensor = apply(x)
-            return found
-
-    def experiment(train: Train) -> tuple[Tensor, Inputs]:
-        model, x = small(), data()
-        if where == "first layer":
-            model.insert(1, Act())
-
-        def loss_fn(m: nn.Module, t: int) -> Tensor:
-            out = apply(m(x)) if where == "loss" else m(x)
-            return squares(out - 1)
-
-        fast = train(model, STEPS, loss_fn)
-        return squares(fast(x)), list(model.parameters())
-
-    # PyTorch's own words about once_differentiable name its decorator.
-    words = rf"{name}|once_differentiable" if name == "OnceDifferentiable" else name
-    outcome(experiment, adjoint, "refused", words)
-
-
-class Reversed(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return -0.5 * g
-
-
-class Straight(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.round(decimals=1)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return g
-
-
-class Recorded(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.exp()
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return g * x.exp()
-
-
-class NoGradient(Function):
-    """A sign: its gradient is zero by definition."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.sign()
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> None:
-        return None
-
-
-@cases(
-    "apply",
-    {f.__name__: f.apply for f in (Reversed, Straight, Recorded, NoGradient)},
-)
-@every_adjoint
-def test_function_whose_backward_is_recorded(adjoint: str, apply: Any) -> None:
-    def experiment(train: Train) -> tuple[Tensor, Inputs]:
-        model, x = small(), data()
-        fast = train(model, STEPS, lambda m, t: squares(m(x) + 0.3 * apply(m(x)) - 1))
-        return squares(fast(x)), list(model.parameters())
-
-    outcome(experiment, adjoint)
 
 
 # Rates that change during a step.
@@ -455,7 +218,7 @@ def _dual_attribute(m: Any, x: Tensor) -> Any:
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
 @cases("call", DUALS)
-@every_adjoint
+@stored_or_again
 def test_dual_numbers_are_refused(adjoint: str, call: Any) -> None:
     seed()
     model, x = small(), data()
@@ -504,7 +267,7 @@ TRANSFORMS: dict[str, Any] = {
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
 @cases("transform", TRANSFORMS)
-@every_adjoint
+@stored_or_again
 def test_transforms_around_an_unroll_are_refused(adjoint: str, transform: Any) -> None:
     seed()
     model, x = small(), data()

@@ -397,9 +397,8 @@ def _parts(call: Call) -> dict[Part, list[int]]:
     captured.offer(call.fixed)
     places = {end_of(x): i for i, x in enumerate(call.fixed) if x.requires_grad}
     step = call.bound(hyper, traced=False)
-    observer = Observer(
-        Generators(()), {}, {}, _moved
-    )  # knows the leaves that the step makes itself
+    # It knows the leaves that the step makes itself.
+    observer = Observer(Generators(()), {}, {}, _moved)
     linearization = step.linearize(call.layout.build(call.state), call.t, observer)
     graph = linearization.graph
 

@@ -19,7 +19,10 @@ MOST = 200_000
 
 _TABLES = {"_parameters", "_buffers", "_modules"}
 _FLAT = {"_flat_weights", "_flat_weight_refs"}  # of recurrent layers, made anew by each call
-APART = (type, types.ModuleType, types.FrameType, types.CodeType, str, int, float)
+APART = (types.ModuleType, types.FrameType, types.CodeType, str, int, float)
+
+
+_HOLDING = (Tensor, list, tuple, dict, set)
 
 
 def holds_apart(modules: Iterable[nn.Module], tensor: Tensor, but: Collection[str] = ()) -> bool:
@@ -46,7 +49,8 @@ def reaches(
     """Whether an object with one of the ids ``wanted`` is behind those of ``start``.
 
     Followed is what Python's garbage collector knows, and weak references; of a function what it
-    captured, and not its globals; and nothing behind tensors and objects of the types ``apart``.
+    captured, and not its globals; of a class the tensors and containers among its attributes; and
+    nothing behind tensors and objects of the types ``apart``.
     The answer is yes, too, where there is too much to look through.
     """
     passed: set[int] = set()
@@ -69,4 +73,6 @@ def _behind(x: Any) -> list[Any]:
         return [*(x.__closure__ or ()), x.__defaults__, x.__kwdefaults__, x.__dict__]
     if issubclass(type(x), weakref.ref):
         return [x()]
+    if issubclass(type(x), type):  # the rest of it leads to half of the interpreter
+        return [value for value in vars(x).values() if isinstance(value, _HOLDING)]
     return gc.get_referents(x)

@@ -114,6 +114,7 @@ class SlotsWithConstants(ModuleSlots):
         self.constants = {name: named[name] for name in self._values}
         places = places_in(self.modules)
         self._standing = [(name, places[id(x)]) for name, x in self.constants.items()]
+        self._constants |= {name: (self._values[name], held) for name, held in self._standing}
 
     def load(self, params: Values, buffers: Values) -> None:
         for name, slots in self._standing:
