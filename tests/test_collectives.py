@@ -111,9 +111,7 @@ def test_a_write_that_is_recorded_is_exact(adjoint: diffopt.Adjoint) -> None:
     inner = diffopt.SGD(model.parameters(), lr=0.1)
 
     def outer(change: Any) -> list[Tensor]:
-        fast = diffopt.unroll(
-            model, inner, data, mse, grad_transform=each(change), adjoint=adjoint
-        )
+        fast = diffopt.unroll(model, inner, data, mse, grad_transform=each(change), adjoint=adjoint)
         return list(torch.autograd.grad(fast.losses.sum(), list(model.parameters())))
 
     torch.testing.assert_close(outer(lambda g: g.mul_(0.5)), outer(lambda g: g * 0.5))

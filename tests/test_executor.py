@@ -57,9 +57,7 @@ class Counting(Snapshots):
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 3, 7, 12])
 @pytest.mark.parametrize("adjoint", ADJOINTS, ids=repr)
-def test_a_run_keeps_to_its_plan(
-    adjoint: Any, steps: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_keeps_to_its_plan(adjoint: Any, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     snapshots = Counting()
     monkeypatch.setattr(type(adjoint), "new_snapshots", lambda adjoint: snapshots)
     model, seen = Counted(), []

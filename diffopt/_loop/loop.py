@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from diffopt._loop.check import Check
+from diffopt._loop.extras import Extras
 from diffopt._loop.losses import Losses
 from diffopt._loop.progress import Progress
 from diffopt._loop.snapshots import Snapshot
@@ -24,12 +25,14 @@ from diffopt._step.observe import Observer, present_sequence
 from diffopt._step.result import Checked, StepResult
 from diffopt._step.step import InnerStep
 from diffopt._torch.engine import shielded
+from diffopt._values.outputs import StepCotangents
 from diffopt._values.state import Cotangent, State
-from diffopt._values.tree import Path, add, map_tensors
+from diffopt._values.tree import Path, add
 from diffopt.optim.unchanged import UnchangedOptions
 
 _NAMES: dict[Part, str] = {
     "loss": "loss",
+    "aux": "aux",
     "transform": "grad_transform",
     "hyper": "hyperparameters",
     "update": "update",
@@ -50,7 +53,7 @@ class Loop:
         check: compares steps computed again with the first pass; None where nothing is to be.
         generators: the random generators, which the forward pass advances.
         losses: those of the steps taken so far, cut from the graph.
-        aux: the user's extras, one per step, cut from the graph.
+        extras: what ``loss_fn`` returned beside them, likewise.
         max_cotangent_norm: the bound on what flows back through a step, or None.
         tasks: N where every tensor leads with the task dimension, or None.
         ledger: what every step gave the first time, where recomputations are to be compared.
@@ -88,7 +91,7 @@ class Loop:
         self.tasks = tasks
         self.ledger = ledger
         self.losses = Losses(steps)
-        self.aux: list[Any] = []
+        self.extras = Extras()
         self._session = _Session(step, modes, progress)
 
     def first_session(self) -> AbstractContextManager[None]:
@@ -197,7 +200,7 @@ class Loop:
     def _collect(self, before: State, t: int, result: StepResult) -> State:
         self.options.check(self.step.first_step + t)
         self.losses.append(result.loss)
-        self.aux.append(map_tensors(lambda x: x.detach().clone(), result.aux))
+        self.extras.append(self.step.first_step + t, result.aux, result.attached)
         self.progress.forward()
         # What the caller is given is the caller's to change, and no snapshot's memory.
         return result.state.apart_from(before) if t + 1 == self.steps else result.state
@@ -221,7 +224,7 @@ class Loop:
             self.check.first(number, Checked(loss))
             self.check.note_again(number, step, loss)
         self.losses.append(loss)
-        self.aux.append(None)
+        self.extras.append(self.step.first_step + t, None, ())
         self.progress.forward()
 
     # On the way back.
@@ -304,7 +307,7 @@ class Loop:
         linearization: Linearization,
         t: int,
         state_cotangent: Cotangent,
-        loss_cotangent: Tensor | None,
+        outputs: StepCotangents,
         *,
         retain_graph: bool = False,
     ) -> tuple[Cotangent, list[Tensor | None]]:
@@ -321,7 +324,7 @@ class Loop:
             try:
                 before, captured = linearization.vjp(
                     state_cotangent,
-                    loss_cotangent,
+                    outputs,
                     self.captured.edges(t),
                     retain_graph=retain_graph or shared,
                 )

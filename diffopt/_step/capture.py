@@ -29,8 +29,9 @@ from diffopt._torch.functions import function_of
 
 End = Edge | Tensor
 
-#: A step's graph in parts: the loss; ``grad_transform``; hyperparameters; the update.
-Part = Literal["loss", "transform", "hyper", "update"]
+#: A step's graph in parts: the loss; the extras beside it; ``grad_transform``; hyperparameters;
+#: the update.
+Part = Literal["loss", "aux", "transform", "hyper", "update"]
 
 
 @dataclass(slots=True)
@@ -239,8 +240,9 @@ class Captured:
         return tuple(sorted({i for step in steps for i in self._at[step]}))
 
     def used_after_loss(self, step: int) -> bool:
-        """Whether the step uses any of the tensors outside its loss and the gradient of that."""
-        return any(used for part, used in self._parts[step].items() if part != "loss")
+        """Whether the update uses any of the tensors, other than by the gradient of the loss."""
+        parts = self._parts[step].items()
+        return any(used for part, used in parts if part not in ("loss", "aux"))
 
     def edges(self, *steps: int) -> list[Tensor | GradientEdge]:
         """What to differentiate graphs of steps with respect to, in the order of ``at``."""

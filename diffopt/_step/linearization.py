@@ -8,7 +8,7 @@ the whole step, for rules that may use more than they are given.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,8 +17,9 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from diffopt._derivatives.table import refuse_missing
 from diffopt._model.standing import load_again
-from diffopt._step.result import Checked, Evaluated, StepResult, present
+from diffopt._step.result import Checked, Evaluated, StepResult, other_extras, present
 from diffopt._torch.engine import pulled_back
+from diffopt._values.outputs import StepCotangents
 from diffopt._values.state import Cotangent, State
 from diffopt._values.tree import Path, add
 from diffopt.optim.vjp import reads_gradients, update_vjp
@@ -55,7 +56,7 @@ class Linearization(ABC):
         self._leaves = leaves
         self._loss = found.loss
         self._buffers = found.buffers
-        self._aux = found.aux
+        self._aux, self._attached = found.aux, found.attached
         self._loaded = step.loss.slots.loaded
         self.hyper = found.hyper
         self.raw = found.raw
@@ -76,12 +77,12 @@ class Linearization(ABC):
     def vjp(
         self,
         state_cotangent: Cotangent,
-        loss_cotangent: Tensor | None,
+        outputs: StepCotangents,
         captured: Sequence[Any],
         *,
         retain_graph: bool = False,
     ) -> tuple[Cotangent, list[Tensor | None]]:
-        """Pull cotangents of the next state and of the loss back through the step.
+        """Pull cotangents of the next state, of the loss and of extras back through the step.
 
         Args:
             captured: further tensors or gradient edges to differentiate with respect to.
@@ -106,7 +107,15 @@ class Linearization(ABC):
 
     def _result(self, state: State) -> StepResult:
         assert self.checked is not None
-        return StepResult(state.detach(), self._loss.detach(), self._aux, self.checked, self.graph)
+        state, loss = state.detach(), self._loss.detach()
+        return StepResult(state, loss, self._aux, self.checked, self.graph, [*self._attached])
+
+    def _output_roots(self, outputs: StepCotangents) -> Iterator[tuple[_Root, Tensor | None]]:
+        yield self._loss, outputs.loss
+        for i, c in outputs.aux.items():
+            if i not in self._attached:
+                raise other_extras(self._number)
+            yield self._attached[i], c
 
     def _pulled(
         self,
@@ -180,7 +189,7 @@ class Split(Linearization):
     def vjp(
         self,
         state_cotangent: Cotangent,
-        loss_cotangent: Tensor | None,
+        outputs: StepCotangents,
         captured: Sequence[Any],
         *,
         retain_graph: bool = False,
@@ -211,7 +220,7 @@ class Split(Linearization):
             (self._ends.get(name), c) for name, c in update.grads.items()
         ]
         roots += [(x, by_kind["buffers"].get(name)) for name, x in self._buffers.items()]
-        roots += [(self._loss, loss_cotangent)]
+        roots += self._output_roots(outputs)
         found, others = self._pulled(roots, captured, retain_graph)
         for path, c in found.items():
             total = add(before.get(path), c)
@@ -245,14 +254,14 @@ class Whole(Linearization):
     def vjp(
         self,
         state_cotangent: Cotangent,
-        loss_cotangent: Tensor | None,
+        outputs: StepCotangents,
         captured: Sequence[Any],
         *,
         retain_graph: bool = False,
     ) -> tuple[Cotangent, list[Tensor | None]]:
         after = self.after.tensors()
         roots = [(after[path], c) for path, c in state_cotangent.items()]
-        return self._pulled([*roots, (self._loss, loss_cotangent)], captured, retain_graph)
+        return self._pulled([*roots, *self._output_roots(outputs)], captured, retain_graph)
 
 
 def _is_connected(x: _Root) -> bool:

@@ -31,6 +31,7 @@ from diffopt._step.observe import Observer, present_sequence
 from diffopt._step.result import Checked, Evaluated, StepResult, present
 from diffopt._torch.collectives import no_collectives
 from diffopt._torch.engine import gradient
+from diffopt._values.outputs import attached
 from diffopt._values.state import State
 from diffopt._values.tree import Path
 from diffopt.optim import Optimizer
@@ -126,8 +127,9 @@ class InnerStep:
             found.graph.roots["update"] = _learning(new.tensors().values())
         checked = self._with_update(found.checked, new)
         if connected:
-            return StepResult(new, found.loss, found.aux, checked, found.graph)
-        return StepResult(new.detach(), found.loss.detach(), found.aux, checked, found.graph)
+            return StepResult(new, found.loss, found.aux, checked, found.graph, [*found.attached])
+        new, loss = new.detach(), found.loss.detach()
+        return StepResult(new, loss, found.aux, checked, found.graph, [*found.attached])
 
     def evaluate(
         self,
@@ -165,11 +167,14 @@ class InnerStep:
                 grads = self._transformed(given, state.params, left, t)
         graph = Graph([*own, *leaves], in_gradient=[*(used or {}).values()])
         graph.roots["loss"] = [loss, *_learning(left.values())]
+        outputs = attached(aux)
+        if outputs:
+            graph.roots["aux"] = [*outputs.values()]
         graph.roots["hyper"] = _learning(tensors_of(hyper))
         if self.grad_transform is not None:
             graph.roots["transform"] = _learning(present(grads).values())
-        checked = self._checked(loss, hyper, grads, connected)
-        return Evaluated(loss, aux, left, hyper, raw, grads, checked, graph, token)
+        checked = self._checked(loss, outputs.values(), hyper, grads, connected)
+        return Evaluated(loss, aux, outputs, left, hyper, raw, grads, checked, graph, token)
 
     def _options_at(self, number: int) -> Sequence[Hyper]:
         if self._called or not self._is_pure:
@@ -243,6 +248,7 @@ class InnerStep:
     def _checked(
         self,
         loss: Tensor,
+        outputs: Iterable[Tensor],
         hyper: Sequence[Hyper],
         grads: Mapping[str, Tensor | None],
         connected: bool,
@@ -251,7 +257,13 @@ class InnerStep:
         if connected or self.grad_transform is not None:
             given = [g.detach() for g in given]
         norms = torch._foreach_norm(given) if given else ()
-        return Checked(loss.detach(), [small(hyper[i][key]) for i, key in self._called], norms)
+        extras = [x.detach() for x in outputs if x.layout is torch.strided]
+        return Checked(
+            loss.detach(),
+            [small(hyper[i][key]) for i, key in self._called],
+            norms,
+            torch._foreach_norm(extras) if extras else (),
+        )
 
     def _with_update(self, checked: Checked, after: State) -> Checked:
         """The norms of the new parameters as well, where the rule may use what nobody can see."""

@@ -78,7 +78,8 @@ def unroll(
             ``loss_fn(model, batch)`` is called with each; a batch is any pytree. What cannot be
             indexed is read into a list; what can, but is no list or tuple, is indexed anew
             whenever a step is computed.
-        loss_fn: returns a scalar loss or ``(loss, aux)``; or, as some models do, a mapping or an
+        loss_fn: returns a scalar loss or ``(loss, aux)``, a pytree whose tensors stay connected;
+            or, as some models do, a mapping or an
             object that holds it as ``loss``. Its ``model`` is the user's own module
             holding the current fast weights. It may run several times for a step, so it has to be
             a function of the model, the batch, captured tensors and random numbers. None: the
@@ -227,16 +228,16 @@ def unroll(
             whether_there_is_a_grad_transform=grad_transform is not None,
         )
     if connected:
-        final, losses = run_connected(loop, adjoint, [*inputs, *hyper, *constants.values()])
+        final, losses, aux = run_connected(loop, adjoint, [*inputs, *hyper, *constants.values()])
     else:
-        final, losses = run_detached(loop)
+        final, losses, aux = run_detached(loop)
     opt_state = {**problem.carried, **final.opt}
     final = State(step.loss.precision.narrowed(final.params), opt_state, final.buffers)
     chosen = {*chain.from_iterable(problem.groups), *slots.constants}
     given = {name: x for name, x in problem.params.items() if name in chosen}
     if tasks is not None:
         losses = losses.T if count else losses.new_zeros(tasks, 0)
-    result = Unrolled(slots, final, given, losses, loop.aux, first_step + count, tasks)
+    result = Unrolled(slots, final, given, losses, aux, first_step + count, tasks)
     problem.deliver(result)
     return result
 
