@@ -171,7 +171,8 @@ def _taken(
     step = loop.step
     if loop.ledger is not None or not isinstance(step, TakesBlocks):
         return None
-    if keep and loop.max_cotangent_norm is not None:  # something to do between the steps
+    between = loop.max_cotangent_norm is not None or loop.monitor is not None
+    if keep and between:  # something to do between the steps
         return None
     with torch.no_grad():
         return step.together(state, start, stop, keep=keep, observer=observer)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from typing import Any, Self
@@ -39,6 +39,10 @@ _NAMES: dict[Part, str] = {
 }
 
 
+#: ``f(step, cotangent)``, called on the way back.
+Monitor = Callable[[int, dict[str, Tensor]], object]
+
+
 class Loop:
     """``steps`` inner steps from ``start``.
 
@@ -55,6 +59,7 @@ class Loop:
         losses: those of the steps taken so far, cut from the graph.
         extras: what ``loss_fn`` returned beside them, likewise.
         max_cotangent_norm: the bound on what flows back through a step, or None.
+        monitor: the user's function of that, before it is bounded, or None.
         tasks: N where every tensor leads with the task dimension, or None.
         ledger: what every step gave the first time, where recomputations are to be compared.
     """
@@ -73,6 +78,7 @@ class Loop:
         progress: Progress,
         connected: bool = True,
         max_cotangent_norm: float | None = None,
+        monitor: Monitor | None = None,
         tasks: int | None = None,
         ledger: Ledger | None = None,
     ) -> None:
@@ -88,6 +94,7 @@ class Loop:
         self.options = options
         self.progress = progress
         self.max_cotangent_norm = max_cotangent_norm
+        self.monitor = monitor
         self.tasks = tasks
         self.ledger = ledger
         self.losses = Losses(steps)
@@ -319,7 +326,7 @@ class Loop:
         """
         if self.step.group is not None:
             self.step.group.at(self.step.first_step + t)
-        state_cotangent = self.clipped(state_cotangent)
+        state_cotangent = self.bounded(t, state_cotangent)
         with self.captured.sealed(t) as shared:
             try:
                 before, captured = linearization.vjp(
@@ -347,8 +354,15 @@ class Loop:
                 "that calls unroll, or pass it inside the batch"
             ) from error
 
-    def clipped(self, cotangent: Cotangent) -> Cotangent:
-        """``cotangent`` with the parameters' part scaled to at most ``max_cotangent_norm``."""
+    def bounded(self, t: int, cotangent: Cotangent) -> Cotangent:
+        """The cotangent of the state after step ``t`` as it flows back, once it has been shown.
+
+        The parameters' part is scaled to at most ``max_cotangent_norm``.
+        """
+        if self.monitor is not None:
+            shown = {p[1]: g.detach().clone() for p, g in cotangent.items() if p[0] == "params"}
+            with torch.no_grad():
+                self.monitor(self.step.first_step + t, shown)
         if self.max_cotangent_norm is None:
             return cotangent
         params = {path: g for path, g in cotangent.items() if path[0] == "params"}

@@ -73,7 +73,7 @@ def differentiable_backward(
         total = CapturedSum(loop.captured)
         while steps:
             t, step = len(steps) - 1, steps.pop()
-            cotangent, found = _vjp(step, loop.clipped(cotangent), outputs.at(t))
+            cotangent, found = _vjp(step, loop.bounded(t, cotangent), outputs.at(t))
             total.add(loop.captured.at(t), found)
     return {path: g for path, g in cotangent.items() if path in start}, total.total
 

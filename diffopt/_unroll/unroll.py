@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from diffopt._compile.compiled import CompiledStep
 from diffopt._loop import progress as _progress
-from diffopt._loop.loop import Loop
+from diffopt._loop.loop import Loop, Monitor
 from diffopt._loop.verify import Ledger
 from diffopt._model.modes import Modes
 from diffopt._model.slots import ModuleSlots
@@ -57,6 +57,7 @@ def unroll(
     tasks: int | None = None,
     compile: bool = False,
     group: Any = None,
+    monitor: Monitor | None = None,
     progress: bool = False,
 ) -> Unrolled:
     """Train ``model`` for some steps, as a differentiable function of everything it is made of.
@@ -116,6 +117,11 @@ def unroll(
             are each process's own. Call ``backward()`` on all of them; then
             ``diffopt.distributed.mean_grads`` gives the gradient of the mean of the outer losses.
             ``max_cotangent_norm`` bounds the mean of what flows back.
+        monitor: ``f(step, cotangent)``, called on the way back, from the last step to the first,
+            with what flows to the parameters after each step, by name (a name that nothing flows
+            to is left out), before ``max_cotangent_norm`` bounds it: where a meta-gradient
+            explodes, vanishes or becomes NaN. With every adjoint that goes back step by step; it
+            is given copies, is not differentiated, and what it returns is not used.
         progress: show a tqdm bar, forward and backward; needs the package ``tqdm``.
 
     Returns:
@@ -151,7 +157,9 @@ def unroll(
         (torch.Size([1, 2]), torch.Size([]))
     """
     adjoint = chosen_adjoint(segment, adjoint, verify)
-    check_options(loss_fn, grad_transform, max_cotangent_norm, verify, tasks, compile, progress)
+    check_options(
+        loss_fn, grad_transform, max_cotangent_norm, verify, tasks, compile, progress, monitor
+    )
     if group is not None and compile:
         raise NotImplementedError(
             "compile=True with group: the exchange between processes cannot be compiled with the "
@@ -210,6 +218,7 @@ def unroll(
         progress=_progress.Progress(count, progress),
         connected=connected,
         max_cotangent_norm=max_cotangent_norm,
+        monitor=monitor,
         tasks=tasks,
         ledger=Ledger() if verify and connected else None,
     )

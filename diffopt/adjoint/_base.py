@@ -132,8 +132,14 @@ def _plan(adjoint: Checkpointed, steps: int) -> Plan:
     return adjoint.plan(steps)
 
 
-def refuse_cotangent_norm(adjoint: Adjoint, loop: Loop) -> None:
-    """For adjoints that take no vector-Jacobian product of a step."""
+def refuse_way_back(adjoint: Adjoint, loop: Loop) -> None:
+    """Refuse what concerns the way back, for adjoints that take no product of a step."""
+    if loop.monitor is not None:
+        raise ValueError(
+            "monitor is shown what flows back through each step, but "
+            f"{type(adjoint).__name__} goes back through none: leave it out, or use an adjoint "
+            "that goes back step by step, such as diffopt.Segmented()"
+        )
     if loop.max_cotangent_norm is not None:
         raise ValueError(
             f"max_cotangent_norm={loop.max_cotangent_norm} bounds what flows back through each "

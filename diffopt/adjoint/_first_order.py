@@ -122,9 +122,9 @@ class _Chain:
     """
 
     def __init__(self, loop: Loop) -> None:
-        self.suffices = True
+        self.suffices = loop.monitor is None  # which is shown every step
         self._loop = loop
-        self._leaves = {
+        self._leaves: dict[Path, Tensor] = {
             path: loop.start.tensors()[path].detach().requires_grad_()
             for path, x in loop.inputs.items()
             if path[0] == "params" or x.requires_grad

@@ -24,7 +24,7 @@ from diffopt._step.tangent import (
 from diffopt._values.outputs import OutputCotangents
 from diffopt._values.state import Cotangent, State
 from diffopt._values.tree import Path, add, is_differentiable
-from diffopt.adjoint._base import Adjoint, refuse_cotangent_norm
+from diffopt.adjoint._base import Adjoint, refuse_way_back
 from diffopt.schedule import Plan
 
 
@@ -49,7 +49,7 @@ class ForwardMode(Adjoint):
     Raises:
         TypeError: ``wrt`` is not made of tensors.
         ValueError: one of them does not require grad; or one has an influence through a tensor
-            computed from it before the call; or ``max_cotangent_norm`` is given.
+            computed from it before the call; or ``max_cotangent_norm`` or ``monitor`` is given.
         NotImplementedError: one of them is a parameter in bfloat16 or float16.
 
     Cost: for n elements n tangents, each as large as the state; each step is evaluated n + 1 times,
@@ -85,7 +85,7 @@ class ForwardMode(Adjoint):
         return schedule.one_way(steps, more_work=3.0 * steps * self._elements)
 
     def forward(self, loop: Loop) -> tuple[State, Any]:
-        refuse_cotangent_norm(self, loop)
+        refuse_way_back(self, loop)
         loop.captured.include(self.wrt)
         generators = loop.generators.get()
         tangents = _Tangents(loop, self.wrt)

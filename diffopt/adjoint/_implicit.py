@@ -19,7 +19,7 @@ from diffopt._loop.snapshots import Snapshot
 from diffopt._torch.batched import any_batched
 from diffopt._values.outputs import OutputCotangents
 from diffopt._values.state import Cotangent, State
-from diffopt.adjoint._base import Adjoint, refuse_cotangent_norm
+from diffopt.adjoint._base import Adjoint, refuse_way_back
 from diffopt.adjoint._solvers import CG, Product, Solution, Solver, Vector
 from diffopt.schedule import Plan
 
@@ -60,7 +60,8 @@ class Implicit(Adjoint):
 
     Raises:
         TypeError: ``solver`` is no ``Solver``.
-        ValueError: ``gradient_tol`` is below 0; when unrolling, ``max_cotangent_norm`` is given.
+        ValueError: ``gradient_tol`` is below 0; when unrolling, ``max_cotangent_norm`` or
+            ``monitor`` is given.
         NotImplementedError: in the backward pass, where a gradient flows to ``losses``,
             ``aux``, ``opt_state`` or ``buffers`` of the result, or is to be differentiated again.
 
@@ -85,7 +86,7 @@ class Implicit(Adjoint):
         return schedule.one_way(steps, more_work=4.0 + 2 * self.solver.most_products)
 
     def forward(self, loop: Loop) -> tuple[State, Any]:
-        refuse_cotangent_norm(self, loop)
+        refuse_way_back(self, loop)
         state = loop.start
         if loop.steps == 0:
             return state, None
