@@ -22,6 +22,7 @@ from diffopt._step.capture import Captured, Graph, Part
 from diffopt._step.generators import Generators
 from diffopt._step.linearization import Linearization
 from diffopt._step.observe import Observer, present_sequence
+from diffopt._step.parts import InParts
 from diffopt._step.result import Checked, StepResult
 from diffopt._step.step import InnerStep
 from diffopt._torch.engine import shielded
@@ -302,12 +303,15 @@ class Loop:
         """Refuse a step that uses other tensors than it used at first."""
         part = self.captured.missing(t, graph)
         if part is not None:
-            raise RuntimeError(
-                f"step {self.step.first_step + t} does not use the tensors that require grad of "
-                f"the forward pass again, in its {_NAMES[part]}: was a variable bound to a new "
-                "tensor since, or does it keep tensors from step to step? Call backward "
-                "before that, pass the tensor inside the batch, or detach what is kept"
-            )
+            raise self._others(t, part)
+
+    def _others(self, t: int, part: Part) -> RuntimeError:
+        return RuntimeError(
+            f"step {self.step.first_step + t} does not use the tensors that require grad of "
+            f"the forward pass again, in its {_NAMES[part]}: was a variable bound to a new "
+            "tensor since, or does it keep tensors from step to step? Call backward "
+            "before that, pass the tensor inside the batch, or detach what is kept"
+        )
 
     def vjp(
         self,
@@ -327,6 +331,9 @@ class Loop:
         if self.step.group is not None:
             self.step.group.at(self.step.first_step + t)
         state_cotangent = self.bounded(t, state_cotangent)
+        used: dict[Part, set[int]] = {}
+        if isinstance(linearization, InParts):
+            linearization.visit = lambda graph: self._visit(t, graph, used)
         with self.captured.sealed(t) as shared:
             try:
                 before, captured = linearization.vjp(
@@ -338,8 +345,22 @@ class Loop:
             except RuntimeError as error:
                 self._refuse_other_threads(error, t)
                 raise
+        if isinstance(linearization, InParts):
+            part = self.captured.missing_among(t, used)
+            if part is not None:
+                raise self._others(t, part)
+            for checked in linearization.again:
+                self._compare(t, checked)
+            linearization.again.clear()
         self.progress.backward()
         return before, captured
+
+    def _visit(self, t: int, graph: Graph, used: dict[Part, set[int]]) -> None:
+        """Take note of what a part of the batch of step ``t`` uses, while its graph is there."""
+        if not self.step.first_order:
+            self.captured.refuse_unrecorded(graph, self.step.first_step + t)
+        for part, indices in self.captured.used_by(graph).items():
+            used.setdefault(part, set()).update(indices)
 
     def _refuse_other_threads(self, error: RuntimeError, t: int) -> None:
         """Say what is the matter where a derivative ran on into the caller's graph.

@@ -17,6 +17,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from diffopt._derivatives.table import refuse_missing
 from diffopt._model.standing import load_again
+from diffopt._step.capture import Graph
 from diffopt._step.result import Checked, Evaluated, StepResult, other_extras, present
 from diffopt._torch.engine import pulled_back
 from diffopt._values.outputs import StepCotangents
@@ -102,8 +103,14 @@ class Linearization(ABC):
             cotangents of ``captured``.
         """
         roots = [(self.raw[name], c) for name, c in cotangents.items()]
-        found, others = self._pulled(roots, captured, retain_graph=True)
+        found, others = self.pulled(roots, captured, retain_graph=True)
         return {path[1]: c for path, c in found.items() if path[0] == "params"}, others
+
+    def forget_extras(self) -> None:
+        """Keep no graph of the extras."""
+        self._aux, self._attached = None, {}
+        roots = {part: x for part, x in self.graph.roots.items() if part not in ("loss", "aux")}
+        self.graph = Graph(self.graph.own, roots, retained=False)
 
     def _result(self, state: State) -> StepResult:
         assert self.checked is not None
@@ -117,7 +124,7 @@ class Linearization(ABC):
                 raise other_extras(self._number)
             yield self._attached[i], c
 
-    def _pulled(
+    def pulled(
         self,
         roots: Iterable[tuple[_Root, Tensor | None]],
         captured: Sequence[Any],
@@ -221,7 +228,7 @@ class Split(Linearization):
         ]
         roots += [(x, by_kind["buffers"].get(name)) for name, x in self._buffers.items()]
         roots += self._output_roots(outputs)
-        found, others = self._pulled(roots, captured, retain_graph)
+        found, others = self.pulled(roots, captured, retain_graph)
         for path, c in found.items():
             total = add(before.get(path), c)
             assert total is not None
@@ -261,7 +268,7 @@ class Whole(Linearization):
     ) -> tuple[Cotangent, list[Tensor | None]]:
         after = self.after.tensors()
         roots = [(after[path], c) for path, c in state_cotangent.items()]
-        return self._pulled([*roots, *self._output_roots(outputs)], captured, retain_graph)
+        return self.pulled([*roots, *self._output_roots(outputs)], captured, retain_graph)
 
 
 def _is_connected(x: _Root) -> bool:

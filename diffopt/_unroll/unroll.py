@@ -19,7 +19,9 @@ from diffopt._model.slots import ModuleSlots
 from diffopt._step.capture import Captured
 from diffopt._step.generators import Generators
 from diffopt._step.loss import InnerLoss, TaskLosses
+from diffopt._step.microbatches import Microbatches, parts_of
 from diffopt._step.observe import Observer
+from diffopt._step.parts import PartsLoss, PartsStep
 from diffopt._step.step import GradTransform, InnerStep
 from diffopt._unroll.arguments import (
     LossFn,
@@ -56,6 +58,7 @@ def unroll(
     verify: bool = False,
     tasks: int | None = None,
     compile: bool = False,
+    microbatches: int | Microbatches | None = None,
     group: Any = None,
     monitor: Monitor | None = None,
     progress: bool = False,
@@ -111,6 +114,14 @@ def unroll(
             and all later calls with the model. ``loss_fn`` is not run again, so it has to have no
             effect but its result. What cannot be compiled runs as ever, after a
             ``CompileWarning`` that says why. See "Compiled steps" in the documentation.
+        microbatches: m, or a ``diffopt.Microbatches``, to split each step's batch into m parts
+            along its first dimension, of which one has its graph alive at a time, in both
+            directions. The step is that of the whole batch, whose loss is the mean over the parts
+            weighted by their numbers of examples; random numbers are drawn and buffers advance part
+            by part. ``aux`` is a list of the parts', and ``grad_transform`` is given the whole
+            batch. No graph of a step is kept, so each is evaluated once more on the way back.
+            BatchNorm in training mode is refused, as are ``tasks``, ``compile`` and ``group``. A
+            backward pass that is itself recorded holds all parts of a step.
         group: a ``torch.distributed`` process group, all of whose processes call ``unroll``, each
             with its share of every batch. The inner gradients are averaged over them before
             ``grad_transform``, and everything but the batches is the same; ``losses`` and buffers
@@ -165,6 +176,10 @@ def unroll(
             "compile=True with group: the exchange between processes cannot be compiled with the "
             "step. Leave one of them out"
         )
+    counted = isinstance(plain_int(steps), int)
+    parts = parts_of(
+        microbatches, model, counted=counted, tasks=tasks, compile=compile, group=group
+    )
     problem = inner_problem(model, opt, tasks)
     take_over(problem, initial, tasks)
     steps = plain_int(steps)
@@ -188,14 +203,16 @@ def unroll(
     observer = Observer(generators, originals, constants, slots.move)
     captured = Captured()
     captured.offer([*inputs, *hyper, *constants.values(), *problem.inner.values()])
-    step = InnerStep(
-        _inner_loss(slots, loss_fn, steps, batches, first_step, tasks),
+    step = (InnerStep if parts is None else PartsStep)(
+        _inner_loss(slots, loss_fn, steps, batches, first_step, tasks, parts),
         problem.opt,
         problem.inner_groups,
         first_step=first_step,
         grad_transform=grad_transform or problem.grad_transform,
         group=group,
     )
+    if isinstance(step, PartsStep):
+        step.generators, step.with_gradient = generators, {}
     if compile:
         step = CompiledStep(
             step,
@@ -271,6 +288,7 @@ def _inner_loss(
     batches: Sequence[Any],
     first_step: int,
     tasks: int | None,
+    parts: Microbatches | None,
 ) -> InnerLoss:
     counted = isinstance(steps, int)
     # A compiled function has no second derivative: its original is called.
@@ -286,4 +304,8 @@ def _inner_loss(
 
     if tasks is not None:
         return TaskLosses(slots, function, item_at, first_step, tasks)
-    return InnerLoss(slots, function, item_at, first_step)
+    if parts is None:
+        return InnerLoss(slots, function, item_at, first_step)
+    loss = PartsLoss(slots, function, item_at, first_step)
+    loss.microbatches = parts
+    return loss
