@@ -18,6 +18,7 @@ from cases import OPTIMIZERS, Case, Problem, build
 from torch import Tensor
 
 import diffopt
+from diffopt._values.outputs import StepCotangents
 
 STEPS = 20
 WORKLOADS = ("small", "mlp", "gpt")
@@ -98,7 +99,7 @@ def test_step_vjp(benchmark: Benchmark, workload: str, optimizer: str) -> None:
         if path[0] == "params"
     }
     with loop.session():
-        benchmark(lambda: loop.vjp(loop.linearize(loop.start, 0), 0, cotangent, None))
+        benchmark(lambda: loop.vjp(loop.linearize(loop.start, 0), 0, cotangent, StepCotangents()))
 
 
 def _update(problem: Problem) -> tuple[dict[str, Tensor], Callable[[], Any]]:

@@ -4,6 +4,7 @@ from diffopt import distributed
 from diffopt._compile.compiled import CompileWarning
 from diffopt._compile.trace import compile_seconds
 from diffopt._loop.durable import Durable
+from diffopt._step.microbatches import Microbatches
 from diffopt._unroll.smoothness import Metasmoothness, metasmoothness
 from diffopt._unroll.types import Model
 from diffopt._unroll.unroll import unroll
@@ -66,6 +67,7 @@ __all__ = [
     "Implicit",
     "MemoryBudget",
     "Metasmoothness",
+    "Microbatches",
     "Model",
     "Momentum",
     "Muon",

@@ -369,9 +369,7 @@ class KeepsNothing(diffopt.Adjoint):
     def forward(self, loop: Any) -> Any:
         return loop.first(loop.start, 0), None
 
-    def backward(
-        self, loop: Any, kept: Any, cotangent: Any, loss_cotangents: Any, *, keep: bool
-    ) -> Any:
+    def backward(self, loop: Any, kept: Any, cotangent: Any, outputs: Any, *, keep: bool) -> Any:
         assert kept is None
         unused: list[Tensor | None] = [None] * len(loop.captured.tensors)
         return {path: 0.8 * c for path, c in cotangent.items()}, unused

@@ -224,9 +224,7 @@ def test_reports_the_residual() -> None:
     solver = CG(2, 1e-12)
     fast = train(ridge.model, ridge.loss, adjoint=Implicit(solver, report=solutions.append))
     outer = torch.tensor([[1.0, -2.0, 0.5, 3.0]])
-    with pytest.warns(
-        ConvergenceWarning, match=r"CG.*max_steps=2\. The first time its"
-    ):
+    with pytest.warns(ConvergenceWarning, match=r"CG.*max_steps=2\. The first time its"):
         (fast.params["weight"] * outer).sum().backward()
     (solution,) = solutions
     hessian = torch.autograd.functional.hessian(

@@ -17,6 +17,7 @@ from diffopt._step.capture import Graph
 from diffopt._step.linearization import Linearization
 from diffopt._step.result import Checked, StepResult
 from diffopt._torch.batched import any_batched
+from diffopt._values.outputs import OutputCotangents, StepCotangents
 from diffopt._values.state import Cotangent, State
 from diffopt._values.tree import add
 
@@ -72,25 +73,23 @@ class CompiledLinearization(Linearization):
     def vjp(
         self,
         state_cotangent: Cotangent,
-        loss_cotangent: Tensor | None,
+        outputs: StepCotangents,
         captured: Sequence[Any],
         *,
         retain_graph: bool = False,
     ) -> tuple[Cotangent, list[Tensor | None]]:
         """As for ``Linearization``."""
         call = self._call
-        if any_batched([*state_cotangent.values(), loss_cotangent]):  # by code for one alone
+        if any_batched([*state_cotangent.values(), *outputs.tensors()]):  # by code for one alone
             return self._uncompiled.vjp(
-                state_cotangent, loss_cotangent, captured, retain_graph=retain_graph
+                state_cotangent, outputs, captured, retain_graph=retain_graph
             )
         try:
-            before, pairs = self._code.vjp(
-                call, self._given, self._drawn, state_cotangent, loss_cotangent
-            )
+            before, pairs = self._code.vjp(call, self._given, self._drawn, state_cotangent, outputs)
         except Untraceable as reason:
             self._compiled.warn(call.t, reason)
             return self._uncompiled.vjp(
-                state_cotangent, loss_cotangent, captured, retain_graph=retain_graph
+                state_cotangent, outputs, captured, retain_graph=retain_graph
             )
         return before, through(pairs, captured, retain_graph)
 
@@ -104,6 +103,7 @@ class CompiledBlock:
         losses: of each, stacked.
         alike: whether all depend on the same tensors.
         scheduled: whether callables give hyperparameters.
+        attached: which of the tensors of a step's extras derivatives flow to.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class CompiledBlock:
         steps = block.steps
         self.start, self.stop = steps.start, steps.stop
         self.after, self.losses = block.after, block.losses
-        self.scheduled = step.scheduled
+        self.scheduled, self.attached = step.scheduled, code.step.attached
         first, ends = steps.given[0], code.step.ends
         learned = any(x.requires_grad for x in first.hyper)
         self.alike = all(x.hyper is first.hyper for x in steps.given) or not learned
@@ -150,7 +150,7 @@ class CompiledBlock:
         start: int,
         stop: int,
         state_cotangent: Cotangent,
-        loss_cotangents: Tensor | None,
+        outputs: OutputCotangents,
         captured: Sequence[Any],
         *,
         retain_graph: bool = False,
@@ -158,23 +158,28 @@ class CompiledBlock:
         """``Linearization.vjp`` of the steps ``start``, ..., ``stop`` − 1, all at once.
 
         Args:
-            loss_cotangents: those of the losses of the block.
+            outputs: of the losses and extras of the block.
         """
-        cotangents = Cotangents(state_cotangent, loss_cotangents)
-        if any_batched([*state_cotangent.values(), loss_cotangents]):
-            return self._one_by_one(start, stop, cotangents, captured)
+        cotangents = Cotangents(state_cotangent, outputs.losses)
+        extras = not outputs.aux.keys().isdisjoint(range(start - self.start, stop - self.start))
+        if extras or any_batched([*state_cotangent.values(), *outputs.tensors()]):
+            return self._one_by_one(start, stop, state_cotangent, outputs, captured)
         try:
             before, pairs = self._block.vjp(start, stop, cotangents)
         except Untraceable:
-            return self._one_by_one(start, stop, cotangents, captured)
+            return self._one_by_one(start, stop, state_cotangent, outputs, captured)
         return before, through(pairs, captured, retain_graph)
 
     def _one_by_one(
-        self, start: int, stop: int, cotangents: Cotangents, captured: Sequence[Any]
+        self,
+        start: int,
+        stop: int,
+        cotangent: Cotangent,
+        outputs: OutputCotangents,
+        captured: Sequence[Any],
     ) -> tuple[Cotangent, list[Tensor | None]]:
         steps = self._block.steps
         total: list[Tensor | None] = [None] * len(captured)
-        cotangent = cotangents.state
         for t in reversed(range(start, stop)):
             row = t - self.start
             given = steps.given[row]
@@ -182,8 +187,9 @@ class CompiledBlock:
             linearization = CompiledLinearization(
                 self._step, self._code, call, given, self.generators(t), steps.drawn[row]
             )
-            loss = None if cotangents.losses is None else cotangents.losses[row]
-            cotangent, found = linearization.vjp(cotangent, loss, captured, retain_graph=True)
+            cotangent, found = linearization.vjp(
+                cotangent, outputs.at(row), captured, retain_graph=True
+            )
             total = [add(a, b) for a, b in zip(total, found, strict=True)]
         return cotangent, total
 

@@ -11,6 +11,7 @@ from diffopt._compile.loops import Block, Cotangents, Loops, Steps
 from diffopt._compile.specialise import Call, Pulled, Specialisation, StepInputs
 from diffopt._compile.trace import Untraceable
 from diffopt._step.result import Checked, StepResult
+from diffopt._values.outputs import StepCotangents
 from diffopt._values.state import Cotangent
 
 #: Bytes of states that may be kept for nothing where that spares the compilation of a loop.
@@ -71,7 +72,8 @@ class Code:
             return self.step.run(call, drawn)
         loss = block.losses[0]
         graph = self.step.graph(call.fixed, call.hyper)
-        return StepResult(block.after, loss, block.aux()[0], Checked(loss), graph)
+        extras = block.aux()[0]
+        return StepResult(block.after, loss, extras, Checked(loss), graph, self.step.attached)
 
     def vjp(
         self,
@@ -79,18 +81,18 @@ class Code:
         given: StepInputs,
         drawn: Sequence[Tensor],
         cotangent: Cotangent,
-        loss: Tensor | None,
+        outputs: StepCotangents,
     ) -> Pulled:
-        """Pull cotangents of the next state and of the loss back through one step.
+        """Pull cotangents of the next state, of the loss and of extras back through one step.
 
         Raises:
             Untraceable: no code can be made for it.
         """
-        if self._loops is not None:
-            losses = None if loss is None else loss.unsqueeze(0)
+        if self._loops is not None and not outputs.aux:
+            losses = None if outputs.loss is None else outputs.loss.unsqueeze(0)
             try:
                 block = self._loops.taken(Steps(call, [given], [drawn]))
                 return block.vjp(call.t, call.t + 1, Cotangents(cotangent, losses))
             except Untraceable as reason:
                 self._one_by_one(reason)
-        return self.step.vjp(call, drawn, cotangent, loss)
+        return self.step.vjp(call, drawn, cotangent, outputs)

@@ -423,7 +423,8 @@ def _flattened(item: Any) -> tuple[Sequence[Any], Any]:
     """The leaves of a batch, and what else it is."""
     if type(item) is tuple and all(type(x) is Tensor for x in item):
         return item, len(item)
-    return tree_flatten(item)
+    leaves, spec = tree_flatten(item)
+    return leaves, spec
 
 
 def _transformed() -> bool:

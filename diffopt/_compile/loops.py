@@ -17,7 +17,7 @@ from torch import Tensor
 
 from diffopt._compile.loop_graph import Carried, loop_graph
 from diffopt._compile.rows import distinct, in_rows, is_dense
-from diffopt._compile.specialise import Call, Pulled, Specialisation, StepInputs, Vjp
+from diffopt._compile.specialise import Call, Flowing, Pulled, Specialisation, StepInputs, Vjp
 from diffopt._compile.trace import Traced, Untraceable, compiled, plain_arithmetic
 from diffopt._torch.inductor import Run, loop_operator, stand_ins
 from diffopt._values.state import Cotangent, State
@@ -272,7 +272,8 @@ class _WayBack:
         while True:
             cotangents = step.fitted(flowing, given.state)
             losses = [] if given.losses is None else [given.losses[0].contiguous()]
-            vjp = Vjp(step, call, flowing, [*cotangents, *losses])
+            flows = Flowing(tuple(flowing), bool(losses), ())
+            vjp = Vjp(step, call, flows, [*cotangents, *losses])
             more = [path for path in vjp.before if path not in flowing]
             if not more:
                 break

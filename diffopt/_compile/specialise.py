@@ -19,8 +19,9 @@ from diffopt._step.observe import Observer
 from diffopt._step.result import Checked, StepResult, present
 from diffopt._step.step import InnerStep
 from diffopt._torch.pytree import tree_flatten, tree_unflatten
+from diffopt._values.outputs import StepCotangents
 from diffopt._values.state import Cotangent, State
-from diffopt._values.tree import Path
+from diffopt._values.tree import Path, is_differentiable
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,7 @@ class Specialisation:
         parts: which of ``Call.fixed`` each part of a step's graph depends on.
         tracked: names of the buffers that derivatives flow through.
         changing: names of those that the step changes, or may change.
+        attached: which of the tensors of the extras derivatives flow to.
 
     Raises:
         Untraceable: there can be none.
@@ -166,7 +168,7 @@ class Specialisation:
     def __init__(self, call: Call) -> None:
         self.parts = _parts(call)
         self.ends = sorted({i for part in self.parts.values() for i in part})
-        self._vjps: dict[Hashable, Vjp | str] = {}
+        self._vjps: dict[Flowing, Vjp | str] = {}
         found: list[Any] = []
 
         def forward(*inputs: Tensor) -> list[Tensor]:
@@ -188,6 +190,7 @@ class Specialisation:
                     f"the extras that loss_fn returns hold a {type(x).__name__}: return tensors "
                     "and numbers, in tuples, lists and dicts"
                 )
+        self.attached = _attached(leaves)
         self._aux = [_TENSOR if isinstance(x, Tensor) else x for x in leaves]
         self.layout = Layout.of(state)
         self.after = {path: Form.of(path, x) for path, x in state.tensors().items()}
@@ -225,6 +228,7 @@ class Specialisation:
             self.extras(outputs[n + 1 :]),
             Checked(outputs[n]),
             self.graph(call.fixed, call.hyper),
+            self.attached,
         )
 
     def graph(self, fixed: Sequence[Tensor], hyper: Sequence[Tensor]) -> Graph:
@@ -253,31 +257,48 @@ class Specialisation:
         return [self.after[path].fitted(cotangent.get(path)) for path in flowing]
 
     def vjp(
-        self, call: Call, drawn: Sequence[Tensor], cotangent: Cotangent, loss: Tensor | None
+        self, call: Call, drawn: Sequence[Tensor], cotangent: Cotangent, outputs: StepCotangents
     ) -> Pulled:
-        """Pull cotangents of the next state and of the loss back through the step.
+        """Pull cotangents of the next state, of the loss and of extras back through the step.
 
         Raises:
             Untraceable: no code can be made for it.
         """
-        flowing = self.flowing(cotangent)
-        key = loss is None, tuple(flowing)
-        given = self.fitted(flowing, cotangent)
-        if loss is not None:
-            given.append(loss.contiguous())
-        if key not in self._vjps:
-            self._vjps[key] = self._vjp(call, flowing, given)
-        found = self._vjps[key]
+        if not outputs.aux.keys() <= {*self.attached}:
+            raise Untraceable("what something flows back to is not among its extras")
+        state = tuple(self.flowing(cotangent))
+        flowing = Flowing(state, outputs.loss is not None, tuple(outputs.aux))
+        given = self.fitted(state, cotangent)
+        given += [c.contiguous() for c in outputs.tensors()]
+        if flowing not in self._vjps:
+            self._vjps[flowing] = self._vjp(call, flowing, given)
+        found = self._vjps[flowing]
         if isinstance(found, str):
             raise Untraceable(found)
         return found(call, given, drawn)
 
-    def _vjp(self, call: Call, flowing: list[Path], given: list[Tensor]) -> Vjp | str:
+    def _vjp(self, call: Call, flowing: Flowing, given: list[Tensor]) -> Vjp | str:
         """Code for it, or why there is none."""
         try:
             return Vjp(self, call, flowing, given)
         except Untraceable as reason:
             return str(reason)  # the exception would keep alive what it was raised from
+
+
+@dataclass(frozen=True)
+class Flowing:
+    """What cotangents flow back to: some of the state, the loss or not, some of the extras."""
+
+    state: tuple[Path, ...]
+    loss: bool
+    aux: tuple[int, ...]
+
+    def parted(self, cotangents: Sequence[Tensor]) -> tuple[Cotangent, StepCotangents]:
+        """The cotangents, which are in the order of the attributes."""
+        given = iter(cotangents)
+        state = {path: next(given) for path in self.state}
+        loss = next(given) if self.loss else None
+        return state, StepCotangents(loss, {i: next(given) for i in self.aux})
 
 
 class Vjp:
@@ -294,20 +315,20 @@ class Vjp:
     """
 
     def __init__(
-        self, step: Specialisation, call: Call, flowing: Sequence[Path], given: Sequence[Tensor]
+        self, step: Specialisation, call: Call, flowing: Flowing, given: Sequence[Tensor]
     ) -> None:
         found: list[Any] = []
         ends = step.ends
 
         def vjp(*inputs: Tensor) -> list[Tensor]:
             before, hyper = call.parted(inputs)
-            cots = inputs[call.count :]
+            state, outputs = flowing.parted(inputs[call.count :])
             seen = [_edge(call.fixed[i]) for i in ends]
             wanted = [i for i, x in enumerate(hyper) if x.requires_grad]
             linearization = call.bound(hyper, traced=True).linearize(before, call.t)
             back, others = linearization.vjp(
-                dict(zip(flowing, cots, strict=False)),
-                cots[len(flowing)] if len(cots) > len(flowing) else None,
+                state,
+                outputs,
                 [*seen, *(hyper[i] for i in wanted)],
                 retain_graph=True,
             )
@@ -388,6 +409,11 @@ def _as(x: Tensor, like: Tensor | None) -> Tensor:
     if like is None or x.shape != like.shape or x.stride() == like.stride():
         return x
     return torch.empty_like(like).copy_(x)
+
+
+def _attached(leaves: Iterable[Any]) -> list[int]:
+    tensors = [x for x in leaves if isinstance(x, Tensor)]
+    return [i for i, x in enumerate(tensors) if x.requires_grad and is_differentiable(x)]
 
 
 def _parts(call: Call) -> dict[Part, list[int]]:

@@ -14,6 +14,7 @@ from diffopt._step.capture import Graph
 from diffopt._step.observe import Observer
 from diffopt._step.result import Checked, StepResult
 from diffopt._torch.autograd import present_sequence
+from diffopt._values.outputs import OutputCotangents
 from diffopt._values.state import Cotangent, State
 
 
@@ -25,6 +26,7 @@ class Block(Protocol):
         losses: of each, stacked.
         alike: whether all depend on the same tensors.
         scheduled: whether callables give hyperparameters.
+        attached: which of the tensors of a step's extras derivatives flow to.
     """
 
     start: int
@@ -33,6 +35,7 @@ class Block(Protocol):
     losses: Tensor
     alike: bool
     scheduled: bool
+    attached: Sequence[int]
 
     def aux(self) -> list[Any]:
         """The user's extras, one for each step."""
@@ -54,7 +57,7 @@ class Block(Protocol):
         start: int,
         stop: int,
         state_cotangent: Cotangent,
-        loss_cotangents: Tensor | None,
+        outputs: OutputCotangents,
         captured: Sequence[Any],
         *,
         retain_graph: bool = False,
@@ -62,7 +65,7 @@ class Block(Protocol):
         """Carry a cotangent back from ``stop`` to ``start``.
 
         Args:
-            loss_cotangents: those of the block's losses.
+            outputs: of the block's losses and extras, counted from its first step.
         """
 
 
@@ -119,7 +122,8 @@ def first_block(loop: Loop, state: State, start: int, stop: int, *, keep: bool) 
         _note(loop, block, since)
     loop.refuse_originals(state, start, _result(block))
     loop.losses.extend(block.losses)
-    loop.aux.extend(block.aux())
+    for t, aux in enumerate(block.aux(), block.start):
+        loop.extras.append(loop.step.first_step + t, aux, block.attached)
     loop.progress.forward(block.stop - start)
     if block.stop == loop.steps:
         # What the caller is given is the caller's to change, and no snapshot's memory.
@@ -144,7 +148,8 @@ def _note(loop: Loop, block: Block, since: int) -> None:
 
 def _result(block: Block) -> StepResult:
     t = block.start
-    return StepResult(block.after, block.losses[0], None, block.checked(t), block.graph(t))
+    checked, graph = block.checked(t), block.graph(t)
+    return StepResult(block.after, block.losses[0], None, checked, graph, ())
 
 
 def block_again(loop: Loop, state: State, start: int, stop: int, *, keep: bool) -> Block | None:
@@ -166,7 +171,8 @@ def _taken(
     step = loop.step
     if loop.ledger is not None or not hasattr(step, "together"):
         return None
-    if keep and loop.max_cotangent_norm is not None:  # something to do between the steps
+    between = loop.max_cotangent_norm is not None or loop.monitor is not None
+    if keep and between:  # something to do between the steps
         return None
     with torch.no_grad():
         return cast(TakesBlocks, step).together(state, start, stop, keep=keep, observer=observer)
@@ -178,14 +184,14 @@ def block_vjp(
     start: int,
     stop: int,
     cotangent: Cotangent,
-    loss_cotangents: Tensor | None,
+    outputs: OutputCotangents,
     *,
     retain_graph: bool,
 ) -> tuple[Cotangent, Sequence[int], list[Tensor | None]]:
     """Go back through steps of a block.
 
     Args:
-        loss_cotangents: of all losses of the loop, shape (T,).
+        outputs: of the losses and extras of the whole loop.
 
     Returns:
         the cotangent of the state at ``start``, and indices and cotangents of captured tensors.
@@ -197,7 +203,7 @@ def block_vjp(
             start,
             stop,
             cotangent,
-            None if loss_cotangents is None else loss_cotangents[block.start : block.stop],
+            outputs.later(block.start).until(block.stop - block.start),
             captured.edges(*steps),
             retain_graph=retain_graph or shared,
         )

@@ -129,6 +129,8 @@ class Check:
 
 def _values(checked: Checked) -> Iterator[tuple[str, _Value]]:
     yield "loss", _value([checked.loss])
+    if checked.aux:
+        yield "aux", _value(checked.aux)
     if checked.hyper:
         yield "hyperparameter", _value(checked.hyper)
     if checked.grads:

@@ -18,6 +18,7 @@ from diffopt._loop.snapshots import Layer, Snapshots
 from diffopt._loop.stretches import Stretch, of_plan
 from diffopt._step.linearization import Linearization
 from diffopt._torch.batched import any_batched, not_batched
+from diffopt._values.outputs import OutputCotangents
 from diffopt._values.state import Cotangent, State
 from diffopt.optim.lists import one_by_one
 from diffopt.schedule import Action, Plan
@@ -114,7 +115,7 @@ def run_backward(
     plan: Plan,
     kept: Kept,
     cotangent: Cotangent,
-    loss_cotangents: Tensor | None,
+    outputs: OutputCotangents,
     *,
     keep: bool = False,
 ) -> tuple[Cotangent, list[Tensor | None]]:
@@ -123,19 +124,19 @@ def run_backward(
     Args:
         kept: what ``run_forward`` left; used up unless ``keep``.
         cotangent: of the final state.
-        loss_cotangents: of the losses, shape (T,), or None.
+        outputs: of the losses and extras.
         keep: leave ``kept`` as it is, for another backward pass.
 
     Returns:
         the cotangents of the start and of ``loop.captured.tensors``.
     """
     # Only what is linear in the cotangents can be mapped over many of them.
-    many = any_batched([*cotangent.values(), loss_cotangents])
+    many = any_batched([*cotangent.values(), *outputs.tensors()])
     if keep:
         kept = Kept(Layer(kept.snapshots), dict(kept.graphs), kept.peak_states, kept.peak_graphs)
     try:
         with one_by_one() if many else nullcontext():
-            return _backward(loop, plan, kept, cotangent, loss_cotangents, keep)
+            return _backward(loop, plan, kept, cotangent, outputs, keep)
     finally:
         kept.snapshots.close()
 
@@ -145,12 +146,12 @@ def _backward(
     plan: Plan,
     kept: Kept,
     cotangent: Cotangent,
-    loss_cotangents: Tensor | None,
+    outputs: OutputCotangents,
     keep: bool,
 ) -> tuple[Cotangent, list[Tensor | None]]:
     if kept.snapshots.journal.keeps:
-        return journaled.backward(loop, plan, kept, cotangent, loss_cotangents, keep)
-    way = _WayBack(loop, plan, kept, cotangent, loss_cotangents, keep)
+        return journaled.backward(loop, plan, kept, cotangent, outputs, keep)
+    way = _WayBack(loop, plan, kept, cotangent, outputs, keep)
     for part in of_plan(plan)[1]:
         if isinstance(part, Stretch):
             way.stretch(part)
@@ -173,14 +174,14 @@ class _WayBack:
         plan: Plan,
         kept: Kept,
         cotangent: Cotangent,
-        loss_cotangents: Tensor | None,
+        outputs: OutputCotangents,
         keep: bool,
     ) -> None:
         self.cotangent = cotangent
         self.captured = CapturedSum(loop.captured)
         self._loop = loop
         self._kept = kept
-        self._losses = loss_cotangents
+        self._outputs = outputs
         self._keep = keep
         self._state: State | None = None
         self._loads = [action.start for action in plan.backward_actions if action.kind == "load"]
@@ -269,7 +270,7 @@ class _WayBack:
 
     def _pull(self, block: Block, start: int, stop: int) -> None:
         self.cotangent, indices, found = block_vjp(
-            self._loop, block, start, stop, self.cotangent, self._losses, retain_graph=self._keep
+            self._loop, block, start, stop, self.cotangent, self._outputs, retain_graph=self._keep
         )
         self.captured.add(indices, found)
 
@@ -304,7 +305,7 @@ class _WayBack:
             raise ValueError(f"a plan cannot {kind!r} on the way back")
 
     def _vjp(self, t: int) -> None:
-        loop, kept, losses = self._loop, self._kept, self._losses
+        loop, kept = self._loop, self._kept
         held = kept.graphs.pop(t, None)
         if held is None:
             assert self._state is not None
@@ -313,6 +314,6 @@ class _WayBack:
             self._state = None
         assert isinstance(held, Linearization)
         self.cotangent, found = loop.vjp(
-            held, t, self.cotangent, None if losses is None else losses[t], retain_graph=self._keep
+            held, t, self.cotangent, self._outputs.at(t), retain_graph=self._keep
         )
         self.captured.add(loop.captured.at(t), found)

@@ -13,6 +13,7 @@ from diffopt._loop.kept import AHEAD, Begun, Kept
 from diffopt._loop.loop import CapturedSum, Loop
 from diffopt._step.linearization import Linearization
 from diffopt._torch.batched import not_batched
+from diffopt._values.outputs import OutputCotangents
 from diffopt._values.state import Cotangent, State
 from diffopt.schedule import Plan
 
@@ -53,12 +54,12 @@ def backward(
     plan: Plan,
     kept: Kept,
     cotangent: Cotangent,
-    loss_cotangents: Tensor | None,
+    outputs: OutputCotangents,
     keep: bool,
 ) -> tuple[Cotangent, list[Tensor | None]]:
     """A plan's second part, as ``executor.run_backward`` carries it out."""
     captured, journal = CapturedSum(loop.captured), kept.snapshots.journal
-    way = journal.turn(WayBack(0, cotangent, captured.total), loss_cotangents)
+    way = journal.turn(WayBack(0, cotangent, captured.total), outputs.losses)
     cotangent, captured.total = way.cotangent, way.captured
     actions = plan.backward_actions[way.action :]
     state, position = way.state, way.position
@@ -96,9 +97,8 @@ def backward(
                 with not_batched():
                     linearization = loop.linearize(state, start, values=False)
                 state = None
-            loss_cotangent = None if loss_cotangents is None else loss_cotangents[start]
             cotangent, found = loop.vjp(
-                linearization, start, cotangent, loss_cotangent, retain_graph=keep
+                linearization, start, cotangent, outputs.at(start), retain_graph=keep
             )
             captured.add(loop.captured.at(start), found)
             del linearization

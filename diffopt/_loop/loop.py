@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from typing import Any, Self
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from diffopt._loop.check import Check
+from diffopt._loop.extras import Extras
 from diffopt._loop.losses import Losses
 from diffopt._loop.progress import Progress
 from diffopt._loop.snapshots import Snapshot
@@ -21,20 +22,27 @@ from diffopt._step.capture import Captured, Graph, Part
 from diffopt._step.generators import Generators
 from diffopt._step.linearization import Linearization
 from diffopt._step.observe import Observer
+from diffopt._step.parts import InParts
 from diffopt._step.result import Checked, StepResult
 from diffopt._step.step import InnerStep
 from diffopt._torch.autograd import present_sequence
 from diffopt._torch.engine import shielded
+from diffopt._values.outputs import StepCotangents
 from diffopt._values.state import Cotangent, State
-from diffopt._values.tree import Path, add, map_tensors
+from diffopt._values.tree import Path, add
 from diffopt.optim.unchanged import UnchangedOptions
 
 _NAMES: dict[Part, str] = {
     "loss": "loss",
+    "aux": "aux",
     "transform": "grad_transform",
     "hyper": "hyperparameters",
     "update": "update",
 }
+
+
+#: ``f(step, cotangent)``, called on the way back.
+Monitor = Callable[[int, dict[str, Tensor]], object]
 
 
 class Loop:
@@ -51,8 +59,9 @@ class Loop:
         check: compares steps computed again with the first pass; None where nothing is to be.
         generators: the random generators, which the forward pass advances.
         losses: those of the steps taken so far, cut from the graph.
-        aux: the user's extras, one per step, cut from the graph.
+        extras: what ``loss_fn`` returned beside them, likewise.
         max_cotangent_norm: the bound on what flows back through a step, or None.
+        monitor: the user's function of that, before it is bounded, or None.
         tasks: N where every tensor leads with the task dimension, or None.
         ledger: what every step gave the first time, where recomputations are to be compared.
     """
@@ -71,6 +80,7 @@ class Loop:
         progress: Progress,
         connected: bool = True,
         max_cotangent_norm: float | None = None,
+        monitor: Monitor | None = None,
         tasks: int | None = None,
         ledger: Ledger | None = None,
     ) -> None:
@@ -86,10 +96,11 @@ class Loop:
         self.options = options
         self.progress = progress
         self.max_cotangent_norm = max_cotangent_norm
+        self.monitor = monitor
         self.tasks = tasks
         self.ledger = ledger
         self.losses = Losses(steps)
-        self.aux: list[Any] = []
+        self.extras = Extras()
         self._session = _Session(step, modes, progress)
 
     def first_session(self) -> AbstractContextManager[None]:
@@ -198,7 +209,7 @@ class Loop:
     def _collect(self, before: State, t: int, result: StepResult) -> State:
         self.options.check(self.step.first_step + t)
         self.losses.append(result.loss)
-        self.aux.append(map_tensors(lambda x: x.detach().clone(), result.aux))
+        self.extras.append(self.step.first_step + t, result.aux, result.attached)
         self.progress.forward()
         # What the caller is given is the caller's to change, and no snapshot's memory.
         return result.state.apart_from(before) if t + 1 == self.steps else result.state
@@ -222,7 +233,7 @@ class Loop:
             self.check.first(number, Checked(loss))
             self.check.note_again(number, step, loss)
         self.losses.append(loss)
-        self.aux.append(None)
+        self.extras.append(self.step.first_step + t, None, ())
         self.progress.forward()
 
     # On the way back.
@@ -293,19 +304,22 @@ class Loop:
         """Refuse a step that uses other tensors than it used at first."""
         part = self.captured.missing(t, graph)
         if part is not None:
-            raise RuntimeError(
-                f"step {self.step.first_step + t} does not use the tensors that require grad of "
-                f"the forward pass again, in its {_NAMES[part]}: was a variable bound to a new "
-                "tensor since, or does it keep tensors from step to step? Call backward "
-                "before that, pass the tensor inside the batch, or detach what is kept"
-            )
+            raise self._others(t, part)
+
+    def _others(self, t: int, part: Part) -> RuntimeError:
+        return RuntimeError(
+            f"step {self.step.first_step + t} does not use the tensors that require grad of "
+            f"the forward pass again, in its {_NAMES[part]}: was a variable bound to a new "
+            "tensor since, or does it keep tensors from step to step? Call backward "
+            "before that, pass the tensor inside the batch, or detach what is kept"
+        )
 
     def vjp(
         self,
         linearization: Linearization,
         t: int,
         state_cotangent: Cotangent,
-        loss_cotangent: Tensor | None,
+        outputs: StepCotangents,
         *,
         retain_graph: bool = False,
     ) -> tuple[Cotangent, list[Tensor | None]]:
@@ -317,20 +331,37 @@ class Loop:
         """
         if self.step.group is not None:
             self.step.group.at(self.step.first_step + t)
-        state_cotangent = self.clipped(state_cotangent)
+        state_cotangent = self.bounded(t, state_cotangent)
+        used: dict[Part, set[int]] = {}
+        if isinstance(linearization, InParts):
+            linearization.visit = lambda graph: self._visit(t, graph, used)
         with self.captured.sealed(t) as shared:
             try:
                 before, captured = linearization.vjp(
                     state_cotangent,
-                    loss_cotangent,
+                    outputs,
                     self.captured.edges(t),
                     retain_graph=retain_graph or shared,
                 )
             except RuntimeError as error:
                 self._refuse_other_threads(error, t)
                 raise
+        if isinstance(linearization, InParts):
+            part = self.captured.missing_among(t, used)
+            if part is not None:
+                raise self._others(t, part)
+            for checked in linearization.again:
+                self._compare(t, checked)
+            linearization.again.clear()
         self.progress.backward()
         return before, captured
+
+    def _visit(self, t: int, graph: Graph, used: dict[Part, set[int]]) -> None:
+        """Take note of what a part of the batch of step ``t`` uses, while its graph is there."""
+        if not self.step.first_order:
+            self.captured.refuse_unrecorded(graph, self.step.first_step + t)
+        for part, indices in self.captured.used_by(graph).items():
+            used.setdefault(part, set()).update(indices)
 
     def _refuse_other_threads(self, error: RuntimeError, t: int) -> None:
         """Say what is the matter where a derivative ran on into the caller's graph.
@@ -345,8 +376,15 @@ class Loop:
                 "that calls unroll, or pass it inside the batch"
             ) from error
 
-    def clipped(self, cotangent: Cotangent) -> Cotangent:
-        """``cotangent`` with the parameters' part scaled to at most ``max_cotangent_norm``."""
+    def bounded(self, t: int, cotangent: Cotangent) -> Cotangent:
+        """The cotangent of the state after step ``t`` as it flows back, once it has been shown.
+
+        The parameters' part is scaled to at most ``max_cotangent_norm``.
+        """
+        if self.monitor is not None:
+            shown = {p[1]: g.detach().clone() for p, g in cotangent.items() if p[0] == "params"}
+            with torch.no_grad():
+                self.monitor(self.step.first_step + t, shown)
         if self.max_cotangent_norm is None:
             return cotangent
         params = {path: g for path, g in cotangent.items() if path[0] == "params"}

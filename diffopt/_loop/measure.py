@@ -14,6 +14,7 @@ from diffopt._loop.kept import Begun
 from diffopt._loop.loop import Loop
 from diffopt._torch.dispatch import TorchDispatchMode
 from diffopt._torch.unseen import unseen
+from diffopt._values.outputs import StepCotangents
 
 _UNIT = 512  # bytes: allocators give whole multiples of this, or of less
 #: What the nodes and objects of a graph take, for each operation. An MLP of two layers, whose step
@@ -109,11 +110,12 @@ def differentiate_first_step(
     meter.peak = meter.held
     with loop.generators.undisturbed(), torch.no_grad(), meter:
         cotangent = {path: torch.ones_like(x) for path, x in tensors.items()}
+        aux = loop.extras.ones()
         with loop.captured.sealed(0) as shared:
             try:
                 graph.vjp(
                     cotangent,
-                    torch.ones_like(losses[0]),
+                    StepCotangents(torch.ones_like(losses[0]), aux),
                     loop.captured.edges(0),
                     retain_graph=retain_graph or shared,
                 )

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffopt._loop.extras import Extras
 from diffopt._loop.loop import Loop
 from diffopt._loop.losses import Losses
 from diffopt._loop.progress import Progress
@@ -41,7 +42,7 @@ class Passed:
         """Take note of the steps up to ``stop``. Gives what is to be written of them."""
         start, known = len(self.steps), len(self.first)
         for t in range(start, stop):
-            if loop.aux[t] is not None:
+            if loop.extras.any_at(t):
                 raise NotImplementedError(
                     f"the loss of step {loop.step.first_step + t} returns aux, which Durable does "
                     "not keep: return the loss alone, or compute aux from the result"
@@ -134,7 +135,7 @@ def _without_consequences(loop: Loop) -> Loop:
     """``loop``, for steps of which what they give and use is noted apart."""
     trial = copy(loop)
     trial.captured = loop.captured.apart()
-    trial.aux, trial.progress, trial.ledger = [], Progress(0, shown=False), None
+    trial.extras, trial.progress, trial.ledger = Extras(), Progress(0, shown=False), None
     return trial
 
 

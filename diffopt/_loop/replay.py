@@ -18,8 +18,10 @@ from torch import Tensor
 
 from diffopt._loop.loop import CapturedSum, Loop
 from diffopt._loop.recompute import Seen, recomputed
+from diffopt._step.result import StepResult, other_extras
+from diffopt._values.outputs import OutputCotangents, StepCotangents
 from diffopt._values.state import Cotangent, State
-from diffopt._values.tree import Path
+from diffopt._values.tree import Path, tensors_in
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,14 @@ class _Step:
             ``Captured.at``.
         after: the state after it, a recomputed function of ``inputs`` and ``captured``.
         loss: likewise.
+        aux: likewise, the extras that something flows back to.
     """
 
     inputs: dict[Path, Tensor]
     captured: list[Tensor]
     after: State
     loss: Tensor
+    aux: dict[int, Tensor]
 
 
 def differentiable_backward(
@@ -47,7 +51,7 @@ def differentiable_backward(
     start: Mapping[Path, Tensor],
     captured: Sequence[Tensor],
     cotangent: Cotangent,
-    loss_cotangents: Tensor | None,
+    outputs: OutputCotangents,
 ) -> tuple[Cotangent, list[Tensor | None]]:
     """What ``run_backward`` computes, connected to ``start``, ``captured`` and the cotangents.
 
@@ -62,14 +66,14 @@ def differentiable_backward(
         state = loop.start.replace(start)
         steps = []
         for t in range(loop.steps):
-            step, generators = _replayed(loop, t, generators, state, captured)
+            wanted = list(outputs.at(t).aux)
+            step, generators = _replayed(loop, t, generators, state, captured, wanted)
             steps.append(step)
             state = step.after
         total = CapturedSum(loop.captured)
         while steps:
             t, step = len(steps) - 1, steps.pop()
-            loss_cotangent = None if loss_cotangents is None else loss_cotangents[t]
-            cotangent, found = _vjp(step, loop.clipped(cotangent), loss_cotangent)
+            cotangent, found = _vjp(step, loop.bounded(t, cotangent), outputs.at(t))
             total.add(loop.captured.at(t), found)
     return {path: g for path, g in cotangent.items() if path in start}, total.total
 
@@ -80,8 +84,13 @@ def _replayed(
     generators: tuple[Tensor, ...],
     state: State,
     captured: Sequence[Tensor],
+    wanted: Sequence[int],
 ) -> tuple[_Step, tuple[Tensor, ...]]:
-    """Take step ``t`` from ``state``, with the generators as given: they are also where it ends."""
+    """Take step ``t`` from ``state``, with the generators as given: they are also where it ends.
+
+    Args:
+        wanted: indices among the tensors of its extras of those that something flows back to.
+    """
     inputs = {path: x.view_as(x) for path, x in loop.step.differentiable(state).items()}
     used = [captured[i] for i in loop.captured.at(t)]
     used = [x.view_as(x) for x in used]
@@ -98,7 +107,7 @@ def _replayed(
             loop.compare(t, result)
             ends.append(loop.generators.get())
         flowing = loop.step.differentiable(result.state)
-        return (result.loss, *flowing.values())
+        return (result.loss, *_extras(result, wanted, loop.step.first_step + t), *flowing.values())
 
     @contextmanager
     def context() -> Iterator[bool]:
@@ -110,18 +119,27 @@ def _replayed(
             yield shared
 
     seen = Seen(loop.captured.edges(t), context)
-    loss, *flowing = recomputed(function, seen, used, list(inputs.values()))
+    loss, *rest = recomputed(function, seen, used, list(inputs.values()))
     assert loss is not None
+    aux, flowing = dict(zip(wanted, rest, strict=False)), rest[len(wanted) :]
     new = {
         path: x
         for path, x in zip(loop.step.differentiable(template[0]), flowing, strict=True)
         if x is not None
     }
-    return _Step(inputs, used, template[0].replace(new), loss), ends[0]
+    given = {i: x for i, x in aux.items() if x is not None}
+    return _Step(inputs, used, template[0].replace(new), loss, given), ends[0]
+
+
+def _extras(result: StepResult, wanted: Sequence[int], number: int) -> list[Tensor]:
+    tensors = list(tensors_in(result.aux)) if wanted else []
+    if not set(wanted) <= set(result.attached):
+        raise other_extras(number)
+    return [tensors[i] for i in wanted]
 
 
 def _vjp(
-    step: _Step, cotangent: Cotangent, loss_cotangent: Tensor | None
+    step: _Step, cotangent: Cotangent, given: StepCotangents
 ) -> tuple[Cotangent, list[Tensor | None]]:
     """One vector-Jacobian product, a function of the step's inputs and of the cotangents.
 
@@ -130,8 +148,9 @@ def _vjp(
     """
     outputs = step.after.tensors()
     pairs = [(outputs[path], c) for path, c in cotangent.items()]
-    if loss_cotangent is not None:
-        pairs.append((step.loss, loss_cotangent))
+    if given.loss is not None:
+        pairs.append((step.loss, given.loss))
+    pairs += [(step.aux[i], c) for i, c in given.aux.items()]
     pairs = [(x, c) for x, c in pairs if x.requires_grad]
     sources = [x for x in (*step.inputs.values(), *step.captured) if x.requires_grad]
     found: dict[Tensor, Tensor | None] = {}

@@ -75,6 +75,10 @@ class BufferStandIns:
         self._slots.changing = self._changing
         return found
 
+    def look_again(self, step: int) -> None:
+        """Let the next evaluation of ``step`` be compared by value, too."""
+        self._compared = min(self._compared, step)
+
     def note(self, tracked: Iterable[str], changing: Iterable[str]) -> None:
         """Take note of what is known without having been looked at here."""
         self.tracked.update(tracked)

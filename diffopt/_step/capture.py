@@ -29,8 +29,9 @@ from diffopt._torch.functions import function_of
 
 End = Edge | Tensor
 
-#: A step's graph in parts: the loss; ``grad_transform``; hyperparameters; the update.
-Part = Literal["loss", "transform", "hyper", "update"]
+#: A step's graph in parts: the loss; the extras beside it; ``grad_transform``; hyperparameters;
+#: the update.
+Part = Literal["loss", "aux", "transform", "hyper", "update"]
 
 
 @dataclass(slots=True)
@@ -41,11 +42,13 @@ class Graph:
         own: parameters, and what else of the state requires grad.
         roots: what each part computes.
         in_gradient: tensors that require grad and that hooks use while the gradient is taken.
+        retained: whether it can still be differentiated.
     """
 
     own: Sequence[Tensor]
     roots: dict[Part, Sequence[Tensor]] = field(default_factory=dict)
     in_gradient: Collection[Tensor] = ()
+    retained: bool = True
 
 
 @dataclass(slots=True)
@@ -191,18 +194,31 @@ class Captured:
         Raises:
             NotImplementedError: naming the Function.
         """
-        if self.functions:
+        if self.functions and graph.retained:
             stops = {*map(edge_of, graph.own), *self._edges}
             refuse_unrecorded(_behind(graph.roots["loss"], stops), step, self._recorded)
 
     def missing(self, step: int, graph: Graph) -> Part | None:
         """The part of a step computed again that misses a tensor which it used at first."""
+        return self.missing_among(step, self.used_by(graph, self._parts[step]))
+
+    def missing_among(self, step: int, used: Mapping[Part, Collection[int]]) -> Part | None:
+        """``missing``, from what each part of the step uses now, by index."""
         for part, expected in self._parts[step].items():
-            if expected and part in graph.roots:
-                ends = self.walk(graph.roots[part], graph.own)
-                if not expected <= {self._index.get(end, -1) for end in ends.captured}:
-                    return part
+            if expected and part in used and not expected <= {*used[part]}:
+                return part
         return None
+
+    def used_by(
+        self, graph: Graph, wanted: Mapping[Part, Collection[int]] | None = None
+    ) -> dict[Part, set[int]]:
+        """The indices of the captured tensors that each part uses, of those that use any."""
+        found: dict[Part, set[int]] = {}
+        for part, roots in graph.roots.items():
+            if wanted is None or wanted.get(part):
+                ends = self.walk(roots, graph.own)
+                found[part] = {self._index.get(end, -1) for end in ends.captured}
+        return found
 
     def _position(self, end: End) -> int:
         if end not in self._index:
@@ -239,8 +255,9 @@ class Captured:
         return tuple(sorted({i for step in steps for i in self._at[step]}))
 
     def used_after_loss(self, step: int) -> bool:
-        """Whether the step uses any of the tensors outside its loss and the gradient of that."""
-        return any(used for part, used in self._parts[step].items() if part != "loss")
+        """Whether the update uses any of the tensors, other than by the gradient of the loss."""
+        parts = self._parts[step].items()
+        return any(used for part, used in parts if part not in ("loss", "aux"))
 
     def edges(self, *steps: int) -> list[Tensor | GradientEdge]:
         """What to differentiate graphs of steps with respect to, in the order of ``at``."""

@@ -8,7 +8,7 @@ the whole step, for rules that may use more than they are given.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,8 +17,10 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from diffopt._derivatives.table import refuse_missing
 from diffopt._model.standing import load_again
-from diffopt._step.result import Checked, Evaluated, StepResult, present
+from diffopt._step.capture import Graph
+from diffopt._step.result import Checked, Evaluated, StepResult, other_extras, present
 from diffopt._torch.engine import pulled_back
+from diffopt._values.outputs import StepCotangents
 from diffopt._values.state import Cotangent, State
 from diffopt._values.tree import Path, add
 from diffopt.optim import lists as L
@@ -56,7 +58,7 @@ class Linearization(ABC):
         self._leaves = leaves
         self._loss = found.loss
         self._buffers = found.buffers
-        self._aux = found.aux
+        self._aux, self._attached = found.aux, found.attached
         self._loaded = step.loss.slots.loaded
         self.hyper = found.hyper
         self.raw = found.raw
@@ -77,12 +79,12 @@ class Linearization(ABC):
     def vjp(
         self,
         state_cotangent: Cotangent,
-        loss_cotangent: Tensor | None,
+        outputs: StepCotangents,
         captured: Sequence[Any],
         *,
         retain_graph: bool = False,
     ) -> tuple[Cotangent, list[Tensor | None]]:
-        """Pull cotangents of the next state and of the loss back through the step.
+        """Pull cotangents of the next state, of the loss and of extras back through the step.
 
         Args:
             captured: further tensors or gradient edges to differentiate with respect to.
@@ -102,14 +104,28 @@ class Linearization(ABC):
             cotangents of ``captured``.
         """
         roots = [(self.raw[name], c) for name, c in cotangents.items()]
-        found, others = self._pulled(roots, captured, retain_graph=True)
+        found, others = self.pulled(roots, captured, retain_graph=True)
         return {path[1]: c for path, c in found.items() if path[0] == "params"}, others
+
+    def forget_extras(self) -> None:
+        """Keep no graph of the extras."""
+        self._aux, self._attached = None, {}
+        roots = {part: x for part, x in self.graph.roots.items() if part not in ("loss", "aux")}
+        self.graph = Graph(self.graph.own, roots, retained=False)
 
     def _result(self, state: State) -> StepResult:
         assert self.checked is not None
-        return StepResult(state.detach(), self._loss.detach(), self._aux, self.checked, self.graph)
+        state, loss = state.detach(), self._loss.detach()
+        return StepResult(state, loss, self._aux, self.checked, self.graph, [*self._attached])
 
-    def _pulled(
+    def _output_roots(self, outputs: StepCotangents) -> Iterator[tuple[_Root, Tensor | None]]:
+        yield self._loss, outputs.loss
+        for i, c in outputs.aux.items():
+            if i not in self._attached:
+                raise other_extras(self._number)
+            yield self._attached[i], c
+
+    def pulled(
         self,
         roots: Iterable[tuple[_Root, Tensor | None]],
         captured: Sequence[Any],
@@ -181,7 +197,7 @@ class Split(Linearization):
     def vjp(
         self,
         state_cotangent: Cotangent,
-        loss_cotangent: Tensor | None,
+        outputs: StepCotangents,
         captured: Sequence[Any],
         *,
         retain_graph: bool = False,
@@ -212,8 +228,8 @@ class Split(Linearization):
             (self._ends.get(name), c) for name, c in update.grads.items()
         ]
         roots += [(x, by_kind["buffers"].get(name)) for name, x in self._buffers.items()]
-        roots += [(self._loss, loss_cotangent)]
-        found, others = self._pulled(roots, captured, retain_graph)
+        roots += self._output_roots(outputs)
+        found, others = self.pulled(roots, captured, retain_graph)
         both = [path for path in found if path in before]
         sums: Sequence[Tensor] = ()
         if both:
@@ -248,14 +264,14 @@ class Whole(Linearization):
     def vjp(
         self,
         state_cotangent: Cotangent,
-        loss_cotangent: Tensor | None,
+        outputs: StepCotangents,
         captured: Sequence[Any],
         *,
         retain_graph: bool = False,
     ) -> tuple[Cotangent, list[Tensor | None]]:
         after = self.after.tensors()
         roots = [(after[path], c) for path, c in state_cotangent.items()]
-        return self._pulled([*roots, (self._loss, loss_cotangent)], captured, retain_graph)
+        return self.pulled([*roots, *self._output_roots(outputs)], captured, retain_graph)
 
 
 def _is_connected(x: _Root) -> bool:

@@ -33,9 +33,14 @@ class InnerLoss:
         loss_fn: ``loss_fn(model, item)``, the user's function.
         item_at: the batch, or the step number, at a position of the loop.
         first_step: the step number of position 0, for messages.
+
+    Attributes:
+        tasks: N, where it is a loss of N tasks.
+        scale: what the loss is multiplied by before its gradient is taken.
     """
 
     tasks: int | None = None
+    scale: float | Tensor = 1.0
 
     def __init__(
         self,
@@ -114,7 +119,9 @@ class InnerLoss:
 
     def total(self, loss: Tensor) -> Tensor:
         """The scalar whose gradient is taken."""
-        return loss
+        if isinstance(self.scale, Tensor):
+            return loss * self.scale.to(loss.dtype)
+        return loss if self.scale == 1 else loss * self.scale
 
     def transform_grads(
         self, transform: Callable[[dict[str, Tensor]], Any], grads: dict[str, Tensor]

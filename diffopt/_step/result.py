@@ -21,11 +21,13 @@ class Checked:
         loss: before the update.
         hyper: the hyperparameters that callables gave, in order.
         grads: the norms of the gradients that the update was given.
+        aux: the norms of the extras that derivatives flow to.
     """
 
     loss: Tensor
     hyper: Sequence[float | Tensor] = ()
     grads: Sequence[Tensor] = ()
+    aux: Sequence[Tensor] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,7 @@ class StepResult:
     Attributes:
         checked: what the step has to give again when it is computed again.
         graph: where the graph of the step begins and ends.
+        attached: indices among the tensors of ``aux`` of those that derivatives flow to.
     """
 
     state: State
@@ -42,6 +45,7 @@ class StepResult:
     aux: Any
     checked: Checked
     graph: Graph
+    attached: Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,7 @@ class Evaluated:
     Attributes:
         loss: before the update.
         aux: the user's extras.
+        attached: the tensors of these that derivatives flow to, by index among their tensors.
         buffers: as the evaluation left them.
         hyper: the hyperparameters of the step, by param group.
         raw: the gradients of the loss, by parameter name; None where it does not depend on it.
@@ -63,6 +68,7 @@ class Evaluated:
 
     loss: Tensor
     aux: Any
+    attached: dict[int, Tensor]
     buffers: dict[str, Tensor]
     hyper: Sequence[Hyper]
     raw: Mapping[str, Tensor | None]
@@ -75,3 +81,12 @@ class Evaluated:
 def present(grads: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
     """The gradients that there are."""
     return {name: g for name, g in grads.items() if g is not None}
+
+
+def other_extras(step: int) -> RuntimeError:
+    """The error for a step that, computed again, returns other extras than at first."""
+    return RuntimeError(
+        f"step {step}, computed again, returns other tensors in aux than in the forward pass, so "
+        "that no gradient can be delivered through them: let loss_fn return the same ones whenever "
+        "it is called with the same model and batch"
+    )

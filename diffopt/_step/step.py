@@ -32,6 +32,7 @@ from diffopt._step.result import Checked, Evaluated, StepResult, present
 from diffopt._torch.autograd import present_sequence
 from diffopt._torch.collectives import no_collectives
 from diffopt._torch.engine import gradient
+from diffopt._values.outputs import attached
 from diffopt._values.state import State
 from diffopt._values.tree import Path
 from diffopt.optim import Optimizer
@@ -56,7 +57,12 @@ class InnerStep:
         grad_transform: the user's change to the inner gradients, or None.
         first_order: take each inner gradient as a constant.
         group: the processes that take the step together, over which its gradients are averaged.
+
+    Attributes:
+        only_gradient: whether it is there for its loss and the gradient of that alone.
     """
+
+    only_gradient = False
 
     def __init__(
         self,
@@ -122,7 +128,7 @@ class InnerStep:
                 n: g.detach() if g is not None and g.requires_grad else g for n, g in grads.items()
             }
         seen = None if self._is_pure else observer  # a pure rule uses nothing but its arguments
-        shown = seen is not None and not self._is_known(found.hyper)
+        shown = seen is not None and not self.is_known(found.hyper)
         with torch.set_grad_enabled(connected or shown), seen or _NOTHING:
             new_params, new_opt = self.update(found.hyper, params, grads, state.opt)
         new = State(new_params, new_opt, found.buffers)
@@ -130,8 +136,9 @@ class InnerStep:
             found.graph.roots["update"] = _learning(new.tensors().values())
         checked = self._with_update(found.checked, new)
         if connected:
-            return StepResult(new, found.loss, found.aux, checked, found.graph)
-        return StepResult(new.detach(), found.loss.detach(), found.aux, checked, found.graph)
+            return StepResult(new, found.loss, found.aux, checked, found.graph, [*found.attached])
+        new, loss = new.detach(), found.loss.detach()
+        return StepResult(new, loss, found.aux, checked, found.graph, [*found.attached])
 
     def evaluate(
         self,
@@ -142,17 +149,28 @@ class InnerStep:
         observer: Observer | None = None,
     ) -> Evaluated:
         """The loss and its gradients, with their graph if ``connected``."""
+        if self.group is not None:
+            self.group.at(self.first_step + t)
+        if observer is not None:
+            observer.begin(self.first_step + t, own, present_sequence())
+        return self.evaluate_as_begun(state, t, own, connected, observer)
+
+    def evaluate_as_begun(
+        self,
+        state: State,
+        t: int,
+        own: Sequence[Tensor],
+        connected: bool,
+        observer: Observer | None = None,
+    ) -> Evaluated:
+        """``evaluate``, of a step that ``observer`` has been told of."""
         number = self.first_step + t
         used: Mapping[int, Tensor] | None = None
         token = None
-        if self.group is not None:
-            self.group.at(number)
-        if observer is not None:
-            observer.begin(number, own, present_sequence())
         with self.hooks, torch.enable_grad(), no_collectives():
             loss, aux, left = self.loss(state.params, state.buffers, t, observer or _NOTHING)
             with observer or _NOTHING:
-                hyper = self._options_at(number)
+                hyper = () if self.only_gradient else self.options_at(number)
                 if observer is not None:
                     observer.see(tensors_of(hyper))
                 with _NOTHING if observer is None else observer.gradient() as used:
@@ -169,13 +187,27 @@ class InnerStep:
                 grads = self._transformed(given, state.params, left, t)
         graph = Graph([*own, *leaves], in_gradient=[*(used or {}).values()])
         graph.roots["loss"] = [loss, *_learning(left.values())]
+        outputs = attached(aux)
+        self.note_roots(graph, outputs, hyper, grads)
+        checked = self._checked(loss, outputs.values(), hyper, grads, connected)
+        return Evaluated(loss, aux, outputs, left, hyper, raw, grads, checked, graph, token)
+
+    def note_roots(
+        self,
+        graph: Graph,
+        outputs: Mapping[int, Tensor],
+        hyper: Sequence[Hyper],
+        grads: Mapping[str, Tensor | None],
+    ) -> None:
+        """Note where the parts of a step's graph beside the loss begin."""
+        if outputs:
+            graph.roots["aux"] = [*outputs.values()]
         graph.roots["hyper"] = _learning(tensors_of(hyper))
         if self.grad_transform is not None:
             graph.roots["transform"] = _learning(present(grads).values())
-        checked = self._checked(loss, hyper, grads, connected)
-        return Evaluated(loss, aux, left, hyper, raw, grads, checked, graph, token)
 
-    def _options_at(self, number: int) -> Sequence[Hyper]:
+    def options_at(self, number: int) -> Sequence[Hyper]:
+        """The hyperparameters of a step."""
         if self._called or not self._is_pure:
             return [*self.opt.hyperparameters(number)]
         if self._constants is None:  # a change to them is an error: `UnchangedOptions`
@@ -204,13 +236,19 @@ class InnerStep:
                         "the loss, whose gradient diffopt.unroll takes itself"
                     ) from error
                 raise
-        if all(g is None for g in found):
+        raw = dict(zip(params, found or [None] * len(params), strict=True))
+        if not self.only_gradient:
+            self.check_gradient(raw, number)
+        return raw
+
+    def check_gradient(self, raw: Mapping[str, Tensor | None], number: int) -> None:
+        """Raise where the loss of step ``number`` has no gradient."""
+        if all(g is None for g in raw.values()):
             raise ValueError(
                 f"the loss of step {number} does not depend on any inner variable: compute it "
                 "with the module that loss_fn is given, whose parameters are being trained, and "
                 "do not detach it"
             )
-        return dict(zip(params, found, strict=True))
 
     def _averaged(
         self,
@@ -240,13 +278,19 @@ class InnerStep:
             changed = self.loss.transform_grads(self.grad_transform, given)
         return _checked_grads(changed, params)
 
-    def _is_known(self, hyper: Sequence[Hyper]) -> bool:
+    @property
+    def kind(self) -> Any:
+        """Equal for steps that keep the same of what they compute."""
+        return type(self)
+
+    def is_known(self, hyper: Sequence[Hyper]) -> bool:
         """Whether the rule is a function of its arguments alone, whose derivative is known."""
         return self._is_pure or is_known(self.opt, hyper, self.loss.tasks)
 
     def _checked(
         self,
         loss: Tensor,
+        outputs: Iterable[Tensor],
         hyper: Sequence[Hyper],
         grads: Mapping[str, Tensor | None],
         connected: bool,
@@ -255,7 +299,13 @@ class InnerStep:
         if connected or self.grad_transform is not None:
             given = [g.detach() for g in given]
         norms = torch._foreach_norm(given) if given else ()
-        return Checked(loss.detach(), [small(hyper[i][key]) for i, key in self._called], norms)
+        extras = [x.detach() for x in outputs if x.layout is torch.strided]
+        return Checked(
+            loss.detach(),
+            [small(hyper[i][key]) for i, key in self._called],
+            norms,
+            torch._foreach_norm(extras) if extras else (),
+        )
 
     def _with_update(self, checked: Checked, after: State) -> Checked:
         """The norms of the new parameters as well, where the rule may use what nobody can see."""
@@ -291,14 +341,30 @@ class InnerStep:
 
     def linearize(self, state: State, t: int, observer: Observer | None = None) -> Linearization:
         """Evaluate step ``t`` and keep its graph, for vector-Jacobian products."""
-        flowing = self.differentiable(State(state.params, {}, state.buffers))
-        leaves = {path: _leaf(x) for path, x in flowing.items()}
-        evaluated = State(state.params, {}, state.buffers).replace(leaves)
-        state = State(evaluated.params, state.opt, evaluated.buffers)
-        own = list(leaves.values())
-        since, number = present_sequence(), self.first_step + t
-        found = self.evaluate(state, t, own, True, observer)
-        known = self._is_known(found.hyper)
+        state, leaves = self.on_leaves(state)
+        since = present_sequence()
+        found = self.evaluate(state, t, [*leaves.values()], True, observer)
+        return self.linearized(state, t, leaves, found, since, observer)
+
+    def on_leaves(self, state: State) -> tuple[State, dict[Path, Tensor]]:
+        """``state`` with leaves in it to differentiate with respect to, the optimizer's apart."""
+        evaluated = State(state.params, {}, state.buffers)
+        leaves = {path: _leaf(x) for path, x in self.differentiable(evaluated).items()}
+        evaluated = evaluated.replace(leaves)
+        return State(evaluated.params, state.opt, evaluated.buffers), leaves
+
+    def linearized(
+        self,
+        state: State,
+        t: int,
+        leaves: dict[Path, Tensor],
+        found: Evaluated,
+        since: int,
+        observer: Observer | None,
+    ) -> Linearization:
+        """The linearization of an evaluation, whose nodes are numbered from ``since`` on."""
+        number, own = self.first_step + t, list(leaves.values())
+        known = self.is_known(found.hyper)
         if known and not comes_to(found.graph.roots["hyper"], own, since):
             return Split(self, number, state, leaves, found)
         flowing = self.differentiable(State({}, state.opt, {}))

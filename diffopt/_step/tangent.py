@@ -9,6 +9,7 @@ differentiating ⟨vᵀJ, ẋ⟩ in v gives J ẋ. It serves where an operation 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from diffopt._step.capture import Captured, end_of
 from diffopt._step.step import InnerStep
 from diffopt._torch.autograd import load_decompositions
+from diffopt._values.outputs import attached
 from diffopt._values.state import Cotangent, State
 from diffopt._values.tree import Path, map_tensors, tensors_in
 
@@ -28,10 +30,28 @@ Tangent = Cotangent
 ByTensor = Mapping[Tensor, Tensor]
 
 
-def pushed(
-    step: InnerStep, state: State, t: int, tangent: Tangent, captured: ByTensor
-) -> tuple[Tangent, Tensor | None]:
-    """The tangents of the next state and of the loss of step ``t``.
+@dataclass(frozen=True, slots=True)
+class Pushed:
+    """Tangents of what a step gives.
+
+    Attributes:
+        state: of the next state.
+        loss: of the loss; None for zero.
+        aux: of the extras, by index among their tensors; a missing one is zero.
+    """
+
+    state: Tangent
+    loss: Tensor | None
+    aux: Mapping[int, Tensor]
+
+    def flat(self) -> dict[Path, Tensor | None]:
+        """All of them, by path."""
+        aux: dict[Path, Tensor | None] = {("aux", str(i)): dx for i, dx in self.aux.items()}
+        return {**self.state, ("loss",): self.loss, **aux}
+
+
+def pushed(step: InnerStep, state: State, t: int, tangent: Tangent, captured: ByTensor) -> Pushed:
+    """The tangents of what step ``t`` gives.
 
     Args:
         tangent: of the state.
@@ -54,13 +74,15 @@ def pushed(
             own = [*start.params.values(), *given.values(), *substitutes.values()]
             found = step.evaluate(start, t, own, False)
             loss, buffers, grads = found.loss, found.buffers, found.grads
+            aux = attached(map_tensors(substitution.replaced, found.aux))
             hyper = [map_tensors(substitution.replaced, options) for options in found.hyper]
-            _check_all_replaced(captured, _walkable([loss, buffers, grads, hyper]), own)
+            _check_all_replaced(captured, _walkable([loss, buffers, grads, hyper, aux]), own)
             with torch.no_grad():
                 params, opt = step.update(hyper, start.params, grads, start.opt)
         result = State(params, opt, buffers).tensors()
         tangents = {path: dx for path, x in result.items() if (dx := _tangent_of(x)) is not None}
-        return tangents, _tangent_of(loss)
+        outputs = {i: dx for i, x in aux.items() if (dx := _tangent_of(x)) is not None}
+        return Pushed(tangents, _tangent_of(loss), outputs)
 
 
 def pushed_by_transposition(
@@ -70,7 +92,7 @@ def pushed_by_transposition(
     tangents: Sequence[Tangent],
     edges: Sequence[Any],
     edge_tangents: Sequence[Sequence[Tensor | None]],
-) -> list[tuple[Tangent, Tensor | None]]:
+) -> list[Pushed]:
     """What ``pushed`` gives, for several tangents at once.
 
     Args:
@@ -84,7 +106,8 @@ def pushed_by_transposition(
         outputs: dict[Path, Tensor] = {
             path: x for path, x in result.state.tensors().items() if x.requires_grad
         }
-        results = [*outputs.values(), result.loss]
+        aux = attached(result.aux)
+        results = [*outputs.values(), *aux.values(), result.loss]
         dummies = [torch.zeros_like(x, requires_grad=True) for x in results]
         pulled = torch.autograd.grad(
             results, [*given.values(), *edges], dummies, create_graph=True, allow_unused=True
@@ -106,14 +129,16 @@ def pushed_by_transposition(
                 retain_graph=True,
                 allow_unused=True,
             )
-        after = {p: dx for p, dx in zip(outputs, found, strict=False) if dx is not None}
-        pushed.append((after, found[-1]))
+        given_back = iter(found)
+        after = {path: dx for path in outputs if (dx := next(given_back)) is not None}
+        extras = {i: dx for i in aux if (dx := next(given_back)) is not None}
+        pushed.append(Pushed(after, next(given_back), extras))
     return pushed
 
 
 def pushed_by_differences(
     step: InnerStep, state: State, t: int, tangent: Tangent, captured: ByTensor, h: float
-) -> Iterator[tuple[Tangent, Tensor]]:
+) -> Iterator[Pushed]:
     """The two ends of central differences with step width ``h``, halved and signed.
 
     Their sum is what ``pushed`` gives, but for h² of truncation and 1e-16 / h of rounding. The
@@ -126,11 +151,14 @@ def pushed_by_differences(
             if path in tangent
         }
         substitutes = {x: x.detach() + sign * h * dx for x, dx in captured.items()}
-        with torch.no_grad(), _Substitution(substitutes):
+        with torch.no_grad(), _Substitution(substitutes) as substitution:
             result = step(state.replace(moved), t)
+        aux = map_tensors(substitution.replaced, result.aux)
+        given = dict(enumerate(tensors_in(aux)))
+        extras = {i: sign * given[i].detach() / (2 * h) for i in result.attached}
         tensors = step.differentiable(result.state)
         scaled = {path: sign * x / (2 * h) for path, x in tensors.items()}
-        yield scaled, sign * result.loss / (2 * h)
+        yield Pushed(scaled, sign * result.loss / (2 * h), extras)
 
 
 def _dual(x: Tensor, tangent: Tensor) -> Tensor:

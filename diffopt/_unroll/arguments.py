@@ -56,9 +56,11 @@ def check_options(
     tasks: Any,
     compile: Any,
     progress: bool,
+    monitor: Any,
 ) -> None:
     """Raise where an option is of a wrong kind or value."""
-    for name, value in (("loss_fn", loss_fn), ("grad_transform", grad_transform)):
+    functions = {"loss_fn": loss_fn, "grad_transform": grad_transform, "monitor": monitor}
+    for name, value in functions.items():
         if value is not None and not callable(value):
             raise TypeError(f"{name} is a {type(value).__name__}: pass a function")
     if max_cotangent_norm is not None:

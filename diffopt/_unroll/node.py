@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from diffopt._loop.executor import pass_through
+from diffopt._loop.extras import Place, connected
 from diffopt._loop.loop import Loop
 from diffopt._step.observe import Unchanged
 from diffopt._torch.engine import keeps_graph, shielded
+from diffopt._values.outputs import OutputCotangents
 from diffopt._values.state import State
 from diffopt._values.tree import Path
 from diffopt.adjoint import Adjoint
@@ -26,6 +28,7 @@ class _Run:
         loop, adjoint: what was run, and how its derivative is computed.
         kept: what the adjoint needs for that.
         paths: of the tensors of the final state. Not the tensors, which hold this object.
+        places: of the tensors of the extras that derivatives flow to.
         used: tensors that the steps may read again.
     """
 
@@ -33,46 +36,51 @@ class _Run:
     adjoint: Adjoint
     kept: Any
     paths: list[Path]
+    places: list[Place]
     used: Unchanged
 
 
-def run_connected(loop: Loop, adjoint: Adjoint, guarded: Sequence[Tensor]) -> tuple[State, Tensor]:
+#: The final state, the losses, shape (T,), and the extras.
+Results = tuple[State, Tensor, list[Any]]
+
+
+def run_connected(loop: Loop, adjoint: Adjoint, guarded: Sequence[Tensor]) -> Results:
     """Run ``loop`` and connect its results to the caller's graph.
 
     Args:
         guarded: further tensors that the way back will read again: that they were not changed in
             place meanwhile is checked, as for every input.
-
-    Returns:
-        the final state and the losses, shape (T,).
     """
     with loop.together(), loop.first_session():
         final, kept = adjoint.forward(loop)
     used = loop.observer.end()
     final = _owned(final, loop)
     values = final.tensors()
-    run = _Run(loop, adjoint, kept, list(values), used)
+    trees, attached = loop.extras.take()
+    run = _Run(loop, adjoint, kept, list(values), list(attached), used)
     flowing = loop.step.differentiable(final).keys()
     apply: Any = _Unrolling.apply
     with shielded():
         results = apply(
             run,
             list(guarded),
-            [_losses(loop), *values.values()],
+            [_losses(loop), *values.values(), *attached.values()],
             [x for path, x in values.items() if path not in flowing],
             *loop.inputs.values(),
             *loop.captured.tensors,
         )
-    connected = dict(zip(values, results[1:], strict=True))
-    return final.replace(connected), results[0]
+    flat = iter(results)
+    losses = next(flat)
+    state = final.replace({path: next(flat) for path in values})
+    return state, losses, connected(trees, {place: next(flat) for place in attached})
 
 
-def run_detached(loop: Loop) -> tuple[State, Tensor]:
+def run_detached(loop: Loop) -> Results:
     """Run ``loop`` for its results alone: nothing is kept."""
     with loop.together(), loop.first_session():
         state = pass_through(loop)
     loop.observer.end()
-    return _owned(state, loop), _losses(loop)
+    return _owned(state, loop), _losses(loop), loop.extras.take()[0]
 
 
 def _losses(loop: Loop) -> Tensor:
@@ -113,7 +121,13 @@ class _Unrolling(torch.autograd.Function):
         loop, adjoint = run.loop, run.adjoint
         with loop.together():
             run.used.check()
-            cotangent = {p: g for p, g in zip(run.paths, cotangents, strict=True) if g is not None}
+            flat = iter(cotangents)
+            cotangent = {path: g for path in run.paths if (g := next(flat)) is not None}
+            aux: dict[int, dict[int, Tensor]] = {}
+            for t, i in run.places:
+                if (g := next(flat)) is not None:
+                    aux.setdefault(t, {})[i] = g
+            outputs = OutputCotangents(losses, aux)
             try:
                 if torch.is_grad_enabled():
                     n = len(loop.inputs)
@@ -123,7 +137,7 @@ class _Unrolling(torch.autograd.Function):
                         dict(zip(loop.inputs, inputs[:n], strict=True)),
                         inputs[n:],
                         cotangent,
-                        losses,
+                        outputs,
                     )
                 else:
                     keep = keeps_graph()
@@ -131,7 +145,7 @@ class _Unrolling(torch.autograd.Function):
                         ctx.run = None  # as autograd frees what it saved
                     with loop.session(), loop.generators.undisturbed():
                         before, captured = adjoint.backward(
-                            loop, run.kept, cotangent, losses, keep=keep
+                            loop, run.kept, cotangent, outputs, keep=keep
                         )
             except Exception:
                 loop.settle()  # a step that is not what it was is the better reason

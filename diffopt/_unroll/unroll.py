@@ -12,14 +12,16 @@ from torch import Tensor, nn
 
 from diffopt._compile.compiled import CompiledStep
 from diffopt._loop import progress as _progress
-from diffopt._loop.loop import Loop
+from diffopt._loop.loop import Loop, Monitor
 from diffopt._loop.verify import Ledger
 from diffopt._model.modes import Modes
 from diffopt._model.slots import ModuleSlots
 from diffopt._step.capture import Captured
 from diffopt._step.generators import Generators
 from diffopt._step.loss import InnerLoss, TaskLosses
+from diffopt._step.microbatches import Microbatches, parts_of
 from diffopt._step.observe import Observer
+from diffopt._step.parts import PartsLoss, PartsStep
 from diffopt._step.step import GradTransform, InnerStep
 from diffopt._unroll.arguments import (
     LossFn,
@@ -56,7 +58,9 @@ def unroll(
     verify: bool = False,
     tasks: int | None = None,
     compile: bool = False,
+    microbatches: int | Microbatches | None = None,
     group: Any = None,
+    monitor: Monitor | None = None,
     progress: bool = False,
 ) -> Unrolled:
     """Train ``model`` for some steps, as a differentiable function of everything it is made of.
@@ -78,7 +82,8 @@ def unroll(
             ``loss_fn(model, batch)`` is called with each; a batch is any pytree. What cannot be
             indexed is read into a list; what can, but is no list or tuple, is indexed anew
             whenever a step is computed.
-        loss_fn: returns a scalar loss or ``(loss, aux)``; or, as some models do, a mapping or an
+        loss_fn: returns a scalar loss or ``(loss, aux)``, a pytree whose tensors stay connected;
+            or, as some models do, a mapping or an
             object that holds it as ``loss``. Its ``model`` is the user's own module
             holding the current fast weights. It may run several times for a step, so it has to be
             a function of the model, the batch, captured tensors and random numbers. None: the
@@ -109,12 +114,25 @@ def unroll(
             and all later calls with the model. ``loss_fn`` is not run again, so it has to have no
             effect but its result. What cannot be compiled runs as ever, after a
             ``CompileWarning`` that says why. See "Compiled steps" in the documentation.
+        microbatches: m, or a ``diffopt.Microbatches``, to split each step's batch into m parts
+            along its first dimension, of which one has its graph alive at a time, in both
+            directions. The step is that of the whole batch, whose loss is the mean over the parts
+            weighted by their numbers of examples; random numbers are drawn and buffers advance part
+            by part. ``aux`` is a list of the parts', and ``grad_transform`` is given the whole
+            batch. No graph of a step is kept, so each is evaluated once more on the way back.
+            BatchNorm in training mode is refused, as are ``tasks``, ``compile`` and ``group``. A
+            backward pass that is itself recorded holds all parts of a step.
         group: a ``torch.distributed`` process group, all of whose processes call ``unroll``, each
             with its share of every batch. The inner gradients are averaged over them before
             ``grad_transform``, and everything but the batches is the same; ``losses`` and buffers
             are each process's own. Call ``backward()`` on all of them; then
             ``diffopt.distributed.mean_grads`` gives the gradient of the mean of the outer losses.
             ``max_cotangent_norm`` bounds the mean of what flows back.
+        monitor: ``f(step, cotangent)``, called on the way back, from the last step to the first,
+            with what flows to the parameters after each step, by name (a name that nothing flows
+            to is left out), before ``max_cotangent_norm`` bounds it: where a meta-gradient
+            explodes, vanishes or becomes NaN. With every adjoint that goes back step by step; it
+            is given copies, is not differentiated, and what it returns is not used.
         progress: show a tqdm bar, forward and backward; needs the package ``tqdm``.
 
     Returns:
@@ -150,12 +168,18 @@ def unroll(
         (torch.Size([1, 2]), torch.Size([]))
     """
     adjoint = chosen_adjoint(segment, adjoint, verify)
-    check_options(loss_fn, grad_transform, max_cotangent_norm, verify, tasks, compile, progress)
+    check_options(
+        loss_fn, grad_transform, max_cotangent_norm, verify, tasks, compile, progress, monitor
+    )
     if group is not None and compile:
         raise NotImplementedError(
             "compile=True with group: the exchange between processes cannot be compiled with the "
             "step. Leave one of them out"
         )
+    counted = isinstance(plain_int(steps), int)
+    parts = parts_of(
+        microbatches, model, counted=counted, tasks=tasks, compile=compile, group=group
+    )
     problem = inner_problem(model, opt, tasks)
     take_over(problem, initial, tasks)
     steps = plain_int(steps)
@@ -179,14 +203,16 @@ def unroll(
     observer = Observer(generators, originals, constants, slots.move)
     captured = Captured()
     captured.offer([*inputs, *hyper, *constants.values(), *problem.inner.values()])
-    step = InnerStep(
-        _inner_loss(slots, loss_fn, steps, batches, first_step, tasks),
+    step = (InnerStep if parts is None else PartsStep)(
+        _inner_loss(slots, loss_fn, steps, batches, first_step, tasks, parts),
         problem.opt,
         problem.inner_groups,
         first_step=first_step,
         grad_transform=grad_transform or problem.grad_transform,
         group=group,
     )
+    if isinstance(step, PartsStep):
+        step.generators, step.with_gradient = generators, {}
     if compile:
         step = CompiledStep(
             step,
@@ -209,6 +235,7 @@ def unroll(
         progress=_progress.Progress(count, progress),
         connected=connected,
         max_cotangent_norm=max_cotangent_norm,
+        monitor=monitor,
         tasks=tasks,
         ledger=Ledger() if verify and connected else None,
     )
@@ -227,16 +254,16 @@ def unroll(
             whether_there_is_a_grad_transform=grad_transform is not None,
         )
     if connected:
-        final, losses = run_connected(loop, adjoint, [*inputs, *hyper, *constants.values()])
+        final, losses, aux = run_connected(loop, adjoint, [*inputs, *hyper, *constants.values()])
     else:
-        final, losses = run_detached(loop)
+        final, losses, aux = run_detached(loop)
     opt_state = {**problem.carried, **final.opt}
     final = State(step.loss.precision.narrowed(final.params), opt_state, final.buffers)
     chosen = {*chain.from_iterable(problem.groups), *slots.constants}
     given = {name: x for name, x in problem.params.items() if name in chosen}
     if tasks is not None:
         losses = losses.T if count else losses.new_zeros(tasks, 0)
-    result = Unrolled(slots, final, given, losses, loop.aux, first_step + count, tasks)
+    result = Unrolled(slots, final, given, losses, aux, first_step + count, tasks)
     problem.deliver(result)
     return result
 
@@ -261,6 +288,7 @@ def _inner_loss(
     batches: Sequence[Any],
     first_step: int,
     tasks: int | None,
+    parts: Microbatches | None,
 ) -> InnerLoss:
     counted = isinstance(steps, int)
     # A compiled function has no second derivative: its original is called.
@@ -276,4 +304,8 @@ def _inner_loss(
 
     if tasks is not None:
         return TaskLosses(slots, function, item_at, first_step, tasks)
-    return InnerLoss(slots, function, item_at, first_step)
+    if parts is None:
+        return InnerLoss(slots, function, item_at, first_step)
+    loss = PartsLoss(slots, function, item_at, first_step)
+    loss.microbatches = parts
+    return loss

@@ -16,6 +16,7 @@ from diffopt._torch.autograd import present_sequence
 from diffopt._unroll import saved
 from diffopt._unroll.in_place import InPlace, contained, refuse_setting
 from diffopt._values.state import State
+from diffopt._values.tree import map_tensors
 from diffopt.optim.convert import Optimizers
 
 P = ParamSpec("P")
@@ -47,8 +48,9 @@ class Unrolled(InPlace):
             model's own, unchanged.
         buffers: all buffers of the model after the last step, by name.
         losses: the loss before each update, shape (T,), differentiable.
-        aux: what ``loss_fn`` returned beside the loss, one per step, cut from the graph; None where
-            it returned nothing else.
+        aux: what ``loss_fn`` returned beside the loss, one per step, with its tensors connected: an
+            outer loss may use every step's, at the cost of their values and no graph. None where it
+            returned nothing else.
         opt_state: by parameter name, then by ``torch.optim``'s name for the entry. Of the
             parameter's shape and dtype, or 0-dimensional, as there; float32 for parameters in
             bfloat16 and float16.
@@ -192,6 +194,7 @@ class Unrolled(InPlace):
             for name, entries in self.opt_state.items()
         }
         cut.losses = self.losses.detach()
+        cut.aux = map_tensors(Tensor.detach, self.aux)
         return cut
 
     def _copy(self) -> Unrolled:

@@ -20,6 +20,7 @@ from diffopt._loop.kept import Kept
 from diffopt._loop.loop import Loop
 from diffopt._loop.replay import differentiable_backward
 from diffopt._loop.snapshots import Snapshots
+from diffopt._values.outputs import OutputCotangents
 from diffopt._values.state import Cotangent, State
 from diffopt._values.tree import Path
 from diffopt.schedule import Plan
@@ -49,11 +50,11 @@ class Adjoint(ABC):
         loop: Loop,
         kept: Any,
         cotangent: Cotangent,
-        loss_cotangents: Tensor | None,
+        outputs: OutputCotangents,
         *,
         keep: bool,
     ) -> tuple[Cotangent, list[Tensor | None]]:
-        """Carry cotangents of the final state and of the losses (T,) back.
+        """Carry cotangents of the final state, and of the losses and extras, back.
 
         Args:
             kept: what ``forward`` returned; to be left intact if ``keep``.
@@ -70,7 +71,7 @@ class Adjoint(ABC):
         start: Mapping[Path, Tensor],
         captured: Sequence[Tensor],
         cotangent: Cotangent,
-        loss_cotangents: Tensor | None,
+        outputs: OutputCotangents,
     ) -> tuple[Cotangent, list[Tensor | None]]:
         """``backward``, as a differentiable function of its inputs and of the cotangents."""
         raise NotImplementedError(
@@ -106,12 +107,12 @@ class Checkpointed(Adjoint):
         loop: Loop,
         kept: tuple[Plan, tuple[Tensor, ...], Kept],
         cotangent: Cotangent,
-        loss_cotangents: Tensor | None,
+        outputs: OutputCotangents,
         *,
         keep: bool,
     ) -> tuple[Cotangent, list[Tensor | None]]:
         plan, _, remains = kept
-        return run_backward(loop, plan, remains, cotangent, loss_cotangents, keep=keep)
+        return run_backward(loop, plan, remains, cotangent, outputs, keep=keep)
 
     def differentiable_backward(
         self,
@@ -120,12 +121,10 @@ class Checkpointed(Adjoint):
         start: Mapping[Path, Tensor],
         captured: Sequence[Tensor],
         cotangent: Cotangent,
-        loss_cotangents: Tensor | None,
+        outputs: OutputCotangents,
     ) -> tuple[Cotangent, list[Tensor | None]]:
         _, generators, _ = kept
-        return differentiable_backward(
-            loop, generators, start, captured, cotangent, loss_cotangents
-        )
+        return differentiable_backward(loop, generators, start, captured, cotangent, outputs)
 
 
 @lru_cache(maxsize=32)
@@ -133,8 +132,14 @@ def _plan(adjoint: Checkpointed, steps: int) -> Plan:
     return adjoint.plan(steps)
 
 
-def refuse_cotangent_norm(adjoint: Adjoint, loop: Loop) -> None:
-    """For adjoints that take no vector-Jacobian product of a step."""
+def refuse_way_back(adjoint: Adjoint, loop: Loop) -> None:
+    """Refuse what concerns the way back, for adjoints that take no product of a step."""
+    if loop.monitor is not None:
+        raise ValueError(
+            "monitor is shown what flows back through each step, but "
+            f"{type(adjoint).__name__} goes back through none: leave it out, or use an adjoint "
+            "that goes back step by step, such as diffopt.Segmented()"
+        )
     if loop.max_cotangent_norm is not None:
         raise ValueError(
             f"max_cotangent_norm={loop.max_cotangent_norm} bounds what flows back through each "

@@ -270,7 +270,7 @@ def _signature(loop: Loop) -> Hashable | None:
     return (
         loss,
         tuple((path, x.shape, x.dtype, x.device) for path, x in loop.start.tensors().items()),
-        type(loop.step),
+        loop.step.kind,
         tuple(map(type, opt.rules)),
         tuple((k, type(v)) for group in opt.param_groups for k, v in group.items()),
         loop.step.loss.slots.model.training,

@@ -19,6 +19,7 @@ from diffopt._loop.replay import differentiable_backward
 from diffopt._loop.snapshots import Snapshots
 from diffopt._step.linearization import Linearization
 from diffopt._torch.batched import not_batched
+from diffopt._values.outputs import OutputCotangents
 from diffopt._values.state import Cotangent, State
 from diffopt._values.tree import Path
 from diffopt.adjoint._base import Adjoint
@@ -34,15 +35,15 @@ class FirstOrder(Adjoint):
     weight decay the identity, so that the gradient at the result becomes the gradient of the start
     (Finn, Abbeel and Levine, "Model-agnostic meta-learning", ICML 2017, section 5.2). Learning
     rates and other hyperparameters of the optimizer still get the gradient that the rule gives
-    them, and what ``grad_transform`` uses too; the inner losses of the result are differentiated as
-    ever. What only the loss uses gets nothing through the weights. Approximate, by the terms with
-    second derivatives of the loss.
+    them, and what ``grad_transform`` uses too; ``losses`` and ``aux`` of the result are
+    differentiated as ever. What only the loss uses gets nothing through the weights. Approximate,
+    by the terms with second derivatives of the loss.
 
     No second-order graph is built. Where only the weights learn, and the rule is linear in them, as
     all are without coupled weight decay, one state is kept, and of each step the few nodes of its
     update's graph, without a tensor. Else states are kept as ``Segmented`` does. Where that turns
-    out on the way back, because the gradient of ``losses`` is wanted, the steps are computed once
-    more.
+    out on the way back, because the gradient of ``losses`` or ``aux`` is wanted, the steps are
+    computed once more.
 
     Cost: one evaluation a step and its update twice; with states, as ``Segmented``, at a gradient
     less for each step.
@@ -73,16 +74,16 @@ class FirstOrder(Adjoint):
         loop: Loop,
         kept: tuple[Loop, Plan, tuple[Tensor, ...], Kept, _Chain],
         cotangent: Cotangent,
-        loss_cotangents: Tensor | None,
+        outputs: OutputCotangents,
         *,
         keep: bool,
     ) -> tuple[Cotangent, list[Tensor | None]]:
         loop, plan, _, remains, chain = kept
-        if chain.suffices and loss_cotangents is None:
+        if chain.suffices and not outputs:
             return chain.vjp(cotangent, keep), [None] * len(loop.captured.tensors)
         with not_batched():
             _complete(loop, plan, remains)
-        return run_backward(loop, plan, remains, cotangent, loss_cotangents, keep=keep)
+        return run_backward(loop, plan, remains, cotangent, outputs, keep=keep)
 
     def differentiable_backward(
         self,
@@ -91,12 +92,10 @@ class FirstOrder(Adjoint):
         start: Mapping[Path, Tensor],
         captured: Sequence[Tensor],
         cotangent: Cotangent,
-        loss_cotangents: Tensor | None,
+        outputs: OutputCotangents,
     ) -> tuple[Cotangent, list[Tensor | None]]:
         loop, _, generators, _, _ = kept
-        return differentiable_backward(
-            loop, generators, start, captured, cotangent, loss_cotangents
-        )
+        return differentiable_backward(loop, generators, start, captured, cotangent, outputs)
 
 
 def _complete(loop: Loop, plan: Plan, kept: Kept) -> None:
@@ -123,9 +122,9 @@ class _Chain:
     """
 
     def __init__(self, loop: Loop) -> None:
-        self.suffices = True
+        self.suffices = loop.monitor is None  # which is shown every step
         self._loop = loop
-        self._leaves = {
+        self._leaves: dict[Path, Tensor] = {
             path: loop.start.tensors()[path].detach().requires_grad_()
             for path, x in loop.inputs.items()
             if path[0] == "params" or x.requires_grad

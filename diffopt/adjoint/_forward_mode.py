@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,14 +15,16 @@ from diffopt._loop.loop import Loop
 from diffopt._loop.replay import differentiable_backward
 from diffopt._step.capture import end_of, first_behind, is_same
 from diffopt._step.tangent import (
+    Pushed,
     Tangent,
     pushed,
     pushed_by_differences,
     pushed_by_transposition,
 )
+from diffopt._values.outputs import OutputCotangents
 from diffopt._values.state import Cotangent, State
 from diffopt._values.tree import Path, add, is_differentiable
-from diffopt.adjoint._base import Adjoint, refuse_cotangent_norm
+from diffopt.adjoint._base import Adjoint, refuse_way_back
 from diffopt.schedule import Plan
 
 
@@ -47,7 +49,7 @@ class ForwardMode(Adjoint):
     Raises:
         TypeError: ``wrt`` is not made of tensors.
         ValueError: one of them does not require grad; or one has an influence through a tensor
-            computed from it before the call; or ``max_cotangent_norm`` is given.
+            computed from it before the call; or ``max_cotangent_norm`` or ``monitor`` is given.
         NotImplementedError: one of them is a parameter in bfloat16 or float16.
 
     Cost: for n elements n tangents, each as large as the state; each step is evaluated n + 1 times,
@@ -83,7 +85,7 @@ class ForwardMode(Adjoint):
         return schedule.one_way(steps, more_work=3.0 * steps * self._elements)
 
     def forward(self, loop: Loop) -> tuple[State, Any]:
-        refuse_cotangent_norm(self, loop)
+        refuse_way_back(self, loop)
         loop.captured.include(self.wrt)
         generators = loop.generators.get()
         tangents = _Tangents(loop, self.wrt)
@@ -121,12 +123,12 @@ class ForwardMode(Adjoint):
         loop: Loop,
         kept: tuple[tuple[Tensor, ...], _Tangents],
         cotangent: Cotangent,
-        loss_cotangents: Tensor | None,
+        outputs: OutputCotangents,
         *,
         keep: bool,
     ) -> tuple[Cotangent, list[Tensor | None]]:
         _, tangents = kept
-        return {}, self._delivered(loop, tangents.product(cotangent, loss_cotangents))
+        return {}, self._delivered(loop, tangents.product(cotangent, outputs))
 
     def differentiable_backward(
         self,
@@ -135,11 +137,11 @@ class ForwardMode(Adjoint):
         start: Mapping[Path, Tensor],
         captured: Sequence[Tensor],
         cotangent: Cotangent,
-        loss_cotangents: Tensor | None,
+        outputs: OutputCotangents,
     ) -> tuple[Cotangent, list[Tensor | None]]:
         generators, _ = kept
         before, found = differentiable_backward(
-            loop, generators, start, captured, cotangent, loss_cotangents
+            loop, generators, start, captured, cotangent, outputs
         )
         totals = []
         for w, index in zip(self.wrt, loop.captured.include(self.wrt), strict=True):
@@ -171,7 +173,7 @@ def _stands_for(x: Tensor, w: Tensor, tasks: int | None) -> bool:
 
 
 class _Tangents:
-    """The tangents of the state, one for each element of ``wrt``, and those of the losses."""
+    """The tangents of the state, one for each element of ``wrt``, and of losses and extras."""
 
     def __init__(self, loop: Loop, wrt: Sequence[Tensor]) -> None:
         self._loop = loop
@@ -186,7 +188,7 @@ class _Tangents:
             }
             for i, j in self._directions
         ]
-        self._losses: list[dict[int, Tensor]] = [{} for _ in self._directions]
+        self._outputs: list[dict[int, Pushed]] = [{} for _ in self._directions]
         self._dual: bool | None = None  # whether forward mode serves; not tried yet
 
     def _unit(self, i: int, j: int) -> Tensor:
@@ -213,10 +215,9 @@ class _Tangents:
         tangents = [self._states[d] for d in moving]
         captured = [self._captured(d, used) for d in moving]
         pushed = self._pushed(state, t, generators, tangents, captured)
-        for d, (tangent, loss) in zip(moving, pushed, strict=True):
-            self._states[d] = tangent
-            if loss is not None:
-                self._losses[d][t] = loss
+        for d, found in zip(moving, pushed, strict=True):
+            self._states[d] = found.state
+            self._outputs[d][t] = replace(found, state={})
 
     def _captured(self, d: int, used: set[int]) -> dict[int, Tensor]:
         i, j = self._directions[d]
@@ -229,7 +230,7 @@ class _Tangents:
         generators: tuple[Tensor, ...],
         tangents: Sequence[Tangent],
         captured: Sequence[dict[int, Tensor]],
-    ) -> list[tuple[Tangent, Tensor | None]]:
+    ) -> list[Pushed]:
         if self._dual:
             try:
                 return self._by_duals(state, t, generators, tangents, captured)
@@ -244,7 +245,7 @@ class _Tangents:
         generators: tuple[Tensor, ...],
         tangents: Sequence[Tangent],
         captured: Sequence[dict[int, Tensor]],
-    ) -> list[tuple[Tangent, Tensor | None]]:
+    ) -> list[Pushed]:
         results = []
         for tangent, others in zip(tangents, captured, strict=True):
             self._loop.generators.set(generators)
@@ -259,7 +260,7 @@ class _Tangents:
         generators: tuple[Tensor, ...],
         tangents: Sequence[Tangent],
         captured: Sequence[dict[int, Tensor]],
-    ) -> list[tuple[Tangent, Tensor | None]]:
+    ) -> list[Pushed]:
         loop = self._loop
         loop.generators.set(generators)
         others = [[given.get(i) for i in loop.captured.at(t)] for given in captured]
@@ -285,15 +286,15 @@ class _Tangents:
             captured = {i: torch.randn_like(self._loop.captured.tensors[i]) for i in used}
             problem = state, t, generators, [tangent], [captured]
             try:
-                ((by_duals, loss),) = self._by_duals(*problem)
+                (by_duals,) = self._by_duals(*problem)
             except RuntimeError:
                 return False
             try:
-                ((expected, expected_loss),) = self._by_transposition(*problem)
+                (expected,) = self._by_transposition(*problem)
             except (RuntimeError, NotImplementedError) as error:  # no second derivative in reverse
-                self._check_by_differences(*problem, (by_duals, loss), error)
+                self._check_by_differences(*problem, by_duals, error)
                 return True
-        return _close(by_duals, expected) and _close({(): loss}, {(): expected_loss})
+        return _close(by_duals.flat(), expected.flat())
 
     def _check_by_differences(
         self,
@@ -302,7 +303,7 @@ class _Tangents:
         generators: tuple[Tensor, ...],
         tangents: Sequence[Tangent],
         captured: Sequence[dict[int, Tensor]],
-        by_duals: tuple[Tangent, Tensor | None],
+        by_duals: Pushed,
         reverse: Exception,
     ) -> None:
         """Raise where forward mode cannot be compared with reverse mode, and is wrong.
@@ -310,7 +311,7 @@ class _Tangents:
         That is seen by central differences. In less than double precision these are too coarse.
         """
         step, n = self._loop.step, self._loop.step.first_step + t
-        ((tangent,), (others,), (found, loss)) = tangents, captured, by_duals
+        ((tangent,), (others,)) = tangents, captured
         why = (
             f"ForwardMode could not be checked at step {n}, of which an operation has no second "
             f"derivative in reverse mode ({str(reverse).splitlines()[0]})"
@@ -326,10 +327,9 @@ class _Tangents:
             total: dict[Path, Tensor | None] = {}
             for _ in range(2):
                 self._loop.generators.set(generators)
-                end, end_loss = next(ends)
-                for path, x in {**end, (): end_loss}.items():
+                for path, x in next(ends).flat().items():
                     total[path] = add(total.get(path), x)
-            if _close(total, {**found, (): loss}, 1e-7):
+            if _close(total, by_duals.flat(), 1e-7):
                 return
         raise NotImplementedError(
             f"{why}, and finite differences say that its forward derivative is wrong: a custom "
@@ -337,19 +337,24 @@ class _Tangents:
             "it, or write the step in operations that can be differentiated twice in reverse mode"
         ) from reverse
 
-    def product(self, cotangent: Cotangent, loss_cotangents: Tensor | None) -> list[Tensor]:
+    def product(self, cotangent: Cotangent, outputs: OutputCotangents) -> list[Tensor]:
         """What flows to each of ``wrt``."""
         parts: list[list[Tensor]] = [[] for _ in self._wrt]
-        for (i, _), tangent, losses in zip(
-            self._directions, self._states, self._losses, strict=True
+        for (i, _), tangent, steps in zip(
+            self._directions, self._states, self._outputs, strict=True
         ):
             pairs = [(dx, cotangent[path]) for path, dx in tangent.items() if path in cotangent]
-            if loss_cotangents is not None:
-                pairs.extend((dx, loss_cotangents[t]) for t, dx in losses.items())
+            for t, found in steps.items():
+                given = outputs.at(t)
+                if given.loss is not None and found.loss is not None:
+                    pairs.append((found.loss, given.loss))
+                pairs.extend((dx, given.aux[k]) for k, dx in found.aux.items() if k in given.aux)
             w = self._wrt[i]
             total = w.new_zeros(())
             for dx, c in pairs:
-                total = total + (dx * c).sum().to(w.device, w.dtype)
+                product = dx * c.conj() if c.is_complex() else dx * c
+                product = product.real if product.is_complex() else product
+                total = total + product.sum().to(w.device, w.dtype)
             parts[i].append(total)
         return [
             torch.stack(part).view(w.shape) if part else w.new_zeros(w.shape)

@@ -17,8 +17,9 @@ from diffopt import schedule
 from diffopt._loop.loop import CapturedSum, Loop
 from diffopt._loop.snapshots import Snapshot
 from diffopt._torch.batched import any_batched
+from diffopt._values.outputs import OutputCotangents
 from diffopt._values.state import Cotangent, State
-from diffopt.adjoint._base import Adjoint, refuse_cotangent_norm
+from diffopt.adjoint._base import Adjoint, refuse_way_back
 from diffopt.adjoint._solvers import CG, Product, Solution, Solver, Vector
 from diffopt.schedule import Plan
 
@@ -59,9 +60,10 @@ class Implicit(Adjoint):
 
     Raises:
         TypeError: ``solver`` is no ``Solver``.
-        ValueError: ``gradient_tol`` is below 0; when unrolling, ``max_cotangent_norm`` is given.
+        ValueError: ``gradient_tol`` is below 0; when unrolling, ``max_cotangent_norm`` or
+            ``monitor`` is given.
         NotImplementedError: in the backward pass, where a gradient flows to ``losses``,
-            ``opt_state`` or ``buffers`` of the result, or is to be differentiated again.
+            ``aux``, ``opt_state`` or ``buffers`` of the result, or is to be differentiated again.
 
     Cost: one state and the graph of one step; two gradients and the solver's products with H, of
     about two gradients each, for any number of steps.
@@ -84,7 +86,7 @@ class Implicit(Adjoint):
         return schedule.one_way(steps, more_work=4.0 + 2 * self.solver.most_products)
 
     def forward(self, loop: Loop) -> tuple[State, Any]:
-        refuse_cotangent_norm(self, loop)
+        refuse_way_back(self, loop)
         state = loop.start
         if loop.steps == 0:
             return state, None
@@ -100,14 +102,14 @@ class Implicit(Adjoint):
         loop: Loop,
         kept: _Kept | None,
         cotangent: Cotangent,
-        loss_cotangents: Tensor | None,
+        outputs: OutputCotangents,
         *,
         keep: bool,
     ) -> tuple[Cotangent, list[Tensor | None]]:
         unused: list[Tensor | None] = [None] * len(loop.captured.tensors)
         if kept is None:
             return {}, unused
-        _refuse_all_but_params(cotangent, loss_cotangents)
+        _refuse_all_but_params(cotangent, outputs)
         if any_batched(cotangent.values()):
             raise NotImplementedError(
                 "is_grads_batched=True gives Implicit many cotangents as one, but its solver "
@@ -210,8 +212,9 @@ def _name(frame: FrameType) -> str:
     return str(frame.f_globals.get("__name__", ""))
 
 
-def _refuse_all_but_params(cotangent: Cotangent, loss_cotangents: Tensor | None) -> None:
-    others = ["losses"] if loss_cotangents is not None else []
+def _refuse_all_but_params(cotangent: Cotangent, outputs: OutputCotangents) -> None:
+    others = ["losses"] if outputs.losses is not None else []
+    others += ["aux"] if outputs.aux else []
     others += [
         "opt_state" if path[0] == "opt" else "buffers" for path in cotangent if path[0] != "params"
     ]

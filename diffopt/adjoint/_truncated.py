@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffopt import schedule
 from diffopt._loop.loop import Loop
+from diffopt._values.outputs import OutputCotangents
 from diffopt._values.state import Cotangent, State
 from diffopt._values.tree import Path
 from diffopt.adjoint._base import Adjoint
@@ -23,10 +24,10 @@ class Truncated(Adjoint):
 
     That state is everything which a step hands to the next: parameters, optimizer state and
     buffers. So nothing is delivered to the start, and to any other tensor only what it contributes
-    in the window, the losses of the window included. Approximate: the terms left out are small
-    where the inner problem forgets its past, as close to a minimum, and lead astray where it does
-    not (Shaban et al., "Truncated back-propagation for bilevel optimization", AISTATS 2019; Wu et
-    al., "Understanding short-horizon bias in stochastic meta-optimization", ICLR 2018).
+    in the window, the losses and ``aux`` of the window included. Approximate: the terms left out
+    are small where the inner problem forgets its past, as close to a minimum, and lead astray where
+    it does not (Shaban et al., "Truncated back-propagation for bilevel optimization", AISTATS 2019;
+    Wu et al., "Understanding short-horizon bias in stochastic meta-optimization", ICLR 2018).
 
     Args:
         window: how many steps to go back through. With as many as there are, only the start goes
@@ -74,13 +75,13 @@ class Truncated(Adjoint):
         loop: Loop,
         kept: tuple[int, Loop, Any],
         cotangent: Cotangent,
-        loss_cotangents: Tensor | None,
+        outputs: OutputCotangents,
         *,
         keep: bool,
     ) -> tuple[Cotangent, list[Tensor | None]]:
         before, window, remains = kept
         found, captured = self.inner.backward(
-            window, remains, cotangent, _later(loss_cotangents, before), keep=keep
+            window, remains, cotangent, outputs.later(before), keep=keep
         )
         return {path: g for path, g in found.items() if path in window.inputs}, captured
 
@@ -91,7 +92,7 @@ class Truncated(Adjoint):
         start: Mapping[Path, Tensor],
         captured: Sequence[Tensor],
         cotangent: Cotangent,
-        loss_cotangents: Tensor | None,
+        outputs: OutputCotangents,
     ) -> tuple[Cotangent, list[Tensor | None]]:
         before, window, remains = kept
         return self.inner.differentiable_backward(
@@ -100,9 +101,5 @@ class Truncated(Adjoint):
             {path: x for path, x in start.items() if path in window.inputs},
             captured,
             cotangent,
-            _later(loss_cotangents, before),
+            outputs.later(before),
         )
-
-
-def _later(loss_cotangents: Tensor | None, before: int) -> Tensor | None:
-    return None if loss_cotangents is None else loss_cotangents[before:]

@@ -1,0 +1,116 @@
+"""What ``loss_fn`` returned beside the losses of a loop."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffopt._torch import pytree
+from diffopt._values.tree import map_tensors, tensors_in
+
+#: By position in the loop, and by index among the tensors of the step's extras.
+Place = tuple[int, int]
+
+
+class Extras:
+    """The user's extras, one for each step, as values cut from the graph.
+
+    ``connected`` puts tensors of the caller's graph in the place of those that derivatives flow
+    to, once the loop has been run.
+    """
+
+    def __init__(self) -> None:
+        self._trees: list[Any] = []
+        self._places: list[Place] = []
+
+    def append(self, step: int, aux: Any, attached: Sequence[int]) -> None:
+        """Note the extras of the next step.
+
+        Args:
+            step: its number, for messages.
+            attached: which of their tensors derivatives flow to.
+
+        Raises:
+            TypeError: they hold tensors that require grad where pytrees see none.
+        """
+        if aux is not None:
+            _refuse_hidden(aux, step)
+            self._places += [(len(self._trees), i) for i in attached]
+            # What the caller is given is the caller's to change, and no snapshot's memory.
+            aux = map_tensors(lambda x: x.detach().clone(), aux)
+        self._trees.append(aux)
+
+    def any_at(self, t: int) -> bool:
+        """Whether step ``t`` gave any."""
+        return self._trees[t] is not None
+
+    def ones(self) -> dict[int, Tensor]:
+        """A cotangent of ones for each tensor of the last step that derivatives flow to."""
+        last = len(self._trees) - 1
+        flat = list(tensors_in(self._trees[last]))
+        return {i: torch.ones_like(flat[i]) for t, i in self._places if t == last}
+
+    def take(self) -> tuple[list[Any], dict[Place, Tensor]]:
+        """The extras of all steps, and the tensors of them that derivatives flow to.
+
+        Nothing is left here: they become part of a graph whose node holds the loop.
+        """
+        trees, places = self._trees, self._places
+        self._trees, self._places = [], []
+        flat = {t: list(tensors_in(trees[t])) for t in {t for t, _ in places}}
+        return trees, {(t, i): flat[t][i] for t, i in places}
+
+
+def connected(trees: Sequence[Any], values: Mapping[Place, Tensor]) -> list[Any]:
+    """``trees`` with ``values`` at their places."""
+    touched = {t for t, _ in values}
+    return [_replaced(tree, t, values) if t in touched else tree for t, tree in enumerate(trees)]
+
+
+def _replaced(tree: Any, t: int, values: Mapping[Place, Tensor]) -> Any:
+    count = iter(range(len(values) + sum(1 for _ in tensors_in(tree))))
+    return map_tensors(lambda x: values.get((t, next(count)), x), tree)
+
+
+def _refuse_hidden(aux: Any, step: int) -> None:
+    for leaf in pytree.tree_leaves(aux):
+        if isinstance(leaf, _PLAIN):
+            continue
+        for x in _inside(leaf):
+            if isinstance(x, Tensor) and x.requires_grad:
+                raise TypeError(
+                    f"aux of step {step} holds a {type(leaf).__name__} with a tensor of shape "
+                    f"{tuple(x.shape)} in it that requires grad, which cannot be connected there: "
+                    "return tensors in tuples, lists and dicts, register the class with PyTorch's "
+                    "pytrees, or detach the tensor"
+                )
+
+
+_PLAIN = (Tensor, nn.Module, str, bytes, bool, int, float, complex, type(None))
+
+
+def _inside(holder: Any) -> Iterator[Any]:
+    """What an object holds, itself or by way of the containers that it has."""
+    stack: list[Any] = [holder]
+    passed: set[int] = set()
+    while stack and len(passed) < 1000:
+        x = stack.pop()
+        if id(x) in passed:
+            continue
+        passed.add(id(x))
+        yield x
+        if isinstance(x, (*_PLAIN, type)) or callable(x):
+            continue
+        if isinstance(x, Mapping):
+            stack.extend(x.values())
+        elif isinstance(x, (list, tuple, set, frozenset, deque)):
+            stack.extend(x)
+        else:
+            stack.extend(getattr(x, "__dict__", {}).values())
+            names: Collection[str] = getattr(type(x), "__slots__", ())
+            names = (names,) if isinstance(names, str) else names
+            stack.extend(getattr(x, name, None) for name in names)
