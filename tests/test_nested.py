@@ -231,3 +231,38 @@ def test_a_checkpointed_normalisation_under_autocast_is_differentiated_again() -
     grads = torch.autograd.grad(fast.losses.sum(), params, create_graph=True)
     again = torch.autograd.grad(sum(g.square().sum() for g in grads), params)
     assert all(g.isfinite().all() for g in again)
+
+
+class Middle(nn.Module):
+    """Learns a constant and the rate of an unroll that its own loss contains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(1))
+        self.log_lr = nn.Parameter(torch.tensor(-1.0))
+
+
+@pytest.mark.parametrize("segment", [1, 2])
+def test_a_rate_read_from_the_module_around(segment: int) -> None:
+    """The way back through the inner unroll calls the rate's function after ``apply`` has ended."""
+    model, inner = Middle().double(), nn.Linear(3, 1).double()
+    x, y = torch.randn(8, 3).double(), torch.randn(8, 1).double()
+
+    def loss_fn(m: Any, t: int) -> Tensor:
+        opt = diffopt.SGD(inner.parameters(), lr=lambda t: m.log_lr.exp())
+        fast = diffopt.unroll(inner, opt, 2, lambda n, t: (n(x) - y).square().mean(), segment=1)
+        return (fast(x) + m.shift - y).square().mean()
+
+    def outer() -> Tensor:
+        opt = diffopt.SGD(model.parameters(), lr=0.1)
+        value: Tensor = diffopt.unroll(model, opt, 2, loss_fn, segment=segment).apply(loss_fn, 0)
+        return value
+
+    (got,) = torch.autograd.grad(outer(), model.log_lr)
+    ends = []
+    for h in (1e-5, -1e-5):
+        with torch.no_grad():
+            model.log_lr.add_(h)
+            ends.append(outer().item())
+            model.log_lr.sub_(h)
+    assert got.item() == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-6)

@@ -143,8 +143,8 @@ def load_again(slots: ModuleSlots, loaded: tuple[Values, Values] | None) -> None
 def stand_again_in_backward(result: Any, given: Any, since: int) -> None:
     """Stand the present values in the module again where custom Functions run backward.
 
-    The backward pass of a ``torch.autograd.Function`` may read the module, as adjoint methods do,
-    after the module has been given back.
+    The backward pass of a ``torch.autograd.Function`` may read the module, as adjoint methods do
+    and unrolls inside, after the module has been given back.
 
     Args:
         result: a pytree of what was computed while the values stood.
@@ -163,7 +163,7 @@ def stand_again_in_backward(result: Any, given: Any, since: int) -> None:
         passed.add(node)
         nodes.extend(following for following, _ in node.next_functions)
         function = function_of(node)
-        if function is not None and not function.__module__.startswith("diffopt."):
+        if function is not None and not function.__module__.startswith("diffopt._derivatives."):
             moment = _Moment() if moment is None else moment
             run_backward_inside(node, moment.again)
 
