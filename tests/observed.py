@@ -155,7 +155,8 @@ class Guard:
 
     def _flags(self) -> list[Any]:
         requires = [x.requires_grad for x in self._tensors().values()]
-        places = [(list(m._parameters), list(m._buffers)) for m in self.model.modules()]
+        modules = [m for m in self.model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+        places = [(list(m._parameters), list(m._buffers)) for m in modules]
         return [requires, places, [m.training for m in self.model.modules()]]
 
 

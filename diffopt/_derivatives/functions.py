@@ -68,10 +68,22 @@ def _is_recorded(node: Node) -> bool | None:
     results = results if isinstance(results, tuple) else (results,)
     gradients = [g for g, wanted in zip(results, needed(node), strict=False) if wanted]
     tensors = [g for g in gradients if isinstance(g, Tensor)]
-    cut = [g for g in tensors if not g.requires_grad]
+    cut = [g for g in tensors if not g.requires_grad or _raises(g)]
     if any(bool(g.detach().ne(0).any()) for g in cut):
         return False
     return True if tensors and not cut else None
+
+
+def _raises(x: Tensor) -> bool:
+    """Whether ``x`` is a result of ``once_differentiable``, which raises where it is differentiated.
+
+    It does so only where a cotangent requires grad. The one of a loss does not, and there the
+    derivative would be cut without a word.
+    """
+    return x.grad_fn is not None and x.grad_fn.name() == _ERROR
+
+
+_ERROR = "torch::autograd::Error"
 
 
 def _named(function: type) -> str:
