@@ -75,7 +75,7 @@ def _is_recorded(node: Node) -> bool | None:
 
 
 def _raises(x: Tensor) -> bool:
-    """Whether ``x`` is a result of ``once_differentiable``, which raises where it is differentiated.
+    """Whether ``x`` comes from ``once_differentiable``, and raises where it is differentiated.
 
     It does so only where a cotangent requires grad. The one of a loss does not, and there the
     derivative would be cut without a word.
