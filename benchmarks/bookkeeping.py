@@ -14,9 +14,9 @@ Cases:
     higher: ``higher.innerloop_ctx``, which stores all graphs. Only where it is installed.
 
 With ``--against PATH`` the same cases of the package in another checkout run in a second process,
-which takes turns with the first, case by case. Every run has a model and a loss function of its
-own, so that nothing learned in an earlier call is of use. ``--first`` measures first calls instead,
-of five steps: each run is in a process of its own, and importing is not counted.
+which takes turns with the first. Every run has a model and a loss function of its own, so
+that nothing learned in an earlier call is of use. ``--first`` measures first calls instead, of five
+steps: each run is in a process of its own, and importing is not counted.
 
     python benchmarks/bookkeeping.py --steps 20 1000 --rounds 15 --against ../before
 """

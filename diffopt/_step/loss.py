@@ -282,9 +282,11 @@ def loss_and_aux(out: Any, step: int) -> tuple[Tensor, Any]:
     aux = None
     if isinstance(out, tuple) and len(out) == 2:
         out, aux = out
+    elif isinstance(out, Tensor):
+        pass
     elif isinstance(out, Mapping) and "loss" in out:
         out = out["loss"]
-    elif not isinstance(out, Tensor) and isinstance(getattr(out, "loss", None), Tensor):
+    elif isinstance(getattr(out, "loss", None), Tensor):
         out = out.loss  # the convention of models that compute their own loss
     if not isinstance(out, Tensor):
         raise TypeError(

@@ -67,11 +67,14 @@ def _one_call() -> bool:
 
 def _one_call_with(c: Coefficient) -> TypeGuard[Any]:
     """Whether one call serves an operation that takes a number."""
-    return not isinstance(c, (Tensor, Sequence)) and _one_call()
+    # Python's own numbers first: to ask whether something is a Sequence takes longer than the rest.
+    return (isinstance(c, (float, int)) or not isinstance(c, (Tensor, Sequence))) and _one_call()
 
 
 def _one_call_with_many(c: Coefficient) -> TypeGuard[Any]:
     """Whether one call serves an operation that takes a number, or one for each tensor."""
+    if isinstance(c, (float, int)):
+        return _one_call()
     values = c if isinstance(c, Sequence) else (c,)
     return not any(isinstance(v, Tensor) for v in values) and _one_call()
 

@@ -60,7 +60,7 @@ def as_numbers(xs: Sequence[Tensor]) -> Coefficient:
 
 def is_zero(value: Coefficient) -> bool:
     """Whether ``value`` is the number zero; a tensor never is, its derivative being wanted."""
-    return not isinstance(value, (Tensor, Sequence)) and value == 0
+    return isinstance(value, (float, int)) and value == 0
 
 
 def at(t: Coefficient, function: Callable[[Scalar], Scalar]) -> Coefficient:
