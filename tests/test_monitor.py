@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 from adjoints import EXACT
-from helpers import assert_all_close, batches, bounded, mse, tiny
+from helpers import assert_all_close, batches, mse, tiny
+from oracle import bounded
 from torch import Tensor
 
 import diffopt
