@@ -29,6 +29,7 @@ from diffopt._torch.autograd import present_sequence
 from diffopt._torch.functorch import is_wrapped
 from diffopt._torch.modes import opened
 from diffopt._values.tree import tensors_in
+from diffopt.optim.scalars import has_tangent
 
 Edge = tuple[Node, int]
 _Ref = weakref.ref[Tensor]
@@ -122,6 +123,16 @@ class Observer(TorchFunctionMode):
         """Whether the step may have made the leaf ``x``, in a way that was not seen."""
         return id(x) in self._plain or x.data_ptr() in self._fresh
 
+    def refuse_duals(self, tensors: Iterable[Tensor]) -> None:
+        """Raise ``NotImplementedError`` where a tensor has a tangent, which would be lost."""
+        for x in tensors:
+            if has_tangent(x):
+                raise NotImplementedError(
+                    f"step {self._step} uses a tensor of shape {tuple(x.shape)} that is a dual "
+                    "number (torch.autograd.forward_ad), and its tangent would be lost on the way: "
+                    "use adjoint=diffopt.ForwardMode([...]) for derivatives in forward mode"
+                )
+
     def watch(self, tensors: Iterable[Tensor]) -> None:
         """Take note of tensors that steps use unseen."""
         for x in tensors:
@@ -210,6 +221,7 @@ class Observer(TorchFunctionMode):
         if is_wrapped(x):
             self._known[key] = x
             return
+        self.refuse_duals([x])
         if x.requires_grad and not x.is_leaf:
             if _holds(self._earlier, x):
                 raise NotImplementedError(

@@ -169,10 +169,17 @@ class InnerStep:
         token = None
         with self.hooks, torch.enable_grad(), no_collectives():
             loss, aux, left = self.loss(state.params, state.buffers, t, observer or _NOTHING)
+            if any(x.is_leaf and x.grad is not None for x in state.params.values()):
+                raise RuntimeError(
+                    f"the loss of step {number} was differentiated into .grad, as where loss_fn "
+                    "calls loss.backward(): leave that out and return the loss, whose gradient "
+                    "diffopt.unroll takes itself"
+                )
             with observer or _NOTHING:
                 hyper = () if self.only_gradient else self.options_at(number)
                 if observer is not None:
                     observer.see(tensors_of(hyper))
+                    observer.refuse_duals([loss, *tensors_of(hyper)])
                 with _NOTHING if observer is None else observer.gradient() as used:
                     raw = self._gradients(loss, state.params, number, connected)
         if self.group is not None:

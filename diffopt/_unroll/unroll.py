@@ -188,7 +188,10 @@ def unroll(
     first_step = initial.step if isinstance(initial, Unrolled) else problem.first_step
     inputs = [x for batch in _distinct(batches) for x in tensors_in(batch)]
     hyper = [x for group in problem.opt.param_groups for x in tensors_in(_options(group))]
-    check_surroundings([*problem.params.values(), *problem.model.buffers(), *inputs, *hyper])
+    values = tensors_in(dict(initial)) if isinstance(initial, Mapping) else ()
+    check_surroundings(
+        [*problem.params.values(), *problem.model.buffers(), *inputs, *hyper, *values]
+    )
     devices = {x.device for x in (*problem.params.values(), *problem.model.buffers(), *inputs)}
     connected = torch.is_grad_enabled() and problem.connected
     modes = Modes(model, devices)
