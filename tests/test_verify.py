@@ -140,10 +140,12 @@ def test_the_error_names_step_and_tensor() -> None:
         outer.backward()
 
 
-def test_no_check_unless_asked() -> None:
+def test_the_loss_is_compared_unless_more_is_asked() -> None:
     model = model_with_noise()
     inner = diffopt.Adam(model.parameters(), lr=0.1)
-    diffopt.unroll(model, inner, 5, Stateful(), segment=3)(X).sum().backward()
+    fast = diffopt.unroll(model, inner, 5, Stateful(), segment=3)
+    with pytest.raises(RuntimeError, match=r"step \d, computed again, gives another loss"):
+        fast(X).sum().backward()
 
 
 def test_verify_is_a_bool() -> None:

@@ -29,7 +29,7 @@ from diffopt._step.linearization import Linearization, Split, Whole
 from diffopt._step.loss import InnerLoss
 from diffopt._step.observe import Observer
 from diffopt._step.result import Checked, Evaluated, StepResult, present
-from diffopt._torch.autograd import present_sequence
+from diffopt._torch.autograd import in_forward_mode, present_sequence
 from diffopt._torch.collectives import no_collectives
 from diffopt._torch.engine import gradient
 from diffopt._values.outputs import attached
@@ -305,7 +305,8 @@ class InnerStep:
         given = [g for g in grads.values() if g is not None and g.layout is torch.strided]
         if connected or self.grad_transform is not None:
             given = [g.detach() for g in given]
-        norms = torch._foreach_norm(given) if given else ()
+        # With tangents nothing is compared, and this has none.
+        norms = torch._foreach_norm(given) if given and not in_forward_mode() else ()
         extras = [x.detach() for x in outputs if x.layout is torch.strided]
         return Checked(
             loss.detach(),

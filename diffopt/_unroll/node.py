@@ -148,7 +148,8 @@ class _Unrolling(torch.autograd.Function):
                             loop, run.kept, cotangent, outputs, keep=keep
                         )
             except Exception:
-                loop.settle()  # a step that is not what it was is the better reason
+                if loop.ledger is None:  # which says more
+                    loop.settle()  # a step that is not what it was is the better reason
                 raise
             loop.settle()
         return (*(None,) * 4, *(before.get(path) for path in loop.inputs), *captured)
