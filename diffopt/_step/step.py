@@ -302,11 +302,12 @@ class InnerStep:
         grads: Mapping[str, Tensor | None],
         connected: bool,
     ) -> Checked:
+        if in_forward_mode():  # of dual numbers, norms cannot be taken, and nothing is compared
+            return Checked(loss.detach())
         given = [g for g in grads.values() if g is not None and g.layout is torch.strided]
         if connected or self.grad_transform is not None:
             given = [g.detach() for g in given]
-        # With tangents nothing is compared, and this has none.
-        norms = torch._foreach_norm(given) if given and not in_forward_mode() else ()
+        norms = torch._foreach_norm(given) if given else ()
         extras = [x.detach() for x in outputs if x.layout is torch.strided]
         return Checked(
             loss.detach(),
