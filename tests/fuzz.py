@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from observed import CHANGED, HOLDERS, Guard, entries, standing
+from observed import CHANGED, HOLDERS, Guard
+from oracle import entries, standing
 from torch import Tensor, nn
 
 import diffopt

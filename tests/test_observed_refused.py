@@ -378,7 +378,7 @@ def test_load_into_something_else(target: Any) -> None:
 def test_parameters_on_meta_are_named() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta"))
     inner = diffopt.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(REFUSALS, match=r"(?s)1\.weight.*meta|meta.*1\.weight"):
+    with pytest.raises(REFUSALS, match=r"(?s)1.*weight.*meta"):
         diffopt.unroll(model, inner, 1, lambda m, t: squares(m(torch.ones(1, 2))))
 
 

@@ -53,6 +53,7 @@ def run_connected(loop: Loop, adjoint: Adjoint, guarded: Sequence[Tensor]) -> Re
     """
     with loop.together(), loop.first_session():
         final, kept = adjoint.forward(loop)
+    loop.options.end()  # they may hold the results, which will hold the loop
     used = loop.observer.end()
     final = _owned(final, loop)
     values = final.tensors()

@@ -37,6 +37,11 @@ class UnchangedOptions:
         pairs = [x if isinstance(x, (tuple, list)) else (x,) for x in self._objects]
         return [item for pair in pairs for item in pair]
 
+    def end(self) -> None:
+        """Nothing is to be checked any more: let the optimizers go."""
+        self._optimizers, self._before = [], []
+        self._objects, self._tensors, self._versions = [], [], _versions([])
+
     def check(self, step: int) -> None:
         """Raise where an option is another one after ``step``.
 
