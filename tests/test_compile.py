@@ -377,7 +377,12 @@ def test_contexts_do_not_pile_up(graphs: list[Any], monkeypatch: pytest.MonkeyPa
         for epoch in range(6):
             inner = diffopt.SGD(model.parameters(), lr=0.1)
             diffopt.unroll(
-                model, inner, [data], lambda m, b, n=epoch: _loss(m, b) * (1 + n), compile=True
+                model,
+                inner,
+                [data],
+                lambda m, b, n=epoch: _loss(m, b) * (1 + n),
+                segment=1,
+                compile=True,
             )
     assert len(_compiled._COMPILATIONS[model].by_context) == 3
 

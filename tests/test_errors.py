@@ -247,7 +247,7 @@ def test_a_loss_that_calls_backward(adjoint: diffopt.Adjoint) -> None:
         return loss
 
     with pytest.raises(
-        RuntimeError, match=r"loss of step 0 was freed .* calls loss.backward\(\): leave that out"
+        RuntimeError, match=r"loss of step 0 was .* calls loss.backward\(\): leave that out"
     ):
         call(loss_fn=loss_fn, adjoint=adjoint)
 

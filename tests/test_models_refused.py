@@ -138,14 +138,6 @@ def complex_parameters() -> None:
     train(nn.Linear(3, 2, dtype=torch.cfloat))
 
 
-def compiled_function() -> None:
-    square = torch.compile(lambda y: y.square().mean(), backend="aot_eager")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Dynamo's own
-        fast = train(nn.Linear(3, 2), lambda m, t: square(m(X)))
-        fast(X).sum().backward()
-
-
 REFUSED: dict[str, tuple[Callable[[], None], type[Exception], str]] = {
     "DataParallel, DistributedDataParallel": (
         data_parallel,
@@ -228,9 +220,9 @@ REFUSED: dict[str, tuple[Callable[[], None], type[Exception], str]] = {
     "parameters kept in a Python list": (
         parameters_kept_in_a_list,
         NotImplementedError,
-        "the loss of step 0 uses the model's own parameter 'first.weight' and not the value that "
-        "it has in the unroll, which stands in the module: do not keep parameters in a list, a "
-        "closure or a global, but take them from the module (an nn.ParameterList holds a list)",
+        "step 0 uses the model's own parameter 'first.weight' and not the value that it has in "
+        "the unroll, which stands in the module: do not keep parameters in a list, a closure or a "
+        "global, but take them from the module (an nn.ParameterList holds a list)",
     ),
     "sparse gradients": (
         sparse_gradient,
@@ -242,11 +234,6 @@ REFUSED: dict[str, tuple[Callable[[], None], type[Exception], str]] = {
         complex_parameters,
         NotImplementedError,
         "parameter '0' is complex: optimize its torch.view_as_real instead",
-    ),
-    "compiled function called by the loss": (
-        compiled_function,
-        NotImplementedError,
-        "the gradient of step 2 cannot be differentiated again",
     ),
 }
 

@@ -276,7 +276,7 @@ class Convolutional(nn.Module):
 
 @pytest.mark.parametrize("compile", [False, True])
 def test_convolutions_go_task_by_task(compile: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_trace, "compile_graph", lambda graph, examples: graph)
+    monkeypatch.setattr(_trace, "compile_graph", lambda graph, examples, **options: graph)
     torch.manual_seed(0)
     model = Convolutional().double()
     x = torch.randn(N, 3, 2, 4).double().requires_grad_()

@@ -120,8 +120,7 @@ class CompiledStep(InnerStep):
             _arithmetic(),
         )
         self._known = self._compilations.by_context.get(context, {})
-        if self._compilations.count < MOST_SPECIALISATIONS:
-            self._compilations.by_context[context] = self._known
+        self._context = context
         self._numbers: dict[float, Tensor] = {}
         self.scheduled = any(callable(x) for group in opt.param_groups for _, x in entries([group]))
         self._options: tuple[Any, ...] | None = None
@@ -268,6 +267,7 @@ class CompiledStep(InnerStep):
                     "such as the shapes in a batch or a Python number that loss_fn uses"
                 )
             self._compilations.count += 1
+            self._compilations.by_context[self._context] = self._known
             with call.undisturbed():
                 return Code(call, given)
         except Untraceable as reason:

@@ -8,12 +8,13 @@ from itertools import pairwise
 from typing import Any, Literal
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from diffopt._values.tree import map_tensors, tensors_in
 
 #: What a part's loss is multiplied by.
 Coefficient = float | Tensor
+
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def parts_of(
                 f"microbatches={m} and {name}={value} do not go together: leave one of them out"
             )
     for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm) and module.training:
+        if isinstance(module, _BATCH_NORMS) and module.training:
             where = f"submodule {name!r}" if name else "the model"
             raise NotImplementedError(
                 f"{where} is a {type(module).__name__} in training mode, which normalizes by the "

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from diffopt._step.capture import Graph
 from diffopt._step.generators import Generators
@@ -25,7 +24,7 @@ from diffopt._step.microbatches import Coefficient, Microbatches
 from diffopt._step.observe import Observer
 from diffopt._step.result import Checked, Evaluated, StepResult, present
 from diffopt._step.step import InnerStep
-from diffopt._torch.autograd import present_sequence
+from diffopt._torch.autograd import in_forward_mode, present_sequence
 from diffopt._torch.collectives import no_collectives
 from diffopt._values.outputs import StepCotangents, attached
 from diffopt._values.state import Cotangent, State
@@ -397,7 +396,7 @@ class _Sums:
 def values(x: Tensor) -> Tensor:
     """``x`` without its graph; a tangent in forward mode stays."""
     with torch.no_grad():
-        return x.clone() if forward_ad._current_level >= 0 else x.detach()
+        return x.clone() if in_forward_mode() else x.detach()
 
 
 def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
