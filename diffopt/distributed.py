@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from itertools import chain
 from typing import Any
 
 import torch
@@ -245,8 +244,3 @@ def shard(model: nn.Module, group: ProcessGroup = None) -> nn.Module:
 
 def _is_part(x: Tensor) -> bool:
     return getattr(x, "_diffopt_part", False)
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether ``shard`` was applied to a parameter of ``model``."""
-    return any(isinstance(m, Part) for m in chain(model.modules()))

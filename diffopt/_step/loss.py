@@ -16,6 +16,7 @@ from torch import Tensor
 from diffopt._model.buffers import BufferStandIns, CopiedBuffers
 from diffopt._model.precision import Precision
 from diffopt._model.slots import ModuleSlots
+from diffopt._step.observe import changed_in_place
 from diffopt._step.tasks import check_leads, over_tasks
 from diffopt._values.tree import differ, tensors_in
 
@@ -271,10 +272,7 @@ class _Untouched:
             for x, copy_ in compress(zip(now, copies, strict=True), changed):
                 x.copy_(copy_)
         for name in compress(params, changed):
-            raise NotImplementedError(
-                f"the loss of step {step} changes parameter {name!r} in place, which has no "
-                "derivative: compute what it needs from the parameter, as a parametrization does"
-            )
+            raise changed_in_place(name, step)
 
 
 def loss_and_aux(out: Any, step: int) -> tuple[Tensor, Any]:

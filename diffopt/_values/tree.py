@@ -27,13 +27,6 @@ def tensors_in(tree: Any) -> Iterator[Tensor]:
     return (leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor))
 
 
-def generators_in(tree: Any) -> Iterator[torch.Generator]:
-    """The random generators that a user put into a batch."""
-    if isinstance(tree, Tensor):
-        return iter(())
-    return (leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Generator))
-
-
 def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
     """``tree`` with ``function`` applied to each tensor in it."""
     if isinstance(tree, Tensor):
