@@ -202,19 +202,14 @@ class Split(Linearization):
         *,
         retain_graph: bool = False,
     ) -> tuple[Cotangent, list[Tensor | None]]:
-        by_kind: dict[str, dict[Any, Any]] = {"params": {}, "buffers": {}, "opt": {}}
-        for (kind, name, *key), c in state_cotangent.items():
-            if kind == "opt":
-                by_kind[kind].setdefault(name, {})[key[0]] = c
-            else:
-                by_kind[kind][name] = c
+        flowing = State.of(state_cotangent)
         update = update_vjp(
             self._step.opt,
             self._state.params,
             self.grads,
             self._state.opt,
-            by_kind["params"],
-            by_kind["opt"],
+            flowing.params,
+            flowing.opt,
             hyper=self.hyper,
             groups=self._step.groups,
             tasks=self._step.loss.tasks,
@@ -227,7 +222,7 @@ class Split(Linearization):
         roots: list[tuple[_Root, Tensor | None]] = [
             (self._ends.get(name), c) for name, c in update.grads.items()
         ]
-        roots += [(x, by_kind["buffers"].get(name)) for name, x in self._buffers.items()]
+        roots += [(x, flowing.buffers.get(name)) for name, x in self._buffers.items()]
         roots += self._output_roots(outputs)
         found, others = self.pulled(roots, captured, retain_graph)
         both = [path for path in found if path in before]

@@ -78,6 +78,7 @@ class Observer(TorchFunctionMode):
         self._running: Any = None  # a function in Python that is run with this mode on
         self._since = 0
         self._in_gradient: dict[int, Tensor] | None = None
+        self._own: dict[int, Tensor] = {}  # the step's
         self._known: dict[int, Tensor] = {}  # used by the step; held, so that no id is used again
         self._plain: set[int] = set()  # those that did not require grad when they were met
         self._made: dict[int, _Ref] = {}  # by the step
@@ -94,7 +95,8 @@ class Observer(TorchFunctionMode):
         self._step, self._since = step, since
         self._gradients.clear()
         self._earlier |= {key: ref for key, ref in self._made.items() if ref() is not None}
-        self._known = {id(x): x for x in own}
+        self._own = {id(x): x for x in own}
+        self._known = dict(self._own)
         self._moving |= self._copies.keys()
         for noted in (self._made, self._plain, self._fresh, self.originals_used, self._copies):
             noted.clear()
@@ -154,7 +156,7 @@ class Observer(TorchFunctionMode):
                     "PyTorch's own functions, or make it a buffer"
                 )
         used = Unchanged(self._used.values())
-        for noted in (self._known, self._made, self._earlier, self._used, self.edges):
+        for noted in (self._own, self._known, self._made, self._earlier, self._used, self.edges):
             noted.clear()
         return used
 
@@ -241,7 +243,8 @@ class Observer(TorchFunctionMode):
         elif self._in_gradient is not None:
             self._in_gradient[key] = x
         owner = self._memory.owner(x)
-        if owner is not None and owner.inner:
+        # A custom backward pass reads the step's own tensors; they are aliases at the start.
+        if owner is not None and owner.inner and key not in self._own:
             self.originals_used[owner.name] = x
         if not x.is_inference():
             self.watch([x])

@@ -25,6 +25,18 @@ class State:
     opt: Mapping[str, Mapping[str, Tensor]]
     buffers: Mapping[str, Tensor]
 
+    @classmethod
+    def of(cls, values: Mapping[Path, Tensor]) -> State:
+        """The tensors at their paths: the inverse of ``tensors``."""
+        opt: dict[str, dict[str, Tensor]] = {}
+        kinds: dict[str, dict[str, Tensor]] = {"params": {}, "buffers": {}}
+        for (kind, name, *key), x in values.items():
+            if kind == "opt":
+                opt.setdefault(name, {})[key[0]] = x
+            else:
+                kinds[kind][name] = x
+        return cls(kinds["params"], opt, kinds["buffers"])
+
     def tensors(self) -> dict[Path, Tensor]:
         """Every tensor of the state by its path."""
         flat: dict[Path, Tensor] = {("params", name): x for name, x in self.params.items()}
