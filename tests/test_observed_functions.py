@@ -25,12 +25,21 @@ Function = torch.autograd.Function
 # Custom Functions whose backward pass is not recorded: the second derivative is cut.
 
 
-class InNoGrad(Function):
+class Exp(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
         return x.exp()
 
+
+class Sine(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.sin()
+
+
+class InNoGrad(Exp):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
@@ -38,12 +47,7 @@ class InNoGrad(Function):
             return g * x.exp()
 
 
-class Decorated(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.exp()
-
+class Decorated(Exp):
     @staticmethod
     @torch.no_grad()
     def backward(ctx: Any, g: Tensor) -> Tensor:
@@ -51,12 +55,7 @@ class Decorated(Function):
         return g * x.exp()
 
 
-class OnceDifferentiable(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.exp()
-
+class OnceDifferentiable(Exp):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: Tensor) -> Tensor:
@@ -64,57 +63,37 @@ class OnceDifferentiable(Function):
         return g * x.exp()
 
 
-class Detached(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.sin()
-
+class Detached(Sine):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         return (g * x.cos()).detach()
 
 
-class ByNumPy(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.sin()
-
+class ByNumPy(Sine):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         return torch.from_numpy(g.detach().numpy() * x.detach().cos().numpy())
 
 
-class ByAutograd(Function):
+class ByAutograd(Sine):
     """As an adjoint method does it: a graph of its own, and its gradient without a graph."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.sin()
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
-            (found,) = torch.autograd.grad(leaf.sin(), leaf, g.detach())
-        return found
+            (gradient,) = torch.autograd.grad(leaf.sin(), leaf, g.detach())
+        return gradient
 
 
-class ThroughData(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.tanh()
-
+class ThroughData(Sine):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        return g.data * (1 - x.data.tanh() ** 2)
+        return g.data * x.data.cos()
 
 
 class TwoInputs(Function):
@@ -181,8 +160,8 @@ def test_function_whose_backward_is_not_recorded(adjoint: str, where: str, name:
 
     class Act(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            found: Tensor = apply(x)
-            return found
+            out: Tensor = apply(x)
+            return out
 
     def experiment(train: Train) -> tuple[Tensor, Inputs]:
         model, x = small(), data()
@@ -221,12 +200,7 @@ class Straight(Function):
         return g
 
 
-class Recorded(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.exp()
-
+class Recorded(Exp):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
