@@ -6,7 +6,9 @@ the plain loop of ``oracle.py``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import gc
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -104,6 +106,21 @@ def differences(
             grad[i] = (ends[0] - ends[1]) / (2 * h)
         found.append(grad.view(x.shape))
     return found
+
+
+@contextmanager
+def new_objects_only() -> Iterator[None]:
+    """Where the garbage collector runs only if it is called, and knows only objects made since.
+
+    So ``gc.get_objects()`` and ``gc.collect()`` take no longer where other tests have run before.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def assert_all_close(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import weakref
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from adjoints import every_adjoint
-from helpers import assert_all_close, batch, batches, mse, tiny
+from helpers import assert_all_close, batch, batches, mse, new_objects_only, tiny
 from oracle import plain
 from torch import Tensor, nn
 
@@ -347,12 +346,9 @@ def test_nothing_is_kept_alive(adjoint: diffopt.Adjoint) -> None:
         model, sgd(model), data, lambda m, b: (mse(m, b), m(b[0])), adjoint=adjoint
     )
     ref = weakref.ref(fast.aux[0])
-    gc.disable()
-    try:
+    with new_objects_only():
         del fast
         assert ref() is None
-    finally:
-        gc.enable()
 
 
 def test_what_cannot_be_connected_is_refused() -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from adjoints import every_adjoint
-from helpers import assert_all_close, batch, batches, called, mse, tiny
+from helpers import assert_all_close, batch, batches, called, mse, new_objects_only, tiny
 from oracle import Plain, plain
 from torch import Tensor, nn
 
@@ -468,18 +468,12 @@ def test_nothing_is_left_behind(adjoint: diffopt.Adjoint, create_graph: bool) ->
         diffopt.unroll(model, sgd(model, lr), data, mse, adjoint=adjoint)  # and never backward
 
     outer_step()
-    gc.collect()
-    gc.freeze()  # what is there already need not be looked at
-    gc.disable()
-    try:
-        counts = []
+    counts = []
+    with new_objects_only():
         for repeats in (3, 6):
             for _ in range(repeats):
                 outer_step()
             counts.append(live_tensors())
-    finally:
-        gc.enable()
-        gc.unfreeze()
     assert counts[0] == counts[1]
 
 
@@ -504,14 +498,15 @@ def test_the_backward_pass_frees_what_was_kept(adjoint: diffopt.Adjoint) -> None
     model, data = tiny(), batches(8)
     held = {}
     for mode in ("before", "retained", "after"):
-        fast = diffopt.unroll(model, sgd(model), data, mse, adjoint=adjoint)
-        if mode != "before":
-            fast.losses.sum().backward(retain_graph=mode == "retained")
-        gc.collect()
-        present = live_tensors()
-        del fast
-        gc.collect()
-        held[mode] = present - live_tensors()
+        with new_objects_only():
+            fast = diffopt.unroll(model, sgd(model), data, mse, adjoint=adjoint)
+            if mode != "before":
+                fast.losses.sum().backward(retain_graph=mode == "retained")
+            gc.collect()
+            present = live_tensors()
+            del fast
+            gc.collect()
+            held[mode] = present - live_tensors()
     assert held["after"] == 6  # four parameters, the losses, and the state of the random generator
     assert held["before"] > 8 * 4
     assert held["retained"] == held["before"]

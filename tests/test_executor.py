@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import new_objects_only
 from torch import Tensor, nn
 
 import diffopt
@@ -89,14 +90,10 @@ def test_states_alive(adjoint: Any) -> None:
         alive.append(len({x.data_ptr() for x in shaped if x.shape == (7, 11)}))
         return model.w.square().sum()
 
-    gc.collect()
-    gc.freeze()  # what is there already need not be looked at
-    try:
+    with new_objects_only():
         opt = diffopt.SGD(model.parameters(), lr=0.1)
         fast = diffopt.unroll(model, opt, steps, loss_fn, adjoint=adjoint)
         fast.params["w"].sum().backward()
-    finally:
-        gc.unfreeze()
     states = adjoint.plan(steps).peak_states
     assert states - 2 <= max(alive) <= states + 4
 

@@ -51,7 +51,7 @@ reveal_type(fast(support[0]))
 loss_fn(3, support)
 """
 
-#: Parts of PyTorch that no line of the snippet has a type from. To read them takes most of the time.
+#: What no line of the snippet has a type from. To read it would take most of the time.
 UNREAD = (
     "numpy",
     "torch._dynamo",
