@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -34,3 +35,18 @@ def _same_start() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The graphs handed over for compilation, which are run as they are: Inductor takes seconds."""
+    from diffopt._compile import trace
+
+    handed: list[Any] = []
+
+    def keep(graph: Any, examples: Sequence[torch.Tensor], *, loop: bool = False) -> Any:
+        handed.append(graph)
+        return graph
+
+    monkeypatch.setattr(trace, "compile_graph", keep)
+    return handed

@@ -210,7 +210,7 @@ def test_tasks() -> None:
         assert_all_close(found, want, rtol=1e-10, atol=1e-13)
 
 
-def test_compiled() -> None:
+def test_compiled(graphs: list[Any]) -> None:
     model, data = small(), batches(STEPS)
     lr = torch.tensor(0.05, dtype=torch.float64, requires_grad=True)
     inputs = [*model.parameters(), lr]
@@ -219,10 +219,11 @@ def test_compiled() -> None:
         opts = [Lars(matrices(model)), diffopt.AdamW(others(model), lr=lr)]
         fast = diffopt.unroll(model, opts, data, mse, compile=compile, segment=1)
         results.append(torch.autograd.grad(fast.losses.sum(), inputs))
+    assert graphs
     assert_all_close(results[1], results[0], rtol=1e-10, atol=1e-13)
 
 
-def test_compiled_code_is_not_shared_by_lists_of_other_rules() -> None:
+def test_compiled_code_is_not_shared_by_lists_of_other_rules(graphs: list[Any]) -> None:
     class Doubled(Lars):
         def _update(self, hyper: Any, params: Any, grads: Any, states: Any) -> Any:
             return super()._update(hyper, params, [2 * g for g in grads], states)
@@ -240,6 +241,7 @@ def test_compiled_code_is_not_shared_by_lists_of_other_rules() -> None:
             for compile in (False, True)
         ]
         torch.testing.assert_close(results[1], results[0], rtol=1e-12, atol=1e-14)
+    assert len(graphs) == 2
 
 
 def test_continued_saved_and_loaded() -> None:

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import diffopt
-from diffopt._compile import trace as _trace
 
 N, T = 3, 4
 
@@ -275,8 +274,8 @@ class Convolutional(nn.Module):
 
 
 @pytest.mark.parametrize("compile", [False, True])
-def test_convolutions_go_task_by_task(compile: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_trace, "compile_graph", lambda graph, examples, **options: graph)
+@pytest.mark.usefixtures("graphs")
+def test_convolutions_go_task_by_task(compile: bool) -> None:
     torch.manual_seed(0)
     model = Convolutional().double()
     x = torch.randn(N, 3, 2, 4).double().requires_grad_()
