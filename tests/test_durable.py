@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import diffopt
 from diffopt import Binomial, Durable, Segmented
-from diffopt._loop import shelf as _shelf
 from diffopt._loop.checksum import checksum
+from diffopt._loop.files import OnDisk
 
 pytest.importorskip("safetensors")
 
@@ -272,9 +272,8 @@ def test_what_cannot_be_kept(tmp_path: Path) -> None:
 def test_arguments(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="folder is a int: pass a path"):
         Durable(3)  # type: ignore[arg-type]
-    for name in ("", "s3://bucket/run"):
-        with pytest.raises(ValueError, match="pass a folder on a disk of this machine"):
-            Durable(name)
+    with pytest.raises(ValueError, match="folder='': pass a folder of this run alone"):
+        Durable("")
     with pytest.raises(ValueError, match="every is 0, but must be at least 1"):
         Durable("runs", 0)
     with pytest.raises(FileNotFoundError, match=r"cannot hold a run, No such file .*: pass a fold"):
@@ -342,19 +341,19 @@ def test_a_state_on_the_way_back_is_damaged(tmp_path: Path) -> None:
 
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     adjoint = Segmented(4, Durable(tmp_path, 1))
-    write, calls = _shelf.Shelf._finish, 0
+    put, calls = OnDisk.put, 0
 
-    def full(self: Any, path: Path) -> None:
+    def full(self: Any, name: str, write: Any) -> None:
         nonlocal calls
         calls += 1
         if calls > 7:
             raise OSError(28, os.strerror(28))
-        write(self, path)
+        put(self, name, write)
 
-    monkeypatch.setattr(_shelf.Shelf, "_finish", full)
+    monkeypatch.setattr(OnDisk, "put", full)
     with pytest.raises(OSError, match=r"No space left on device: make room there and call again"):
         Problem().gradients(adjoint)
-    monkeypatch.setattr(_shelf.Shelf, "_finish", write)
+    monkeypatch.setattr(OnDisk, "put", put)
     assert left(tmp_path)
     assert_same(Problem().gradients(adjoint), Problem().gradients(Segmented(4)))
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import diffopt
 from diffopt import Binomial, Segmented, StoreAll
 from diffopt._loop import storage as _storage
+from diffopt._loop.files import Folder, OnDisk
 from diffopt._loop.snapshots import Snapshot
 from diffopt._values.state import State
 
@@ -83,7 +84,7 @@ def stores(monkeypatch: pytest.MonkeyPatch) -> Stores:
     found: Stores = []
     init = _storage.InFolder.__init__
 
-    def note(self: _storage.InFolder, folder: Path) -> None:
+    def note(self: _storage.InFolder, folder: Folder) -> None:
         init(self, folder)
         found.append(weakref.ref(self))
 
@@ -101,7 +102,8 @@ def files(stores: Stores) -> list[Path]:
     store = stores[-1]()
     assert store is not None
     settle(store)
-    return sorted(store._own.iterdir())
+    assert isinstance(store._own, OnDisk)
+    return sorted(store._own.where.iterdir())
 
 
 every_adjoint = pytest.mark.parametrize(
@@ -315,11 +317,11 @@ def test_a_wrong_kind_of_storage(adjoint: Any) -> None:
 
 
 def test_a_full_disk(problem: Problem, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real_open = open
+    real_open = OnDisk.open
 
     class Full:
-        def __init__(self, path: Path, *args: Any, **kwargs: Any) -> None:
-            self.file = real_open(path, *args, **kwargs)
+        def __init__(self, folder: OnDisk, name: str, mode: str) -> None:
+            self.file = real_open(folder, name, mode)
 
         def __enter__(self) -> Full:
             return self
@@ -330,7 +332,7 @@ def test_a_full_disk(problem: Problem, folder: Path, monkeypatch: pytest.MonkeyP
         def write(self, data: memoryview) -> int:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(_storage, "open", Full, raising=False)
+    monkeypatch.setattr(OnDisk, "open", lambda *args: Full(*args))
     message = r"of 0.0 MiB could not be written to .*, No space left on device: make room there"
     with pytest.raises(OSError, match=message) as error:
         problem.gradients(problem.total(Segmented(1, folder)))
@@ -407,7 +409,7 @@ def test_the_next_files_are_read_before_it_is_wanted(
     get = _storage.InFolder.__getitem__
 
     def record(self: Any) -> Any:
-        asked.append(int(self.path.stem))
+        asked.append(int(self.name.partition(".")[0]))
         return read(self)
 
     def note(self: Any, t: int) -> Any:

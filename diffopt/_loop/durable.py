@@ -21,11 +21,11 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path as FilePath
 from typing import Any
 
 from torch import Tensor
 
+from diffopt._loop.files import is_address
 from diffopt._loop.journal import Journal, Way, WayBack
 from diffopt._loop.loop import Loop
 from diffopt._loop.passed import Passed, meet_again
@@ -49,19 +49,20 @@ class Durable:
     over the folder is empty again, but for a lock.
 
     Args:
-        folder: of this run alone. It is made where it is missing.
+        folder: of this run alone: a path, or an address for fsspec such as
+            ``"s3://bucket/run-0"``. It is made where it is missing.
         every: how many steps are taken, at least, between two entries of the journal. What is
             done again after a kill is at most about that, and the way from one kept state to the
             next.
 
     Raises:
         TypeError: ``folder`` is no path, or ``every`` no int.
-        ValueError: ``folder`` is empty or an address, or ``every`` is below 1. When unrolling: what
-            is in the folder is of another run; the message names what differs.
-        ImportError: when unrolling, safetensors is not installed.
+        ValueError: ``folder`` is empty, or ``every`` is below 1. When unrolling: what is in the
+            folder is of another run; the message names what differs.
+        ImportError: when unrolling, safetensors is not installed, or, for an address, fsspec.
         NotImplementedError: when unrolling, ``loss_fn`` returns ``aux``, or with ``verify``.
-        RuntimeError: when unrolling, another process uses the folder, or nothing in it is whole;
-            or the outer loss gives other cotangents than before the kill.
+        RuntimeError: when unrolling, another process of this machine uses the folder, or nothing in
+            it is whole; or the outer loss gives other cotangents than before the kill.
         OSError: when unrolling, the folder cannot be made or written to.
 
     Cost: on the disk, the plan's states and two entries' more. Writing goes on in the background.
@@ -75,11 +76,8 @@ class Durable:
     def __post_init__(self) -> None:
         if not isinstance(self.folder, (str, os.PathLike)):
             raise TypeError(f"folder is a {type(self.folder).__name__}: pass a path")
-        name = os.fspath(self.folder)
-        if not name or "://" in name:
-            raise ValueError(
-                f"folder={name!r}: pass a folder on a disk of this machine, such as 'runs/outer-3'"
-            )
+        if not os.fspath(self.folder):
+            raise ValueError("folder='': pass a folder of this run alone, such as 'runs/outer-3'")
         check_int("every", self.every, 1, "a number of steps between two entries")
 
 
@@ -89,8 +87,9 @@ class DurableSnapshots(Snapshots, Journal):
     keeps = True
 
     def __init__(self, durable: Durable) -> None:
-        folder = FilePath(durable.folder).absolute()
-        if (older := _open.get(str(folder))) is not None:
+        folder = os.fspath(durable.folder)
+        folder = folder if is_address(folder) else os.path.abspath(folder)
+        if (older := _open.get(folder)) is not None:
             older._give_up("a later call of unroll in this process took its folder over")
         self._every = durable.every
         self._shelf = Shelf(folder)
@@ -114,7 +113,7 @@ class DurableSnapshots(Snapshots, Journal):
         self._terms: dict[str, Any] = {}
         self._lost = ""
         self._finished = False
-        _open[str(folder)] = self
+        _open[folder] = self
         self._release = weakref.finalize(self, _close, self._thread, self._shelf, self._process)
 
     # Snapshots.
@@ -132,7 +131,7 @@ class DurableSnapshots(Snapshots, Journal):
             self._raise_failed_writes()
             raise RuntimeError(
                 f"{error}: the state at step {t} is lost. Empty the folder "
-                f"{str(self._shelf.folder)!r} to begin anew"
+                f"{self._shelf.name!r} to begin anew"
             ) from error
         return self._snapshot(tensors, order)
 
@@ -190,7 +189,7 @@ class DurableSnapshots(Snapshots, Journal):
                 damage.append(str(error))
         if damage or self._shelf.has_manifests():
             raise RuntimeError(
-                f"the folder {str(self._shelf.folder)!r} holds a run of which no entry is whole: "
+                f"the folder {self._shelf.name!r} holds a run of which no entry is whole: "
                 f"{'; '.join(damage) or 'its manifests are damaged'}. Empty it to begin anew"
             )
         self._shelf.clear()
@@ -201,7 +200,7 @@ class DurableSnapshots(Snapshots, Journal):
         if different:
             more = f", and {len(different) - 1} more" if len(different) > 1 else ""
             raise ValueError(
-                f"the folder {str(self._shelf.folder)!r} holds another run, which differs in "
+                f"the folder {self._shelf.name!r} holds another run, which differs in "
                 f"{different[0]}{more}: give every run a folder of its own, or empty this one"
             )
 
@@ -215,7 +214,7 @@ class DurableSnapshots(Snapshots, Journal):
         self._records = [File(*file) for file in entry["records"]]
         for file in (*self._files.values(), *self._records):
             if not self._shelf.is_there(file):
-                raise Damaged(f"the file {str(self._shelf.folder / file.name)!r} is gone")
+                raise Damaged(f"the file {self._shelf.path(file)!r} is gone")
         final, back = _file(entry["final"]), _file(entry["back"])
         here = _file(entry["here"])
         self._final = final
@@ -259,7 +258,7 @@ class DurableSnapshots(Snapshots, Journal):
         if self._given not in ("", given):
             raise RuntimeError(
                 "what flows back from the result is not what flowed back in the pass that was "
-                f"interrupted, of which {str(self._shelf.folder)!r} keeps a part: compute the same "
+                f"interrupted, of which {self._shelf.name!r} keeps a part: compute the same "
                 "outer loss from the same data, or empty the folder to begin anew"
             )
         self._given = given

@@ -3,6 +3,9 @@
 A file is written under another name, flushed to the disk and renamed; the manifest, which says what
 the files are for and what their checksums have to be, is written last. The last two manifests are
 kept with all files that they name, so that one of them can be read whatever happens.
+
+Of an address, fsspec writes and reads files as a whole. What is torn on the way is told by the
+checksums, as what was damaged later is.
 """
 
 from __future__ import annotations
@@ -12,13 +15,13 @@ import os
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffopt._loop.checksum import bytes_of, checksum
+from diffopt._loop.files import Folder, OnDisk, folder_of, restated, said
 
 _KEPT = 2  # manifests
 
@@ -44,27 +47,38 @@ class Shelf:
     """The files of one run.
 
     Args:
-        folder: is made if it is missing, in a folder that exists.
+        folder: a path or an address. Is made if it is missing, in a folder that exists.
 
     Raises:
-        ImportError: safetensors is not installed.
+        ImportError: safetensors is not installed, or for an address, fsspec.
         OSError: the folder cannot be made, or written to, or is full.
-        RuntimeError: another process uses it.
+        RuntimeError: another process of this machine uses it, as far as it is on a disk.
+
+    Attributes:
+        name: the folder's.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
         self._safetensors = _safetensors()
+        self._folder: Folder = folder_of(folder)
+        self.name = self._folder.name
+        self._lock: _Lock | None = None
         try:
-            folder.mkdir(exist_ok=True)
-            self._lock = _Lock(folder / "lock")
+            self._folder.make()
+            if isinstance(self._folder, OnDisk):
+                self._lock = _Lock(self._folder.path("lock"), self.name)
+            found = self._folder.names()
         except OSError as error:
-            raise type(error)(
-                error.errno,
-                f"Durable({str(folder)!r}) cannot hold a run, {error.strerror}: pass a folder that "
+            raise restated(
+                error,
+                f"Durable({self.name!r}) cannot hold a run, {said(error)}: pass a folder that "
                 "can be written to, or made in one that exists",
             ) from error
-        self._number = max((_number(path) for path in folder.iterdir()), default=0)
+        self._number = max((_number(name) for name in found), default=0)
+
+    def path(self, file: File) -> str:
+        """The full name of a file."""
+        return self._folder.path(file.name)
 
     def file(self, kind: str) -> File:
         """A name that no file had before."""
@@ -79,10 +93,11 @@ class Shelf:
             flat[key] = bytes_of(x)
         about = json.dumps({"form": form, "note": note})
         file.checksum = _checksum(flat, about)
-        path = self.folder / file.name
         try:
-            self._safetensors.save_file(flat, self._partial(path), metadata={"diffopt": about})
-            self._finish(path)
+            self._folder.put(
+                file.name,
+                lambda path: self._safetensors.save_file(flat, path, metadata={"diffopt": about}),
+            )
         except OSError as error:
             raise self._full(error) from error
         except self._safetensors.Error as error:  # its own, of every cause
@@ -94,86 +109,86 @@ class Shelf:
         Raises:
             Damaged: they are not what was written.
         """
-        path = self.folder / file.name
         try:
-            with self._safetensors.open(path) as held:
+            with self._folder.taken(file.name) as path, self._safetensors.open(path) as held:
                 about = held.metadata()["diffopt"]
                 flat = {key: held.get_tensor(key) for key in held.keys()}  # noqa: SIM118
             found = json.loads(about)
             flat = {key: flat[key] for key in found["form"]}
         except (OSError, KeyError, ValueError, TypeError, self._safetensors.Error) as error:
-            raise Damaged(f"the file {str(path)!r} cannot be read ({error})") from error
+            raise Damaged(f"the file {self.path(file)!r} cannot be read ({error})") from error
         if _checksum(flat, about) != file.checksum:
-            raise Damaged(f"the file {str(path)!r} does not hold what was written to it")
+            raise Damaged(f"the file {self.path(file)!r} does not hold what was written to it")
         return {key: _formed(flat[key], *form) for key, form in found["form"].items()}, found[
             "note"
         ]
 
     def is_there(self, file: File) -> bool:
         """Whether there is such a file, whatever it holds."""
-        return (self.folder / file.name).exists()
+        return self._folder.has(file.name)
 
     def publish(self, manifest: Mapping[str, Any], named: set[str]) -> None:
         """Write the manifest, which names the files ``named``, and remove what none names."""
         self._number += 1
         body = json.dumps({"named": sorted(named), **manifest})
-        path = self.folder / f"manifest-{self._number:08d}.json"
+        text = f"{zlib.crc32(body.encode()):08x}\n{body}"
+        name = f"manifest-{self._number:08d}.json"
         try:
-            self._partial(path).write_text(f"{zlib.crc32(body.encode()):08x}\n{body}")
-            self._finish(path)
+            self._folder.put(name, lambda path: path.write_text(text))
         except OSError as error:
             raise self._full(error) from error
-        kept = sorted(self.folder.glob("manifest-*.json"))[-_KEPT:]
-        names = {path.name for path in kept} | named
-        for older in kept[:-1]:
-            names |= set((_body(older) or {}).get("named", ()))
+        kept = self._manifests()[:_KEPT]
+        names = {*kept, *named}
+        for older in kept[1:]:
+            names |= set((self._body(older) or {}).get("named", ()))
         self._remove_but(names)
 
     def manifests(self) -> Iterator[dict[str, Any]]:
         """Those that are whole, the newest first."""
-        for path in sorted(self.folder.glob("manifest-*.json"), reverse=True):
-            if (body := _body(path)) is not None:
+        for name in self._manifests():
+            if (body := self._body(name)) is not None:
                 yield body
 
     def has_manifests(self) -> bool:
         """Whether there is one at all, whole or not."""
-        return any(self.folder.glob("manifest-*.json"))
+        return bool(self._manifests())
 
     def clear(self) -> None:
         """Remove every file of the run, manifests first."""
-        for path in sorted(self.folder.glob("manifest-*.json"), reverse=True):
-            path.unlink(missing_ok=True)
+        for name in self._manifests():
+            self._folder.remove(name)
         self._remove_but(set())
 
     def close(self) -> None:
         """Let other processes use the folder."""
-        self._lock.release()
+        if self._lock is not None:
+            self._lock.release()
+
+    def _manifests(self) -> list[str]:
+        """The names of the manifests, the newest first."""
+        found = (n for n in self._folder.names() if n.startswith("manifest-"))
+        return sorted((n for n in found if n.endswith(".json")), reverse=True)
+
+    def _body(self, name: str) -> dict[str, Any] | None:
+        try:
+            with self._folder.taken(name) as path:
+                head, body = path.read_text().split("\n", 1)
+            if int(head, 16) == zlib.crc32(body.encode()):
+                found: dict[str, Any] = json.loads(body)
+                return found
+        except (OSError, ValueError):
+            pass  # a manifest that is not whole is passed over for the one before it
+        return None
 
     def _remove_but(self, names: set[str]) -> None:
-        for path in self.folder.iterdir():
-            if _number(path) and path.name not in names:
-                path.unlink(missing_ok=True)
-
-    def _partial(self, path: Path) -> Path:
-        return path.with_suffix(".partial")
-
-    def _finish(self, path: Path) -> None:
-        """Flush the partial file to the disk and give it its name."""
-        partial = self._partial(path)
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        if os.name == "posix":
-            folder = os.open(self.folder, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+        for name in self._folder.names():
+            if _number(name) and name not in names:
+                self._folder.remove(name)
 
     def _full(self, error: OSError) -> OSError:
-        return OSError(
-            error.errno,
-            f"Durable({str(self.folder)!r}) could not be written to, {error.strerror}: make room "
+        return restated(
+            error,
+            f"Durable({self.name!r}) could not be written to, {said(error)}: make room "
             "there and call again, which goes on from what is there",
         )
 
@@ -181,7 +196,7 @@ class Shelf:
 class _Lock:
     """Keeps a folder to one process, until it is released or the process ends."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: str, folder: str) -> None:
         self._file = open(path, "a")  # noqa: SIM115 - held as long as the run lasts
         try:
             import fcntl
@@ -192,7 +207,7 @@ class _Lock:
         except BlockingIOError:
             self._file.close()
             raise RuntimeError(
-                f"the folder {str(path.parent)!r} is in use by another process: give every run a "
+                f"the folder {folder!r} is in use by another process: give every run a "
                 "folder of its own, Durable(folder)"
             ) from None
 
@@ -200,22 +215,11 @@ class _Lock:
         self._file.close()
 
 
-def _body(path: Path) -> dict[str, Any] | None:
-    try:
-        head, body = path.read_text().split("\n", 1)
-        if int(head, 16) == zlib.crc32(body.encode()):
-            found: dict[str, Any] = json.loads(body)
-            return found
-    except (OSError, ValueError):
-        pass  # a manifest that is not whole is passed over for the one before it
-    return None
-
-
-def _number(path: Path) -> int:
+def _number(name: str) -> int:
     """The number in a name that this module gave; 0 for any other."""
-    kind, _, rest = path.name.partition("-")
-    digits = rest.partition(".")[0]
-    if path.suffix not in (".safetensors", ".json", ".partial") or not digits.isdigit():
+    kind, _, rest = name.partition("-")
+    digits, _, suffix = rest.partition(".")
+    if suffix not in ("safetensors", "json", "partial") or not digits.isdigit():
         return 0
     return int(digits) if kind in ("manifest", "state", "record", "final", "back") else 0
 
@@ -241,7 +245,7 @@ class _Safetensors:
         self.save_file = with_torch.save_file
         self._open = module.safe_open
 
-    def open(self, path: Path) -> Any:
+    def open(self, path: os.PathLike[str]) -> Any:
         return self._open(path, framework="pt", device="cpu")
 
 

@@ -8,13 +8,10 @@ one background thread, in the order asked for.
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 import weakref
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path as FilePath
 from typing import Any, Self
 
 import torch
@@ -22,12 +19,14 @@ from torch import Tensor
 
 from diffopt._loop.checksum import bytes_of, checksum, memory_of
 from diffopt._loop.durable import Durable, DurableSnapshots
+from diffopt._loop.files import Folder, folder_of, restated, said
 from diffopt._loop.snapshots import Snapshot, Snapshots, check_process
 from diffopt._loop.transfer import Copier, Copy
 from diffopt._values.state import State
 from diffopt._values.tree import Path
 
-#: Where snapshots go: None for where the tensors are, "cpu", a folder, or one that lasts.
+#: Where snapshots go: None for where the tensors are, "cpu", a folder (a path, or an address for
+#: fsspec), or one that lasts.
 Storage = str | os.PathLike[str] | Durable | None
 
 #: How many snapshots may wait to be written. Each takes host memory until it is.
@@ -58,7 +57,7 @@ def open_storage(storage: Storage) -> Snapshots:
         return OnHost()
     if isinstance(storage, Durable):
         return DurableSnapshots(storage)
-    return InFolder(FilePath(storage))
+    return InFolder(folder_of(storage))
 
 
 class OnHost(Snapshots):
@@ -113,18 +112,18 @@ class InFolder(Snapshots):
 
     in_place = False
 
-    def __init__(self, folder: FilePath) -> None:
+    def __init__(self, folder: Folder) -> None:
         self._folder = folder
         self._copier = Copier()
         self._files: dict[int, _File] = {}
         self._writing: deque[Future[None]] = deque()
         self._reading: dict[int, Future[Tensors]] = {}
         try:
-            own = FilePath(tempfile.mkdtemp(prefix="diffopt-", dir=folder))
+            own = folder.make_own()
         except OSError as error:
-            raise type(error)(
-                error.errno,
-                f"storage={str(folder)!r} cannot hold snapshots, {error.strerror}: pass a folder "
+            raise restated(
+                error,
+                f"storage={folder.name!r} cannot hold snapshots, {said(error)}: pass a folder "
                 'that exists and can be written to, or "cpu"',
             ) from error
         self._own = own
@@ -138,7 +137,7 @@ class InFolder(Snapshots):
         while len(self._writing) >= BACKLOG:
             self._writing.popleft().result()
         copy = self._copier.to_host(snapshot.state.tensors())
-        file = _File(self._own / f"{t}.state", snapshot)
+        file = _File(self._own, f"{t}.state", snapshot)
         self._files[t] = file
         self._writing.append(self._thread.submit(file.write, copy))
 
@@ -156,7 +155,7 @@ class InFolder(Snapshots):
     def __delitem__(self, t: int) -> None:
         check_process(self._process)
         self._reading.pop(t, None)
-        self._thread.submit(self._files.pop(t).path.unlink, missing_ok=True)
+        self._thread.submit(self._own.remove, self._files.pop(t).name)
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._files)
@@ -187,25 +186,27 @@ class InFolder(Snapshots):
             self._writing.popleft().result()
 
 
-def _discard(thread: ThreadPoolExecutor, folder: FilePath, process: int) -> None:
+def _discard(thread: ThreadPoolExecutor, folder: Folder, process: int) -> None:
     if os.getpid() == process:  # a forked process has a copy of the object, but no thread
         thread.shutdown(wait=True, cancel_futures=True)
-        shutil.rmtree(folder, ignore_errors=True)
+        folder.discard()
 
 
 class _File:
     """One state as a file: the bytes of its tensors, one after the other.
 
     Attributes:
+        name: in its folder.
         form: the state with tensors of the same layout that take no memory.
         devices: where its tensors belong.
         generators: the snapshot's.
     """
 
-    def __init__(self, path: FilePath, snapshot: Snapshot) -> None:
+    def __init__(self, folder: Folder, name: str, snapshot: Snapshot) -> None:
         tensors = snapshot.state.tensors()
         forms = {p: torch.empty_like(x, device="meta") for p, x in tensors.items()}
-        self.path = path
+        self.name = name
+        self._folder = folder
         self.form: State = snapshot.state.replace(forms)
         self.devices = {p: x.device for p, x in tensors.items()}
         self.generators = snapshot.generators
@@ -217,17 +218,18 @@ class _File:
         copy.synchronize()
         found = 0
         try:
-            with open(self.path, "xb", buffering=0) as file:
+            with self._folder.open(self.name, "xb") as file:
                 for x in copy.tensors.values():
                     rest = memory_of(x)
                     found = checksum(bytes_of(x), found)
                     while rest:
-                        rest = rest[file.write(rest) :]
+                        count = file.write(rest)
+                        rest = rest[len(rest) if count is None else count :]
         except OSError as error:
-            raise OSError(
-                error.errno,
+            raise restated(
+                error,
                 f"a snapshot of {self._bytes / 2**20:,.1f} MiB could not be written to "
-                f"{str(self.path)!r}, {error.strerror}: make room there, pass another folder as "
+                f"{self._path!r}, {said(error)}: make room there, pass another folder as "
                 "storage, or keep fewer snapshots",
             ) from error
         self._checksum = found
@@ -241,8 +243,9 @@ class _File:
         }
         found = 0
         try:
-            with open(self.path, "rb", buffering=0) as file:
-                size = os.fstat(file.fileno()).st_size
+            with self._folder.open(self.name, "rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(0)
                 if size != self._bytes:
                     raise self._altered(f"has {size} bytes instead of {self._bytes}")
                 for x in tensors.values():
@@ -251,17 +254,21 @@ class _File:
                         rest = rest[count:]
                     found = checksum(bytes_of(x), found)
         except OSError as error:
-            raise type(error)(
-                error.errno,
-                f"the snapshot file {str(self.path)!r} cannot be read, {error.strerror}: leave "
+            raise restated(
+                error,
+                f"the snapshot file {self._path!r} cannot be read, {said(error)}: leave "
                 "the files alone until the backward pass is over",
             ) from error
         if found != self._checksum:
             raise self._altered("does not hold what was written to it")
         return tensors
 
+    @property
+    def _path(self) -> str:
+        return self._folder.path(self.name)
+
     def _altered(self, how: str) -> RuntimeError:
         return RuntimeError(
-            f"the snapshot file {str(self.path)!r} {how}: it was altered, or the disk is faulty; "
+            f"the snapshot file {self._path!r} {how}: it was altered, or the disk is faulty; "
             "unroll again, and leave the files alone until the backward pass is over"
         )

@@ -1,7 +1,7 @@
 """Kills at random moments: the gradient is the same to the last bit, and little is done again.
 
-Small by default; ``DIFFOPT_KILLS=50 pytest -s tests/reliability/test_kills.py`` prints the counts of
-the documentation.
+Small by default; ``DIFFOPT_KILLS=50 pytest -s tests/reliability/test_kills.py`` prints the counts
+of the documentation.
 """
 
 from __future__ import annotations

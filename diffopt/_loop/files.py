@@ -1,0 +1,225 @@
+"""Folders of files: on a disk of this machine, or, by fsspec, wherever its addresses lead."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import tempfile
+import uuid
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import IO, Any
+
+
+class Folder(ABC):
+    """A folder of files.
+
+    Attributes:
+        name: as messages have it.
+    """
+
+    name: str
+
+    @abstractmethod
+    def make(self) -> None:
+        """Make the folder, where it is missing."""
+
+    @abstractmethod
+    def make_own(self) -> Folder:
+        """A new folder in it, of a name that no other has."""
+
+    @abstractmethod
+    def path(self, name: str) -> str:
+        """The full name of a file."""
+
+    @abstractmethod
+    def open(self, name: str, mode: str) -> Any:
+        """A binary file, for ``mode`` "rb", or a new one for "xb"."""
+
+    @abstractmethod
+    def put(self, name: str, write: Callable[[Path], object]) -> None:
+        """Write a file of this name, or over it: ``write`` is given a path to write to."""
+
+    @abstractmethod
+    def taken(self, name: str) -> AbstractContextManager[Path]:
+        """A file as one of this machine, for as long as the context lasts."""
+
+    @abstractmethod
+    def has(self, name: str) -> bool:
+        """Whether there is a file of this name."""
+
+    @abstractmethod
+    def names(self) -> list[str]:
+        """The names of the files, in no order."""
+
+    @abstractmethod
+    def remove(self, name: str) -> None:
+        """Remove a file, if there is one of this name."""
+
+    @abstractmethod
+    def discard(self) -> None:
+        """Remove the folder with all that is in it."""
+
+
+class OnDisk(Folder):
+    """A folder on a disk of this machine."""
+
+    def __init__(self, path: Path) -> None:
+        self.name = str(path)
+        self.where = path
+
+    def make(self) -> None:
+        self.where.mkdir(exist_ok=True)
+
+    def make_own(self) -> OnDisk:
+        return OnDisk(Path(tempfile.mkdtemp(prefix="diffopt-", dir=self.where)))
+
+    def path(self, name: str) -> str:
+        return str(self.where / name)
+
+    def open(self, name: str, mode: str) -> IO[bytes]:
+        return open(self.where / name, mode, buffering=0)
+
+    def put(self, name: str, write: Callable[[Path], object]) -> None:
+        """Whole or not at all: under another name, flushed to the disk, then renamed."""
+        path = self.where / name
+        partial = path.with_suffix(".partial")
+        write(partial)
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        if os.name == "posix":
+            folder = os.open(self.where, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+
+    def taken(self, name: str) -> AbstractContextManager[Path]:
+        return nullcontext(self.where / name)
+
+    def has(self, name: str) -> bool:
+        return (self.where / name).exists()
+
+    def names(self) -> list[str]:
+        return [path.name for path in self.where.iterdir()]
+
+    def remove(self, name: str) -> None:
+        (self.where / name).unlink(missing_ok=True)
+
+    def discard(self) -> None:
+        shutil.rmtree(self.where, ignore_errors=True)
+
+
+class Elsewhere(Folder):
+    """A folder that fsspec reaches by an address such as ``s3://bucket/states``.
+
+    Raises:
+        ImportError: fsspec, or what it needs for the address, is not installed.
+        ValueError: fsspec knows no such kind of address.
+    """
+
+    def __init__(self, address: str) -> None:
+        try:
+            fsspec: Any = importlib.import_module("fsspec")
+        except ImportError as error:
+            raise ImportError(
+                f"the folder {address!r} is an address, which fsspec is needed for, and that is "
+                "not installed: pip install 'torch-diffopt[remote]', or pass a path"
+            ) from error
+        try:
+            self._system, self._where = fsspec.core.url_to_fs(address)
+        except ImportError as error:
+            raise ImportError(
+                f"the folder {address!r} is of a kind that fsspec needs a package for: {error}"
+            ) from error
+        except ValueError as error:
+            raise ValueError(
+                f"the folder {address!r} is of a kind that fsspec does not know: {error}"
+            ) from error
+        self.name = address.rstrip("/")
+
+    def make(self) -> None:
+        self._system.makedirs(self._where, exist_ok=True)
+
+    def make_own(self) -> Elsewhere:
+        own = type(self)(f"{self.name}/diffopt-{uuid.uuid4().hex}")
+        own._system.makedirs(own._where, exist_ok=True)
+        return own
+
+    def path(self, name: str) -> str:
+        return f"{self.name}/{name}"
+
+    def open(self, name: str, mode: str) -> Any:
+        # Not every kind has "xb"; no name is used twice.
+        return self._system.open(self._full(name), mode.replace("x", "w"))
+
+    def put(self, name: str, write: Callable[[Path], object]) -> None:
+        """By way of a temporary file of this machine."""
+        with tempfile.TemporaryDirectory() as temporary:
+            path = Path(temporary) / name
+            write(path)
+            self._system.put_file(str(path), self._full(name))
+
+    @contextmanager
+    def taken(self, name: str) -> Iterator[Path]:
+        with tempfile.TemporaryDirectory() as temporary:
+            path = Path(temporary) / name
+            self._system.get_file(self._full(name), str(path))
+            yield path
+
+    def has(self, name: str) -> bool:
+        return bool(self._system.exists(self._full(name)))
+
+    def names(self) -> list[str]:
+        self._system.invalidate_cache()  # of listings, which would not show new files
+        found = self._system.ls(self._where, detail=False)
+        return [str(path).rstrip("/").rpartition("/")[2] for path in found]
+
+    def remove(self, name: str) -> None:
+        if self._system.exists(self._full(name)):
+            self._system.rm_file(self._full(name))
+
+    def discard(self) -> None:
+        try:
+            self._system.rm(self._where, recursive=True)
+        except FileNotFoundError:
+            return  # object storage has no folders but those of its files
+        except OSError as error:
+            warnings.warn(
+                f"the snapshots in {self.name!r} could not be removed, {said(error)}: remove the "
+                "folder by hand",
+                stacklevel=2,
+            )
+
+    def _full(self, name: str) -> str:
+        return f"{self._where}/{name}"
+
+
+def is_address(folder: str | os.PathLike[str]) -> bool:
+    """Whether ``folder`` is an address for fsspec, and no path."""
+    return "://" in os.fspath(folder)
+
+
+def folder_of(folder: str | os.PathLike[str]) -> Folder:
+    """The folder of a path or an address."""
+    if is_address(folder):
+        return Elsewhere(os.fspath(folder))
+    return OnDisk(Path(folder))
+
+
+def said(error: OSError) -> str:
+    """What a failure of files says of its cause; those of fsspec have no number."""
+    return error.strerror or str(error) or type(error).__name__
+
+
+def restated(error: OSError, message: str) -> OSError:
+    """The same failure with another message."""
+    if error.errno is not None:
+        return OSError(error.errno, message)  # of the class that belongs to the number
+    kind = type(error) if type(error).__module__ == "builtins" else OSError
+    return kind(message)
