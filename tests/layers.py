@@ -24,6 +24,7 @@ class Layer:
             parameters.
         rounds: whether PyTorch computes its gradient by another kernel where that is to be
             differentiated again, so that recomputed steps differ in the last bits.
+        recent: whether some supported versions of PyTorch have no such layer yet.
     """
 
     name: str
@@ -33,6 +34,12 @@ class Layer:
     refused: str | None = None
     constant: Callable[[list[Tensor]], Any] | None = None
     rounds: bool = False
+    recent: bool = False
+
+    @property
+    def missing(self) -> bool:
+        """Whether this PyTorch has no such layer."""
+        return self.recent and not hasattr(nn, self.name)
 
 
 def _target(*shape: int) -> Tensor:
@@ -369,5 +376,6 @@ LAYERS = [
         lambda: nn.LinearCrossEntropyLoss(6, 5),
         _FLAT,
         lambda m, x: m(x, _classes(3, 5)),
+        recent=True,
     ),
 ]

@@ -156,8 +156,10 @@ def _load_into(opt: torch.optim.Optimizer, states: Mapping[Tensor, Mapping[str, 
             if p not in states:
                 continue
             entries = {key: x.detach().clone() for key, x in states[p].items()}
-            if "step" in entries and not entries["step"].any():
-                # Not stepped yet: torch.optim makes the state with the first gradient.
+            fresh = "step" in entries and not entries["step"].any()
+            # Not stepped yet: torch.optim makes the state with the first gradient; that of Adagrad,
+            # before PyTorch 2.13, when it is made itself.
+            if fresh and not isinstance(opt, torch.optim.Adagrad):
                 if opt.state.get(p, {}).get("step"):
                     del opt.state[p]
                 continue
