@@ -1,16 +1,18 @@
-"""One process of ``test_kills``: a run in a folder that is killed some time after a given
+"""The processes of ``test_kills``: runs in a folder that are killed some time after a given
 evaluation of the loss.
 
-Arguments: the folder, the adjoint's name, the number of that evaluation (0: never), the seconds
-after it, a file that gets one byte for each evaluation: ``f`` in the forward pass, ``b`` in the
-backward pass. Prints what came out, to the last bit.
+This one imports PyTorch, which takes longest, and forks one for each line of its input: the
+arguments of ``main`` as JSON. For each it prints the status of its end, as JSON, too.
 """
 
+import json
 import os
 import signal
 import sys
 import threading
 import time
+import traceback
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -18,7 +20,19 @@ from torch import nn
 import diffopt
 
 
-def main(folder: str, adjoint: str, last: int, seconds: float, count: str) -> None:
+def main(
+    folder: str | None, adjoint: str, last: int, seconds: float, count: str, result: str
+) -> None:
+    """One run.
+
+    Args:
+        folder: of a durable run; None for one that is not.
+        last: after which evaluation it is killed; 0 for never.
+        seconds: how long after it.
+        count: a file that gets one byte for each evaluation: ``f`` in the forward pass, ``b`` in
+            the backward pass.
+        result: a file for what comes out, to the last bit.
+    """
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -39,7 +53,7 @@ def main(folder: str, adjoint: str, last: int, seconds: float, count: str) -> No
 
     kill = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL))
     kill.daemon = True
-    storage = None if folder == "none" else diffopt.Durable(folder, every=5)
+    storage = None if folder is None else diffopt.Durable(folder, every=5)
     how = {"segmented": diffopt.Segmented(8, storage), "binomial": diffopt.Binomial(5, storage)}
     opt = diffopt.Adam(model.parameters(), lr=lr)
     fast = diffopt.unroll(model, opt, 60, loss, adjoint=how[adjoint])
@@ -47,8 +61,26 @@ def main(folder: str, adjoint: str, last: int, seconds: float, count: str) -> No
     direction = b"b"
     total.backward()
     found = [total, lr.grad, torch.rand(1), *(p.grad for p in model.parameters())]
-    print([v.hex() for y in found for v in y.flatten().tolist()])
+    Path(result).write_text(str([v.hex() for y in found for v in y.flatten().tolist()]))
+
+
+def child(line: str) -> None:
+    """Run and end."""
+    code = 1
+    try:
+        main(**json.loads(line))
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4]), sys.argv[5])
+    for line in sys.stdin:
+        process = os.fork()
+        if process == 0:
+            child(line)
+        _, status = os.waitpid(process, 0)
+        print(json.dumps(os.waitstatus_to_exitcode(status)), flush=True)
