@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +13,8 @@ from processes import Processes
 from torch import Tensor
 from torch import distributed as dist
 
-from diffopt._step.group import Group, GroupError
+from diffopt._step.apart import GroupError
+from diffopt._step.group import Group
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +57,8 @@ def grads_of(loss: Tensor, params: dict[str, Tensor]) -> dict[str, Tensor | None
     return dict(zip(params, found, strict=True))
 
 
-def at_any_step(weight: float, step: int) -> float:
-    return weight
-
-
-def agreed(weight: Any = None, **options: Any) -> Group:
-    group = Group(dist.group.WORLD, weight, **options)
+def agreed() -> Group:
+    group = Group(dist.group.WORLD)
     group.agree(start(), {"the numbers of steps": 3})
     return group
 
@@ -72,6 +68,7 @@ def averages(rank: int, world: int) -> None:
     for weights, summed in (
         ([1.0] * world, False),
         ([0.3 + r for r in range(world)], False),
+        ([torch.tensor(1.5 + r, requires_grad=True) for r in range(world)], False),
         ([1.0] * world, True),
     ):
         whole = {n: x.clone().requires_grad_() for n, x in start().items()}
@@ -86,15 +83,16 @@ def averages(rank: int, world: int) -> None:
             sum((g * g.conj()).real.sum() for g in expected), [*whole.values()]
         )
 
-        group = agreed(None if summed else partial(at_any_step, weights[rank]), summed=summed)
+        group, weight = agreed(), None if summed else weights[rank]
         mine = {n: x.clone().requires_grad_() for n, x in start().items()}
         params, tokens = mine, []
         with group.during():
             for t in range(3):
                 own = params["a"]
-                found, token = group.averaged(grads_of(local_loss(params, rank), params), t, own)
-                tokens.append(token)
-                params = {n: x - 0.01 * found[n] for n, x in params.items()}
+                grads = grads_of(local_loss(params, rank), params)
+                found = group.averaged(grads, t, own, weight=weight)
+                tokens.append(found.token)
+                params = {n: x - 0.01 * found.grads[n] for n, x in params.items()}
         with group.during():
             first = torch.autograd.grad(
                 [outer_loss(params, rank), *tokens],
@@ -137,8 +135,8 @@ def nothing_flows_on_one(rank: int, world: int) -> None:
     group = agreed()
     mine = {n: x.clone().requires_grad_() for n, x in start().items()}
     with group.during():
-        found, token = group.averaged(grads_of(local_loss(mine, rank), mine), 0, mine["a"])
-    outputs = [token] if rank else [outer_loss(found, 0), token]
+        found = group.averaged(grads_of(local_loss(mine, rank), mine), 0, mine["a"])
+    outputs = [found.token] if rank else [outer_loss(found.grads, 0), found.token]
     cotangents = [torch.zeros(())] if rank else [torch.ones(()), torch.zeros(())]
     with group.during():
         got = torch.autograd.grad(outputs, list(mine.values()), cotangents, allow_unused=True)
@@ -151,12 +149,15 @@ def nothing_flows_on_one(rank: int, world: int) -> None:
 
 def none_stays_none(rank: int, world: int) -> None:
     group = agreed()
-    found, token = group.averaged({"a": torch.ones(3), "b": None, "z": None}, 0)
-    assert token is None
-    assert found["b"] is None
-    close(found["a"], torch.ones(3))
+    found = group.averaged({"a": torch.ones(3), "b": None, "z": None}, 0, note=rank == 1)
+    assert found.token is None
+    assert found.noted
+    assert found.grads["b"] is None
+    close(found.grads["a"], torch.ones(3))
     nan = torch.full((3,), float("nan" if rank else "inf"))
-    assert group.averaged({"a": nan}, 1)[0]["a"].isnan().all()
+    found = group.averaged({"a": nan}, 1)
+    assert found.grads["a"].isnan().all()
+    assert not found.noted
 
 
 def means_of_cotangents(rank: int, world: int) -> None:
@@ -242,9 +243,9 @@ def die(rank: int, world: int) -> str:
 
 
 def bad_weights(rank: int, world: int) -> str:
-    group = agreed(lambda t: 0.0 if rank else 1.0)
+    group = agreed()
     with caught(ValueError, GroupError) as errors, group.during():
-        group.averaged({"a": torch.ones(3)}, 2)
+        group.averaged({"a": torch.ones(3)}, 2, weight=0.0 if rank else 1.0)
     return str(errors[0])
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from processes import Processes
+from processes import EXCHANGE, Processes
 from torch import Tensor, nn
 from torch import distributed as dist
 
@@ -258,6 +259,42 @@ def errors(rank: int, world: int) -> list[tuple[str, str]]:
     return found
 
 
+def errors_of_the_second_derivative(rank: int, world: int) -> list[tuple[int, list[Any]]]:
+    """A backward pass through a recorded one fails on process 1, at each of its evaluations."""
+    problem = Problem()
+    params = list(problem.model.parameters())
+    at, calls = 0, list[int]()
+
+    def loss(model: nn.Module, t: int) -> Tensor:
+        calls.append(t)
+        if rank == 1 and len(calls) == at:
+            raise ZeroDivisionError("on one process")
+        return problem.loss_of(rank, world)(model, t)
+
+    def second() -> tuple[int, list[Any]]:
+        """The step at which it failed, and with what; step -1 if it did not."""
+        nonlocal at
+        failing_at, at = at, 0
+        opt = diffopt.SGD(params, lr=0.1)
+        fast = diffopt.unroll(problem.model, opt, 3, loss, group=dist.group.WORLD, segment=2)
+        grads = torch.autograd.grad(problem.outer(fast, rank), params, create_graph=True)
+        calls.clear()
+        at = failing_at
+        try:
+            torch.autograd.grad(sum(g.square().sum() for g in grads), params)
+        except Exception as error:
+            return calls[-1], [type(error).__name__, str(error)]
+        return -1, []
+
+    found = [second()]
+    evaluations = len(calls)
+    for n in range(1, evaluations + 1):
+        at = n
+        found.append(second())
+    at = 0
+    return [*found, second()]
+
+
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("case", [equal_to_one_process, clipped, second_derivative, under_no_grad])
 def test_together(case: Any, world: int, pools: Callable[[int], Processes]) -> None:
@@ -277,6 +314,18 @@ def test_errors_are_everyones(pools: Callable[[int], Processes]) -> None:
     assert "Implicit with group: it takes no vector-Jacobian product" in zero[6][1]
     assert "compile=True with group" in zero[7][1]
     assert zero[8] == one[8] == ("", "")
+
+
+def test_a_second_derivative_fails_on_all(pools: Callable[[int], Processes]) -> None:
+    started = time.monotonic()
+    zero, one = pools(2).run(errors_of_the_second_derivative)
+    assert time.monotonic() - started < EXCHANGE  # none of them has waited for the group's timeout
+    assert zero[0] == one[0] == zero[-1] == one[-1] == (-1, [])
+    assert len(zero) > 8
+    for (_, told), (step, own) in zip(zero[1:-1], one[1:-1], strict=True):
+        assert own == ["ZeroDivisionError", "on one process"]
+        assert told[0] == "GroupError"
+        assert f"process 1 stopped at step {step} with ZeroDivisionError: on one pro" in told[1]
 
 
 def refused_models(rank: int, world: int) -> None:

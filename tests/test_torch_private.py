@@ -107,6 +107,7 @@ NAMES = [
     ("torch._functorch.pyfunctorch", "temporarily_pop_interpreter_stack"),
     ("torch._C._autograd", "_get_current_graph_task_keep_graph"),
     ("torch._C._autograd", "_get_sequence_nr"),
+    ("torch._C", "_current_graph_task_id"),
     ("torch._C._autograd", "_top_saved_tensors_default_hooks"),
     ("torch._C", "DisableTorchFunction"),
     ("torch.autograd.graph", "_engine_run_backward"),
@@ -211,6 +212,27 @@ def test_whether_a_pass_keeps_its_graph(keep: bool) -> None:
     y.register_hook(lambda g: told.append(engine.keeps_graph()))
     y.sum().backward(retain_graph=keep)
     assert told == [keep]
+
+
+def test_the_end_of_a_backward_pass() -> None:
+    """It comes once for a pass, after all of it, and not where it fails."""
+    x, told = torch.ones(2, requires_grad=True), list[object]()
+
+    def hooked(g: torch.Tensor) -> None:
+        told.append(engine.graph_task())
+        engine.at_its_end(lambda: told.append("end"))
+        if len(told) > 2:
+            raise ZeroDivisionError
+
+    y = x.sin()
+    y.register_hook(hooked)
+    y.sum().backward(retain_graph=True)
+    with pytest.raises(ZeroDivisionError):
+        y.sum().backward()
+    first, end, second = told
+    assert end == "end"
+    assert -1 < first < second
+    assert engine.graph_task() == -1
 
 
 def test_sequence_numbers() -> None:

@@ -22,7 +22,7 @@ from diffopt._step.capture import Captured, Graph, Part
 from diffopt._step.generators import Generators
 from diffopt._step.linearization import Linearization
 from diffopt._step.observe import Observer
-from diffopt._step.parts import InParts
+from diffopt._step.parts_vjp import InParts
 from diffopt._step.result import Checked, StepResult
 from diffopt._step.step import InnerStep
 from diffopt._torch.autograd import present_sequence
@@ -119,6 +119,11 @@ class Loop:
         """A pass over the steps, which the processes of a group begin and end together."""
         group = self.step.group
         return nullcontext() if group is None else group.during()
+
+    def together_again(self) -> AbstractContextManager[None]:
+        """Part of such a pass, or of a backward pass through one that was recorded."""
+        group = self.step.group
+        return nullcontext() if group is None else group.during_backward()
 
     # Loops made from this one. They share its captured tensors, losses and session.
 

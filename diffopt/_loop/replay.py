@@ -112,6 +112,7 @@ def _replayed(
     @contextmanager
     def context() -> Iterator[bool]:
         with (
+            loop.together_again(),
             loop.session(),
             loop.generators.undisturbed(),
             loop.captured.sealed(t) as shared,

@@ -31,8 +31,10 @@ class Microbatches:
         parts: m, how many.
         weight: ``weight(part)``, a number or a 0-d tensor, which may require grad. For a loss that
             is a mean over what a mask leaves, the mask's sum: ``lambda part: part["mask"].sum()``.
-            None: the number of examples. A part whose weight is 0 is left out.
-        reduction: ``"mean"``, or ``"sum"`` where the loss sums over the examples.
+            None: the number of examples. A part whose weight is 0 is left out. With ``group``, the
+            sum over the parts is the weight of a process's share of the batch.
+        reduction: ``"mean"``, or ``"sum"`` where the loss sums over the examples. With ``group``,
+            the inner gradients are added up over the processes then.
 
     Raises:
         TypeError, ValueError: a value is not of its kind, or out of its range.
@@ -78,21 +80,38 @@ class Microbatches:
 
         return [piece(start, stop) for start, stop in pairwise(ends)]
 
-    def coefficients(self, parts: Sequence[Any], step: int) -> list[Coefficient | None]:
-        """What the loss of each part is multiplied by; None for a part that is left out."""
+    def shares(self, parts: Sequence[Any], step: int) -> Shares:
+        """What each part counts for in the loss of a step."""
         if self.reduction == "sum":
-            return [1.0] * len(parts)
+            return Shares([1.0] * len(parts), None)
         if self.weight is None:
-            sizes = [next(x.shape[0] for x in tensors_in(part) if x.dim()) for part in parts]
-            return [size / max(1, sum(sizes)) for size in sizes]
-        weights = [_checked(self.weight(part), step) for part in parts]
+            weights: list[Coefficient] = [
+                float(next(x.shape[0] for x in tensors_in(part) if x.dim())) for part in parts
+            ]
+            weights = weights if sum(weights) else [1.0] * len(parts)  # of an empty batch
+        else:
+            weights = [_checked(self.weight(part), step) for part in parts]
         total: Any = sum(weights)
         if not isinstance(total, Tensor) and total == 0:
             raise ValueError(
                 f"the weights of the parts of step {step} sum to 0, so that there is no mean: "
                 "return a weight above 0 for some part"
             )
-        return [w / total if isinstance(w, Tensor) or w else None for w in weights]
+        return Shares([w / total if isinstance(w, Tensor) or w else None for w in weights], total)
+
+
+@dataclass(frozen=True)
+class Shares:
+    """What the parts of a step's batch count for.
+
+    Attributes:
+        coefficients: what the loss of each part is multiplied by; None for a part left out.
+        weight: that of the whole batch, beside the batches of other processes; None: losses are
+            added up.
+    """
+
+    coefficients: list[Coefficient | None]
+    weight: Coefficient | None
 
 
 def _checked(weight: Any, step: int) -> Coefficient:
@@ -112,7 +131,7 @@ def _checked(weight: Any, step: int) -> Coefficient:
 
 
 def parts_of(
-    given: Any, model: nn.Module, *, counted: bool, tasks: int | None, compile: bool, group: Any
+    given: Any, model: nn.Module, *, counted: bool, tasks: int | None, compile: bool
 ) -> Microbatches | None:
     """``given`` as ``Microbatches``, checked.
 
@@ -132,7 +151,7 @@ def parts_of(
             f"microbatches={m} splits each step's batch, but steps is an int, so that there is "
             "none: pass a list of batches"
         )
-    refused = {"tasks": tasks, "compile": compile or None, "group": group and "..."}
+    refused = {"tasks": tasks, "compile": compile or None}
     for name, value in refused.items():
         if value is not None:
             raise NotImplementedError(

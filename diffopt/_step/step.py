@@ -268,7 +268,12 @@ class InnerStep:
         assert self.group is not None
         own = next(iter(params.values())) if connected and not self.first_order else None
         with torch.set_grad_enabled(own is not None):
-            return self.group.averaged(grads, number, own)
+            found = self.group.averaged(grads, number, own, weight=self.share_at(number))
+        return found.grads, found.token
+
+    def share_at(self, number: int) -> float | Tensor | None:
+        """The weight of this process's share of a step's batch; None: gradients are added up."""
+        return 1.0
 
     def _transformed(
         self,

@@ -6,13 +6,17 @@ what hooks and custom Functions do in a backward pass would not be shown to the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import graph as _graph
+
+from diffopt._torch.feature import private
+
+_graph_task = private("torch._C", "_current_graph_task_id", "differentiating twice with group")
 
 
 def gradient(
@@ -60,3 +64,13 @@ def keeps_graph() -> bool:
         return bool(torch._C._autograd._get_current_graph_task_keep_graph())
     except AttributeError:  # pragma: no cover - a PyTorch without it: keep, to be safe
         return True
+
+
+def graph_task() -> int:
+    """A number for the backward pass now running; below 0 where there is none."""
+    return int(_graph_task())
+
+
+def at_its_end(call: Callable[[], None]) -> None:
+    """Have ``call`` called when the backward pass now running has come to its end, if it does."""
+    torch.autograd.Variable._execution_engine.queue_callback(call)

@@ -21,7 +21,8 @@ from diffopt._step.generators import Generators
 from diffopt._step.loss import InnerLoss, TaskLosses
 from diffopt._step.microbatches import Microbatches, parts_of
 from diffopt._step.observe import Observer
-from diffopt._step.parts import PartsLoss, PartsStep
+from diffopt._step.parts import PartsLoss
+from diffopt._step.parts_step import PartsStep
 from diffopt._step.step import GradTransform, InnerStep
 from diffopt._unroll.arguments import (
     LossFn,
@@ -120,12 +121,13 @@ def unroll(
             weighted by their numbers of examples; random numbers are drawn and buffers advance part
             by part. ``aux`` is a list of the parts', and ``grad_transform`` is given the whole
             batch. No graph of a step is kept, so each is evaluated once more on the way back.
-            BatchNorm in training mode is refused, as are ``tasks``, ``compile`` and ``group``. A
-            backward pass that is itself recorded holds all parts of a step.
+            BatchNorm in training mode is refused, as are ``tasks`` and ``compile``. A backward pass
+            that is itself recorded holds all parts of a step.
         group: a ``torch.distributed`` process group, all of whose processes call ``unroll``, each
             with its share of every batch. The inner gradients are averaged over them before
-            ``grad_transform``, and everything but the batches is the same; ``losses`` and buffers
-            are each process's own. Call ``backward()`` on all of them; then
+            ``grad_transform``, weighted by ``microbatches``' weights where it is given and else
+            equally, and everything but the batches is the same; ``losses`` and buffers are each
+            process's own. Call ``backward()`` on all of them; then
             ``diffopt.distributed.mean_grads`` gives the gradient of the mean of the outer losses.
             ``max_cotangent_norm`` bounds the mean of what flows back.
         monitor: ``f(step, cotangent)``, called on the way back, from the last step to the first,
@@ -177,9 +179,7 @@ def unroll(
             "step. Leave one of them out"
         )
     counted = isinstance(plain_int(steps), int)
-    parts = parts_of(
-        microbatches, model, counted=counted, tasks=tasks, compile=compile, group=group
-    )
+    parts = parts_of(microbatches, model, counted=counted, tasks=tasks, compile=compile)
     problem = inner_problem(model, opt, tasks)
     take_over(problem, initial, tasks)
     steps = plain_int(steps)
@@ -255,6 +255,7 @@ def unroll(
             settings_of_verify=verify,
             grad_modes=connected,
             whether_there_is_a_grad_transform=grad_transform is not None,
+            ways_of_weighting_microbatches=parts and (parts.reduction, parts.weight is not None),
         )
     if connected:
         final, losses, aux = run_connected(loop, adjoint, [*inputs, *hyper, *constants.values()])
