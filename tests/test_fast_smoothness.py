@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import diffopt
@@ -28,7 +29,7 @@ def test_a_quadratic() -> None:
     assert found.slope == pytest.approx(-g.norm().item())
     assert found.step == h
     assert found.losses == pytest.approx([quadratic(Z + i * h * v).item() for i in range(3)])
-    assert found.curvature == pytest.approx(h * bend)
+    assert found.curvature == pytest.approx(bend)
     one, two = (-h * g.norm().item() + (i + 0.5) * h * h * bend for i in range(2))
     assert found.deviation == pytest.approx(abs(two - one) / (abs(one) + abs(two)))
     assert found.kept == pytest.approx(1 - h * bend / (2 * g.norm().item()))
@@ -46,17 +47,22 @@ def test_a_line_and_a_kink() -> None:
     assert kink.losses == pytest.approx((0.1, 0.1, 0.3))
     assert kink.kept == pytest.approx(0)
     assert kink.deviation == pytest.approx(1)
-    assert kink.curvature == pytest.approx(0.2 / 0.2)
+    assert kink.curvature == pytest.approx(0.2 / 0.2**2)
     assert kink.agreement == pytest.approx(1)
 
 
 def test_agreement_weighs_the_entries() -> None:
     def outer(z: Tensor) -> Any:
-        # Along −1 from 0: the first output goes on, the second (three times as far) turns back.
-        return z.sum(), {"a": z, "b": [3 * (z + 1).abs()], "count": torch.tensor(3)}
+        # Along −1 from 0 by 2 h: the first goes on, and moves by 2; the second goes down by 3 and
+        # up by 9, so it moves by 6.
+        return z.sum(), {"a": z, "b": [3 * (z + 1) + 12 * F.relu(-z - 1)], "count": torch.tensor(3)}
 
     found = diffopt.metasmoothness(outer, [torch.zeros(1).double()], step=1.0)
-    assert found.agreement == pytest.approx((1 - 3) / (1 + 3))
+    assert found.agreement == pytest.approx((2 - 6) / (2 + 6))
+    back = diffopt.metasmoothness(
+        lambda z: (z.sum(), (z + 1).abs()), [torch.zeros(1).double()], step=1.0
+    )
+    assert back.agreement == -1.0  # at 2 h where it began
     still = diffopt.metasmoothness(lambda z: (z.sum(), 0 * z), [Z], step=1.0)
     assert still.agreement == 1.0
 

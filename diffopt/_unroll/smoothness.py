@@ -17,14 +17,18 @@ from diffopt._values.tree import is_differentiable, tensors_in
 class Metasmoothness:
     """The outer loss L at three points on a line, z, z + h v and z + 2 h v.
 
+    ``curvature`` and ``agreement`` are definitions 1 and 2 of the paper; ``slope``, ``deviation``
+    and ``kept`` are not from there.
+
     Attributes:
         step: h.
         losses: L at the three points.
         slope: the derivative of L along v at z, by the meta-gradient; −‖g‖ for the default v.
-        agreement: of the outputs that were returned beside the loss, None where there were none.
-            Over their entries, with Δ₁ and Δ₂ the changes from point to point::
+        agreement: the paper's *empirical metasmoothness*, of the outputs that were returned beside
+            the loss; None where there were none. Over their entries, with Δ₁ and Δ₂ the changes
+            from point to point::
 
-                Σ |Δ₁| sign(Δ₁) sign(Δ₂) / Σ |Δ₁|
+                Σ |Δ₁ + Δ₂| sign(Δ₁) sign(Δ₂) / Σ |Δ₁ + Δ₂|
 
             1 where every one goes on the way it went, −1 where every one turns back.
     """
@@ -36,13 +40,16 @@ class Metasmoothness:
 
     @property
     def curvature(self) -> float:
-        """|L(z + 2hv) − 2 L(z + hv) + L(z)| / h: the slope's change over h; 0 for a line."""
+        """|L(z + 2hv) − 2 L(z + hv) + L(z)| / h², the paper's *metasmoothness*; 0 for a line.
+
+        The second derivative along v, by differences; at most β where L is β-smooth.
+        """
         first, second, third = self.losses
-        return abs(third - 2 * second + first) / self.step
+        return abs(third - 2 * second + first) / self.step**2
 
     @property
     def deviation(self) -> float:
-        """``curvature`` against the slopes themselves, from 0 (a line) to 1 (no trend at all)::
+        """The change of the slope against the slopes, from 0 (a line) to 1 (no trend at all)::
 
             |Δ₂ − Δ₁| / (|Δ₁| + |Δ₂|),   Δ₁ = L(z + hv) − L(z),  Δ₂ = L(z + 2hv) − L(z + hv)
 
@@ -78,9 +85,10 @@ def metasmoothness(
     the outer optimizer does. With z the tensors, g the gradient of the outer loss L at z and
     v = −g / ‖g‖ (the norm of all tensors together), L is evaluated at z, z + h v and z + 2 h v.
 
-    After Engstrom et al., "Optimizing ML training with metagradient descent" (2025), who make
-    training routines smooth in this sense (batch normalization before activations, smaller
-    learning rates, wider networks) before they follow their gradients.
+    After Engstrom et al., "Optimizing ML training with metagradient descent" (2025), who choose
+    training routines that are smooth in this sense (wider networks, average pooling, normalization
+    before activations, small outputs) before they follow their gradients. Their v is random, which
+    asks about the routine: pass it as ``direction``. The default asks about the step to be taken.
 
     Args:
         outer: ``outer(*tensors)`` gives the outer loss, a scalar, as a function of the tensors it
@@ -190,11 +198,15 @@ def _agreement(outcomes: list[list[Tensor]]) -> float | None:
     if not outcomes[0]:
         return None
     agreeing = total = 0.0
+    moved = False
     for a, b, c in zip(*outcomes, strict=True):
-        one, two = b - a, c - b
-        agreeing += float((one.abs() * one.sgn() * two.sgn()).double().sum())
-        total += float(one.abs().double().sum())
-    return agreeing / total if total else 1.0
+        one, two, size = b - a, c - b, (c - a).abs()
+        agreeing += float((size * one.sgn() * two.sgn()).double().sum())
+        total += float(size.double().sum())
+        moved |= bool(one.any())
+    if total:
+        return agreeing / total
+    return -1.0 if moved else 1.0  # all came back exactly; nothing moved
 
 
 def _check(outer: Any, points: list[Any], step: float) -> None:
