@@ -12,6 +12,7 @@ from torch import Tensor
 from diffopt._loop.executor import pass_through
 from diffopt._loop.extras import Place, connected
 from diffopt._loop.loop import Loop
+from diffopt._loop.warned import Warned
 from diffopt._step.observe import Unchanged
 from diffopt._torch.engine import keeps_graph, shielded
 from diffopt._values.outputs import OutputCotangents
@@ -30,6 +31,7 @@ class _Run:
         paths: of the tensors of the final state. Not the tensors, which hold this object.
         places: of the tensors of the extras that derivatives flow to.
         used: tensors that the steps may read again.
+        warned: what was shown of warnings in the first pass.
     """
 
     loop: Loop
@@ -38,6 +40,7 @@ class _Run:
     paths: list[Path]
     places: list[Place]
     used: Unchanged
+    warned: Warned
 
 
 #: The final state, the losses, shape (T,), and the extras.
@@ -51,14 +54,15 @@ def run_connected(loop: Loop, adjoint: Adjoint, guarded: Sequence[Tensor]) -> Re
         guarded: further tensors that the way back will read again: that they were not changed in
             place meanwhile is checked, as for every input.
     """
-    with loop.together(), loop.first_session():
+    warned = Warned()
+    with loop.together(), loop.first_session(), warned.first():
         final, kept = adjoint.forward(loop)
     loop.options.end()  # they may hold the results, which will hold the loop
     used = loop.observer.end()
     final = _owned(final, loop)
     values = final.tensors()
     trees, attached = loop.extras.take()
-    run = _Run(loop, adjoint, kept, list(values), list(attached), used)
+    run = _Run(loop, adjoint, kept, list(values), list(attached), used, warned)
     flowing = loop.step.differentiable(final).keys()
     apply: Any = _Unrolling.apply
     with shielded():
@@ -120,7 +124,7 @@ class _Unrolling(torch.autograd.Function):
                 "used up: call diffopt.unroll again, or backward(retain_graph=True) the first time"
             )
         loop, adjoint = run.loop, run.adjoint
-        with loop.together():
+        with loop.together(), run.warned.again():
             run.used.check()
             flat = iter(cotangents)
             cotangent = {path: g for path in run.paths if (g := next(flat)) is not None}
