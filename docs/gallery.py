@@ -33,6 +33,8 @@ NAMES = (
     "meta_sgd",
     "imaml",
     "learned_loss",
+    "learned_optimizer",
+    "darts",
     "nested",
     "lora",
 )

@@ -91,6 +91,16 @@ def test_a_learned_loss_withstands_wrong_labels(run: Any) -> None:
     assert result["learned"] > result["cross-entropy"]
 
 
+def test_a_learned_optimizer_is_better_than_tuned_adam(run: Any) -> None:
+    result = run("learned_optimizer", outer=20, new_runs=10)
+    assert result["learned"] < min(result["Adam"], result["Adam, cosine"])
+
+
+def test_the_cell_found_is_better_than_the_mean_cell(run: Any) -> None:
+    result = run("darts", outer=30, inner=60, cells=5, repeats=1)
+    assert result["found"] > result["mean of random cells"]
+
+
 def test_the_gradient_of_a_gradient_of_training_is_exact_and_of_use(run: Any) -> None:
     result = run("nested", outer=2, middle=2, inner=5)
     assert result["error"] < 1e-6

@@ -1,11 +1,11 @@
 """DARTS: search a small cell of a convolutional network by gradient.
 
-A cell has a choice of operations on each of its edges. The search trains all of them at once, mixed by
-the softmax of architecture parameters, and learns these by the gradient of the validation loss
+A cell has a choice of operations on each of its edges. The search trains all of them at once, mixed
+by the softmax of architecture parameters, and learns these by the gradient of the validation loss
 through the training of the weights ([Liu et al., 2019](https://arxiv.org/abs/1806.09055), who look
-one step ahead; here it is three). Then the strongest operations are kept, and the cell is trained anew. The
-baseline are random cells from the same space, trained in the same way, with the same weights to
-start from and the same batches.
+one step ahead; here it is three). Then the strongest operations are kept, and the cell is trained
+anew. The baseline are random cells from the same space, trained in the same way, with the same
+weights to start from and the same batches.
 
 The architecture parameters are a tensor that the model uses: `unroll` is not told about them.
 """
@@ -21,7 +21,7 @@ args = shared.arguments(
     outer=(80, "updates of the architecture"),
     ahead=(3, "steps of training for each of them"),
     inner=(120, "steps of training a cell from scratch"),
-    cells=(20, "random cells"),
+    cells=(16, "random cells"),
     repeats=(2, "trainings of each cell"),
 )
 CHANNELS, NODES = 8, 3
@@ -107,7 +107,7 @@ def search():
     logits = torch.zeros(len(EDGES), len(OPERATIONS), requires_grad=True)
     loss_fn = loss_of(lambda: logits.softmax(1))
     inner = diffopt.Adam(model.parameters(), lr=0.01)
-    outer = torch.optim.Adam([logits], lr=ALR)
+    outer = torch.optim.Adam([logits], lr=0.1)
     weights, history = None, []
     for _ in shared.bar(args.outer):
         steps = batches(search_set, args.ahead)
@@ -140,3 +140,36 @@ def accuracy(cell):
         x, y = test
         scores.append((trained(x, cell).argmax(1) == y).float().mean())
     return torch.stack(scores).mean().item()
+
+
+shares = search()
+found = shares[-1].argmax(1).tolist()
+randomly = torch.randint(len(OPERATIONS), (args.cells, len(EDGES))).tolist()
+others = [accuracy(cell) for cell in shared.tqdm(randomly, desc="random cells")]
+result = {
+    "found": accuracy(found),
+    "mean of random cells": sum(others) / len(others),
+    "best of random cells": max(others),
+}
+print(f"test accuracy after {args.inner} steps, mean of {args.repeats} trainings")
+for name, score in result.items():
+    print(f"  {name:<22} {score:.1%}")
+print(
+    f"better than {sum(score < result['found'] for score in others)} of {len(others)} random cells"
+)
+for (a, b), choice in zip(EDGES, found, strict=True):
+    print(f"  node {a} to {b}: {list(OPERATIONS)[choice]}")
+
+# %%
+# ## The picture
+
+with shared.picture(args, 1, 2, figsize=(11, 3.4)) as (left, right):
+    left.imshow(shares[-1].tolist(), cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    left.set(title="Share of each operation", xticks=range(len(OPERATIONS)))
+    left.set_xticklabels(list(OPERATIONS))
+    left.set_yticks(range(len(EDGES)), [f"{a} to {b}" for a, b in EDGES])
+    left.grid(False)
+    right.hist(others, bins=12, range=(0, 1), color=shared.GREY, label="random cells")
+    right.axvline(result["found"], color=shared.BLUE, label="found")
+    right.set(title="Test accuracy", xlabel="accuracy", ylabel="cells")
+    right.legend(loc="upper left")
