@@ -466,7 +466,7 @@ def test_every_layout_and_dtype_comes_back(folder: Path) -> None:
         "empty": torch.empty(0, 3),
         "nan": torch.tensor([float("nan"), float("inf"), -0.0]),
     }
-    stored = _storage.InFolder(folder)
+    stored = _storage.InFolder(OnDisk(folder))
     stored[4] = snapshot_of(tensors)
     found = stored[4]
     for name, x in tensors.items():
