@@ -18,3 +18,14 @@ EXACT: list[tuple[str, diffopt.Adjoint]] = [
 every_adjoint = pytest.mark.parametrize(
     "adjoint", [adjoint for _, adjoint in EXACT], ids=[name for name, _ in EXACT]
 )
+
+#: Those that groups of processes are tried with; two are approximate, and go step by step, too.
+WITH_GROUP: list[diffopt.Adjoint] = [
+    diffopt.StoreAll(),
+    diffopt.Segmented(2),
+    diffopt.Segmented(1),
+    diffopt.Binomial(2),
+    diffopt.MemoryBudget("1GiB"),
+    diffopt.Truncated(2),
+    diffopt.FirstOrder(),
+]

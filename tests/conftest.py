@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
+from processes import Processes
 
 # pytest-xdist runs one worker a core, and several threads in each would only wait for one another.
 torch.set_num_threads(1)
@@ -38,15 +39,27 @@ def _same_start() -> Iterator[None]:
 
 
 @pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The graphs handed over for compilation, which are run as they are: Inductor takes seconds."""
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of each graph handed over for compilation whether it is a loop.
+
+    All are run as they are: tracing is what diffopt does, and Inductor takes seconds.
+    """
     from diffopt._compile import trace
 
-    handed: list[Any] = []
+    handed: list[bool] = []
 
     def keep(graph: Any, examples: Sequence[torch.Tensor], *, loop: bool = False) -> Any:
-        handed.append(graph)
+        handed.append(loop)
         return graph
 
     monkeypatch.setattr(trace, "compile_graph", keep)
     return handed
+
+
+@pytest.fixture(scope="module")
+def pools() -> Iterator[Callable[[int], Processes]]:
+    """Processes by their number, started when they are asked for first, one set a module."""
+    started: dict[int, Processes] = {}
+    yield lambda world: started.setdefault(world, Processes(world))
+    for pool in started.values():
+        pool.close()

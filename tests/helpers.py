@@ -39,6 +39,11 @@ def mse(model: Any, pair: Any) -> Tensor:
     return F.mse_loss(model(pair[0]), pair[1])
 
 
+def close(a: Tensor, b: Tensor) -> None:
+    """Assert that two float64 tensors are equal to rounding."""
+    torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
+
+
 class Call(nn.Module):
     """A function of a module as a module, for ``functional_call``."""
 

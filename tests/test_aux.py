@@ -86,7 +86,7 @@ def test_every_step_is_connected(adjoint: diffopt.Adjoint) -> None:
     assert_all_close(got, want, rtol=1e-10, atol=1e-13)
 
 
-def test_compiled_steps(graphs: list[Any]) -> None:
+def test_compiled_steps(graphs: list[bool]) -> None:
     problem = Problem()
     want = torch.autograd.grad(problem.plain(), problem.wanted)
     for adjoint in (diffopt.StoreAll(), diffopt.Segmented(2), diffopt.Binomial(2)):
@@ -238,7 +238,7 @@ def test_tasks_lead(adjoint: diffopt.Adjoint) -> None:
     _check_tasks(adjoint, compile=False)
 
 
-def test_tasks_lead_in_compiled_steps(graphs: list[Any]) -> None:
+def test_tasks_lead_in_compiled_steps(graphs: list[bool]) -> None:
     _check_tasks(diffopt.Segmented(2), compile=True)
     assert graphs
 

@@ -33,19 +33,6 @@ T = 4
 
 
 @pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The graphs handed over for compilation, which are run as they are."""
-    handed: list[Any] = []
-
-    def keep(graph: Any, examples: Sequence[Tensor], *, loop: bool = False) -> Any:
-        handed.append(graph)
-        return graph
-
-    monkeypatch.setattr(_trace, "compile_graph", keep)
-    return handed
-
-
-@pytest.fixture
 def inductor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """TorchInductor with a cache of its own."""
     from torch._inductor import config
@@ -64,7 +51,7 @@ COUNTED = {"captured_at_some_steps", "captured_at_each_step_another"}
 
 
 @pytest.mark.parametrize("name", sorted(PROBLEMS.keys() - COUNTED))
-def test_gradient_is_the_plain_loops(name: str, graphs: list[Any]) -> None:
+def test_gradient_is_the_plain_loops(name: str, graphs: list[bool]) -> None:
     outcome, inputs = PROBLEMS[name]()
     want_outcome = outcome(plain)
     want = torch.autograd.grad(want_outcome, inputs)
@@ -79,7 +66,7 @@ def test_gradient_is_the_plain_loops(name: str, graphs: list[Any]) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(COUNTED))
-def test_a_loss_of_the_step_number_runs_uncompiled(name: str, graphs: list[Any]) -> None:
+def test_a_loss_of_the_step_number_runs_uncompiled(name: str, graphs: list[bool]) -> None:
     outcome, inputs = PROBLEMS[name]()
     want = torch.autograd.grad(outcome(plain), inputs)
     with pytest.warns(diffopt.CompileWarning, match="loss_fn uses the step number") as said:
@@ -113,7 +100,7 @@ SOME = [
 
 
 @pytest.mark.parametrize("case", SOME, ids=lambda case: case.id)
-def test_every_rule(case: Case, graphs: list[Any]) -> None:
+def test_every_rule(case: Case, graphs: list[bool]) -> None:
     model, data, query = tiny(), batches(T), batch()
     log_lr = torch.tensor(-2.5, dtype=torch.float64, requires_grad=True)
     inputs = [*model.parameters(), log_lr]
@@ -130,7 +117,7 @@ def test_every_rule(case: Case, graphs: list[Any]) -> None:
     assert len(graphs) == made
 
 
-def test_trajectory_is_that_of_torch_optim(graphs: list[Any]) -> None:
+def test_trajectory_is_that_of_torch_optim(graphs: list[bool]) -> None:
     model, data = tiny(), batches(6)
     opt = torch.optim.Adam(model.parameters(), lr=0.1, weight_decay=0.1)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(opt, 0.5)
@@ -156,7 +143,7 @@ def _backward(model: nn.Module, pair: Any, opt: torch.optim.Optimizer) -> Tensor
 # What is compiled, and when.
 
 
-def test_new_values_batches_lengths_and_closures_compile_nothing_again(graphs: list[Any]) -> None:
+def test_new_values_batches_lengths_and_closures_compile_nothing_again(graphs: list[bool]) -> None:
     model = tiny()
     meta = torch.tensor([0.3, 0.5], dtype=torch.float64, requires_grad=True)
 
@@ -191,7 +178,7 @@ def test_new_values_batches_lengths_and_closures_compile_nothing_again(graphs: l
     assert len(graphs) == 4
 
 
-def test_what_code_takes_for_granted_is_looked_at(graphs: list[Any]) -> None:
+def test_what_code_takes_for_granted_is_looked_at(graphs: list[bool]) -> None:
     model, query = nn.Sequential(nn.Linear(2, 3), nn.Dropout(0.5), nn.Linear(3, 2)), batch()
     model.double()
     factor = 2.0
@@ -223,7 +210,7 @@ def test_what_code_takes_for_granted_is_looked_at(graphs: list[Any]) -> None:
 
 
 def test_many_kinds_of_steps_are_not_all_compiled(
-    graphs: list[Any], monkeypatch: pytest.MonkeyPatch
+    graphs: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("diffopt._compile.compiled.MOST_SPECIALISATIONS", 2)
     model = tiny()
@@ -236,7 +223,7 @@ def test_many_kinds_of_steps_are_not_all_compiled(
     torch.testing.assert_close(fast.losses, diffopt.unroll(model, opt, data, _loss).losses)
 
 
-def test_compiled_code_does_not_keep_the_model(graphs: list[Any]) -> None:
+def test_compiled_code_does_not_keep_the_model(graphs: list[bool]) -> None:
     model = tiny()
     fast = diffopt.unroll(model, diffopt.SGD(model.parameters()), batches(2), _loss, compile=True)
     fast.params["0.weight"].sum().backward()
@@ -249,7 +236,7 @@ def test_compiled_code_does_not_keep_the_model(graphs: list[Any]) -> None:
 # Random numbers and buffers.
 
 
-def test_dropout_draws_what_uncompiled_steps_draw(graphs: list[Any]) -> None:
+def test_dropout_draws_what_uncompiled_steps_draw(graphs: list[bool]) -> None:
     model = nn.Sequential(nn.Linear(2, 8), nn.Dropout(0.4), nn.Linear(8, 2)).double()
     data = batches(T)
 
@@ -276,7 +263,7 @@ def test_dropout_draws_what_uncompiled_steps_draw(graphs: list[Any]) -> None:
         assert_all_close(grads, found[0][2], rtol=1e-10, atol=1e-13)
 
 
-def test_buffers(graphs: list[Any]) -> None:
+def test_buffers(graphs: list[bool]) -> None:
     model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 2)).double()
     model.register_buffer("mask", torch.tensor([1.0, 0.5]).double())
     before = {name: x.clone() for name, x in model.named_buffers()}
@@ -316,7 +303,7 @@ def test_buffers(graphs: list[Any]) -> None:
     ],
     ids=repr,
 )
-def test_every_adjoint(adjoint: diffopt.Adjoint, graphs: list[Any]) -> None:
+def test_every_adjoint(adjoint: diffopt.Adjoint, graphs: list[bool]) -> None:
     model, data, query = tiny(), batches(T), batch()
     scale = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
 
@@ -341,7 +328,7 @@ def test_every_adjoint(adjoint: diffopt.Adjoint, graphs: list[Any]) -> None:
     assert bool(graphs) == (not isinstance(adjoint, diffopt.FirstOrder))
 
 
-def test_a_batch_that_is_filled_anew(graphs: list[Any]) -> None:
+def test_a_batch_that_is_filled_anew(graphs: list[bool]) -> None:
     class Data:
         def __init__(self) -> None:
             self.held: dict[str, Tensor] = {}
@@ -369,7 +356,7 @@ def test_a_batch_that_is_filled_anew(graphs: list[Any]) -> None:
     assert graphs
 
 
-def test_contexts_do_not_pile_up(graphs: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_contexts_do_not_pile_up(graphs: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_compiled, "MOST_SPECIALISATIONS", 3)
     model, data = tiny(), batch()
     with warnings.catch_warnings():
@@ -387,7 +374,7 @@ def test_contexts_do_not_pile_up(graphs: list[Any], monkeypatch: pytest.MonkeyPa
     assert len(_compiled._COMPILATIONS[model].by_context) == 3
 
 
-def test_verify_a_bound_on_cotangents_and_second_derivatives(graphs: list[Any]) -> None:
+def test_verify_a_bound_on_cotangents_and_second_derivatives(graphs: list[bool]) -> None:
     model, data, query = tiny(), batches(T), batch()
     lr = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
 
@@ -403,7 +390,7 @@ def test_verify_a_bound_on_cotangents_and_second_derivatives(graphs: list[Any]) 
         assert_all_close(got, of_gradient(max_cotangent_norm=bound), rtol=1e-9, atol=1e-12)
 
 
-def test_tasks(graphs: list[Any]) -> None:
+def test_tasks(graphs: list[bool]) -> None:
     model = tiny()
     data = [(torch.randn(3, 5, 2).double(), torch.randn(3, 5, 2).double()) for _ in range(T)]
     for p in (0.0, 0.4):
@@ -418,7 +405,7 @@ def test_tasks(graphs: list[Any]) -> None:
     assert len(graphs) == 4
 
 
-def test_autocast(graphs: list[Any]) -> None:
+def test_autocast(graphs: list[bool]) -> None:
     model, data = tiny().float(), [(x.float(), y.float()) for x, y in batches(T)]
     found = []
     for compile in (False, True):
@@ -431,7 +418,7 @@ def test_autocast(graphs: list[Any]) -> None:
     assert graphs
 
 
-def test_parameters_of_low_precision(graphs: list[Any]) -> None:
+def test_parameters_of_low_precision(graphs: list[bool]) -> None:
     model = nn.Linear(2, 2)
     data = [(x.float(), y.float()) for x, y in batches(T)]
     for dtype in (torch.bfloat16, torch.float32):  # the loop's state is float32 in both
@@ -491,7 +478,7 @@ _hidden = {"held": [torch.tensor([3.0]).double()] * 100}
     ],
 )
 def test_what_cannot_be_traced_runs_uncompiled_and_says_so(
-    loss_fn: Callable[[Any, Any], Any], reason: str, graphs: list[Any]
+    loss_fn: Callable[[Any, Any], Any], reason: str, graphs: list[bool]
 ) -> None:
     model, data, query = tiny(), batches(T), batch()
 
@@ -525,7 +512,7 @@ def test_a_failing_compiler_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None
     assert torch.equal(fast.losses, diffopt.unroll(model, opt, data, _loss).losses)
 
 
-def test_errors_are_those_of_uncompiled_steps(graphs: list[Any]) -> None:
+def test_errors_are_those_of_uncompiled_steps(graphs: list[bool]) -> None:
     model = tiny()
     opt = diffopt.SGD(model.parameters())
     with pytest.raises(ValueError, match=r"the loss of step 0 has shape \(5, 2\)"):

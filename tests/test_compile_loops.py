@@ -5,7 +5,6 @@ The loops run uncompiled here, by PyTorch's own loop over their body.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 
 import diffopt
 from diffopt import schedule
-from diffopt._compile import trace as _trace
 from diffopt._loop.stretches import Stretch, of_plan, stretches
 
 T = 7
@@ -30,19 +28,6 @@ ADJOINTS = [
     diffopt.MemoryBudget("100MiB"),
     diffopt.Segmented(3, storage="cpu"),
 ]
-
-
-@pytest.fixture
-def loops(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Of each graph handed over for compilation whether it is a loop; all are run as they are."""
-    handed: list[bool] = []
-
-    def keep(graph: Any, examples: Sequence[Tensor], *, loop: bool = False) -> Any:
-        handed.append(loop)
-        return graph
-
-    monkeypatch.setattr(_trace, "compile_graph", keep)
-    return handed
 
 
 # Stretches of plans.
@@ -147,17 +132,17 @@ class Table:
 
 
 @pytest.mark.parametrize("adjoint", ADJOINTS, ids=repr)
-def test_equals_uncompiled_steps(adjoint: diffopt.Adjoint, loops: list[bool]) -> None:
+def test_equals_uncompiled_steps(adjoint: diffopt.Adjoint, graphs: list[bool]) -> None:
     problem = Table()
     want_values, want = problem.outcome(adjoint=adjoint)
     got_values, got = problem.outcome(adjoint=adjoint, compile=True)
     assert_all_close(got_values, want_values, rtol=1e-12, atol=1e-13)
     assert_all_close(got, want, rtol=1e-9, atol=1e-12)
-    assert loops
-    assert all(loops)
+    assert graphs
+    assert all(graphs)
 
 
-def test_one_pair_of_loops_serves_all_plans_and_lengths(loops: list[bool]) -> None:
+def test_one_pair_of_loops_serves_all_plans_and_lengths(graphs: list[bool]) -> None:
     problem, data = Table(), None
     data = problem.data
     for steps in (1, 2, T):
@@ -173,10 +158,10 @@ def test_one_pair_of_loops_serves_all_plans_and_lengths(loops: list[bool]) -> No
                 compile=True,
             )
             torch.autograd.grad(fast.losses.sum(), problem.log_lr)
-    assert loops == [True, True]
+    assert graphs == [True, True]
 
 
-def test_steps_of_other_structure_end_a_block(loops: list[bool]) -> None:
+def test_steps_of_other_structure_end_a_block(graphs: list[bool]) -> None:
     model = tiny()
     data = [batch(4), batch(4), batch(6), batch(4), batch(6), batch(6)]
     query = batch()
@@ -189,10 +174,10 @@ def test_steps_of_other_structure_end_a_block(loops: list[bool]) -> None:
     for adjoint in (diffopt.Segmented(1), diffopt.Segmented(4), diffopt.StoreAll()):
         got = grads(adjoint=adjoint, compile=True)
         assert_all_close(got, grads(adjoint=adjoint), rtol=1e-10, atol=1e-13)
-    assert loops == [True] * 4
+    assert graphs == [True] * 4
 
 
-def test_a_state_that_grows_in_the_first_step_is_no_loop_there(loops: list[bool]) -> None:
+def test_a_state_that_grows_in_the_first_step_is_no_loop_there(graphs: list[bool]) -> None:
     model, data = tiny(), batches(4)  # momentum with dampening has no buffer before the first step
 
     def grads(compile: bool) -> tuple[Tensor, ...]:
@@ -201,10 +186,10 @@ def test_a_state_that_grows_in_the_first_step_is_no_loop_there(loops: list[bool]
         return torch.autograd.grad(fast.losses.sum(), list(model.parameters()))
 
     assert_all_close(grads(True), grads(False), rtol=1e-10, atol=1e-13)
-    assert sorted(loops) == [False, False, True, True]
+    assert sorted(graphs) == [False, False, True, True]
 
 
-def test_masks_that_are_divided_in_place(loops: list[bool]) -> None:
+def test_masks_that_are_divided_in_place(graphs: list[bool]) -> None:
     layers = nn.Sequential(*tiny(), nn.Dropout(0.4))
     data = [(torch.randn(3, 5, 2).double(), torch.randn(3, 5, 2).double()) for _ in range(T)]
     found = []
@@ -216,10 +201,10 @@ def test_masks_that_are_divided_in_place(loops: list[bool]) -> None:
         )
         found.append(torch.autograd.grad(fast.losses.square().sum(), [*layers.parameters()]))
     assert_all_close(found[1], found[0], rtol=1e-10, atol=1e-13)
-    assert all(loops)
+    assert all(graphs)
 
 
-def test_a_second_way_back(loops: list[bool]) -> None:
+def test_a_second_way_back(graphs: list[bool]) -> None:
     model, data = tiny(), batches(T)
     for adjoint in ADJOINTS[:5]:
         opt = diffopt.Adam(model.parameters(), lr=0.1)
@@ -231,7 +216,7 @@ def test_a_second_way_back(loops: list[bool]) -> None:
         assert_all_close(again, once, rtol=0, atol=0)
 
 
-def test_without_a_graph(loops: list[bool]) -> None:
+def test_without_a_graph(graphs: list[bool]) -> None:
     model, data = tiny(), batches(T)
     opt = diffopt.Adam(model.parameters(), lr=0.1)
     with torch.no_grad():
@@ -239,10 +224,10 @@ def test_without_a_graph(loops: list[bool]) -> None:
         want = diffopt.unroll(model, opt, data, mse)
     assert_all_close([*got.params.values()], [*want.params.values()], rtol=1e-12, atol=1e-14)
     assert_all_close([got.losses], [want.losses], rtol=1e-12, atol=0)
-    assert loops == [True]
+    assert graphs == [True]
 
 
-def test_a_batch_that_is_another_one_when_it_is_read_again_is_an_error(loops: list[bool]) -> None:
+def test_a_batch_that_is_another_one_when_it_is_read_again_is_an_error(graphs: list[bool]) -> None:
     class Drifting:
         def __init__(self) -> None:
             self.reads = 0
@@ -262,7 +247,7 @@ def test_a_batch_that_is_another_one_when_it_is_read_again_is_an_error(loops: li
         fast.losses.sum().backward()
 
 
-def test_a_schedule_that_changes_before_the_way_back_is_an_error(loops: list[bool]) -> None:
+def test_a_schedule_that_changes_before_the_way_back_is_an_error(graphs: list[bool]) -> None:
     model, factor = tiny(), [1.0]
     opt = diffopt.SGD(model.parameters(), lr=lambda t: 0.1 * factor[0])
     fast = diffopt.unroll(model, opt, batches(T), mse, segment=3, compile=True)
@@ -297,7 +282,7 @@ class Switched(diffopt.SGD):
 _network = nn.Linear(1, 1).double()
 
 
-def test_a_rule_with_a_switch_and_a_global_network(loops: list[bool]) -> None:
+def test_a_rule_with_a_switch_and_a_global_network(graphs: list[bool]) -> None:
     model, data = tiny(), batches(3)
     inputs = [*model.parameters(), *_network.parameters()]
     for doubled in (False, True):
@@ -307,7 +292,7 @@ def test_a_rule_with_a_switch_and_a_global_network(loops: list[bool]) -> None:
             fast = diffopt.unroll(model, opt, data, mse, compile=compile)
             found.append(torch.autograd.grad(fast.losses.sum(), inputs))
         assert_all_close(found[1], found[0], rtol=1e-10, atol=1e-13)
-    assert loops == [True] * 4
+    assert graphs == [True] * 4
 
 
 def _reads(model: Any, pair: Any) -> Tensor:
@@ -315,10 +300,10 @@ def _reads(model: Any, pair: Any) -> Tensor:
     return loss * 2 if loss > 0.1 else loss  # the line that is named
 
 
-def test_a_fallback_names_the_line_that_reads_a_value(loops: list[bool]) -> None:
+def test_a_fallback_names_the_line_that_reads_a_value(graphs: list[bool]) -> None:
     model = tiny()
     opt = diffopt.SGD(model.parameters(), lr=0.1)
     line = _reads.__code__.co_firstlineno + 2
     with pytest.warns(diffopt.CompileWarning, match=rf"test_compile_loops\.py, line {line}"):
         diffopt.unroll(model, opt, batches(2), _reads, compile=True)
-    assert not loops
+    assert not graphs

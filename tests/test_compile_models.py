@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from helpers import assert_all_close
-from torch import Tensor, nn
+from torch import nn
 
 import diffopt
-from diffopt._compile import trace as _trace
 
 transformers = pytest.importorskip("transformers")
 
+pytestmark = pytest.mark.usefixtures("graphs")
+
 WORDS = 17
-
-
-@pytest.fixture(autouse=True)
-def _run_as_traced(monkeypatch: pytest.MonkeyPatch) -> None:
-    def keep(graph: Any, examples: Sequence[Tensor], *, loop: bool = False) -> Any:
-        return graph
-
-    monkeypatch.setattr(_trace, "compile_graph", keep)
 
 
 def _gpt2() -> nn.Module:

@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from helpers import close
 from processes import Processes
 from torch import Tensor, nn
 from torch import distributed as dist
 
 import diffopt
 from diffopt.distributed import mean, mean_grads, shard
-
-
-@pytest.fixture(scope="module")
-def pools() -> Iterator[Callable[[int], Processes]]:
-    started: dict[int, Processes] = {}
-    yield lambda world: started.setdefault(world, Processes(world))
-    for pool in started.values():
-        pool.close()
-
-
-def close(a: Tensor, b: Tensor) -> None:
-    torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
 
 
 def split(x: Tensor, rank: int, world: int) -> Tensor:

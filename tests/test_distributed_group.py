@@ -9,25 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import close
 from processes import Processes
 from torch import Tensor
 from torch import distributed as dist
 
 from diffopt._step.apart import GroupError
 from diffopt._step.group import Group
-
-
-@pytest.fixture(scope="module")
-def pools() -> Iterator[Callable[[int], Processes]]:
-    started: dict[int, Processes] = {}
-    yield lambda world: started.setdefault(world, Processes(world))
-    for pool in started.values():
-        pool.close()
-
-
-def close(a: Tensor, b: Tensor) -> None:
-    torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
-
 
 NAMES = ("a", "b", "z")
 

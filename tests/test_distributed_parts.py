@@ -2,36 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+from adjoints import WITH_GROUP
+from helpers import close
 from oracle import plain
 from processes import Processes
 from torch import Tensor, nn
 from torch import distributed as dist
 
 import diffopt
-from diffopt import Binomial, FirstOrder, MemoryBudget, Microbatches, Segmented, StoreAll, Truncated
+from diffopt import Microbatches, Segmented, StoreAll
 from diffopt.distributed import mean, mean_grads
 
 STEPS, EXAMPLES = 3, 11
 #: By number of processes, the ends of their shares of each batch.
 ENDS = {1: [0, 11], 2: [0, 7, 11], 4: [0, 4, 5, 8, 11]}
-
-
-@pytest.fixture(scope="module")
-def pools() -> Iterator[Callable[[int], Processes]]:
-    started: dict[int, Processes] = {}
-    yield lambda world: started.setdefault(world, Processes(world))
-    for pool in started.values():
-        pool.close()
-
-
-def close(a: Tensor, b: Tensor) -> None:
-    torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
 
 
 Make = Callable[[Any, Any], torch.optim.Optimizer]
@@ -43,15 +33,6 @@ OPTIMIZERS: dict[str, Make] = {
     "adam, rate learned": lambda ps, lr: diffopt.Adam(ps, lr=lr, eps=1e-3),
     "rmsprop": lambda ps, lr: diffopt.RMSprop(ps, lr=lambda t: lr * 0.1, eps=1e-3),
 }
-ADJOINTS = [
-    StoreAll(),
-    Segmented(2),
-    Segmented(1),
-    Binomial(2),
-    MemoryBudget("1GiB"),
-    Truncated(2),
-    FirstOrder(),
-]
 
 
 def masked(part: Any) -> Tensor:
@@ -180,7 +161,7 @@ def equal_to_one_process(rank: int, world: int) -> None:
     ):
         problem = Problem(world, kind, learned)
         for j, make in enumerate(OPTIMIZERS.values()):
-            for k, adjoint in enumerate(ADJOINTS):
+            for k, adjoint in enumerate(WITH_GROUP):
                 if (i + j + k) % (6 if few else 3):
                     continue
                 assert_equal(

@@ -3,32 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from adjoints import WITH_GROUP
+from helpers import close
 from processes import EXCHANGE, Processes
 from torch import Tensor, nn
 from torch import distributed as dist
 
 import diffopt
-from diffopt import Binomial, FirstOrder, MemoryBudget, Segmented, StoreAll, Truncated
+from diffopt import Segmented, StoreAll
 from diffopt.distributed import mean_grads
 
 STEPS = 4
-
-
-@pytest.fixture(scope="module")
-def pools() -> Iterator[Callable[[int], Processes]]:
-    started: dict[int, Processes] = {}
-    yield lambda world: started.setdefault(world, Processes(world))
-    for pool in started.values():
-        pool.close()
-
-
-def close(a: Tensor, b: Tensor) -> None:
-    torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
 
 
 Make = Callable[[Any, Any], torch.optim.Optimizer]
@@ -39,15 +29,6 @@ OPTIMIZERS: dict[str, Make] = {
     "adam": lambda ps, lr: diffopt.Adam(ps, lr=lr),
     "rmsprop": lambda ps, lr: diffopt.RMSprop(ps, lr=lambda t: lr * 0.1),
 }
-ADJOINTS = [
-    StoreAll(),
-    Segmented(2),
-    Segmented(1),
-    Binomial(2),
-    MemoryBudget("1GiB"),
-    Truncated(2),
-    FirstOrder(),
-]
 
 
 class Problem:
@@ -152,7 +133,7 @@ def equal_to_one_process(rank: int, world: int) -> None:
     assert_equal(problem.mine(rank, world, OPTIMIZERS["sgd"]), plain_loop(problem, world, 0.1))
     few = world > 2  # what depends on the number of processes is the same for all of them
     for make in list(OPTIMIZERS.values())[:: 2 if few else 1]:
-        for adjoint in ADJOINTS[:: 3 if few else 1]:
+        for adjoint in WITH_GROUP[:: 3 if few else 1]:
             expected = problem.whole(world, make, adjoint=adjoint)
             assert_equal(problem.mine(rank, world, make, adjoint=adjoint), expected)
 

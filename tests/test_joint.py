@@ -210,7 +210,7 @@ def test_tasks() -> None:
         assert_all_close(found, want, rtol=1e-10, atol=1e-13)
 
 
-def test_compiled(graphs: list[Any]) -> None:
+def test_compiled(graphs: list[bool]) -> None:
     model, data = small(), batches(STEPS)
     lr = torch.tensor(0.05, dtype=torch.float64, requires_grad=True)
     inputs = [*model.parameters(), lr]
@@ -223,7 +223,7 @@ def test_compiled(graphs: list[Any]) -> None:
     assert_all_close(results[1], results[0], rtol=1e-10, atol=1e-13)
 
 
-def test_compiled_code_is_not_shared_by_lists_of_other_rules(graphs: list[Any]) -> None:
+def test_compiled_code_is_not_shared_by_lists_of_other_rules(graphs: list[bool]) -> None:
     class Doubled(Lars):
         def _update(self, hyper: Any, params: Any, grads: Any, states: Any) -> Any:
             return super()._update(hyper, params, [2 * g for g in grads], states)

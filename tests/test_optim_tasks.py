@@ -337,7 +337,7 @@ def test_one_task(case: Case) -> None:
         torch.testing.assert_close(fast.params[name][0], x, rtol=1e-10, atol=1e-12)
 
 
-def test_compiled_steps_map_the_rule(graphs: list[Any]) -> None:
+def test_compiled_steps_map_the_rule(graphs: list[bool]) -> None:
     model, data = small(), some_batches()
     inputs = list(model.parameters())
     results = []

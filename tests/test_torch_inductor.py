@@ -9,7 +9,6 @@ import torch
 from helpers import assert_all_close, batches, mse, tiny
 
 import diffopt
-from diffopt._compile import trace as _trace
 from diffopt._torch import inductor
 
 
@@ -38,15 +37,8 @@ def test_models_are_told_that_they_are_compiled_for_a_while() -> None:
 
 
 def test_without_an_operator_for_loops_steps_are_compiled_one_by_one(
-    monkeypatch: pytest.MonkeyPatch,
+    graphs: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    handed = []
-
-    def keep(graph, examples, *, loop=False):
-        handed.append(loop)
-        return graph
-
-    monkeypatch.setattr(_trace, "compile_graph", keep)
     monkeypatch.setitem(sys.modules, "torch._higher_order_ops.scan", None)
     assert inductor.loop_operator() is None
     model, data = tiny(), batches(4)
@@ -56,4 +48,4 @@ def test_without_an_operator_for_loops_steps_are_compiled_one_by_one(
         fast = diffopt.unroll(model, opt, data, mse, segment=2, compile=compile)
         found.append(torch.autograd.grad(fast.losses.sum(), list(model.parameters())))
     assert_all_close(found[1], found[0], rtol=1e-10, atol=1e-13)
-    assert handed == [False, False]
+    assert graphs == [False, False]
