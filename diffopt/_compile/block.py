@@ -19,7 +19,7 @@ from diffopt._step.result import Checked, StepResult
 from diffopt._torch.batched import any_batched
 from diffopt._values.outputs import OutputCotangents, StepCotangents
 from diffopt._values.state import Cotangent, State
-from diffopt._values.tree import add
+from diffopt._values.tree import add, add_each
 
 if TYPE_CHECKING:
     from diffopt._compile.compiled import CompiledStep
@@ -190,7 +190,7 @@ class CompiledBlock:
             cotangent, found = linearization.vjp(
                 cotangent, outputs.at(row), captured, retain_graph=True
             )
-            total = [add(a, b) for a, b in zip(total, found, strict=True)]
+            total = add_each(total, found)
         return cotangent, total
 
 
@@ -221,5 +221,5 @@ def through(
             retain_graph=retain_graph,
             allow_unused=True,
         )
-        total = [add(a, b) for a, b in zip(total, found, strict=True)]
+        total = add_each(total, found)
     return total

@@ -10,7 +10,7 @@ import uuid
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -181,7 +181,7 @@ class Elsewhere(Folder):
         return [str(path).rstrip("/").rpartition("/")[2] for path in found]
 
     def remove(self, name: str) -> None:
-        if self._system.exists(self._full(name)):
+        with suppress(FileNotFoundError):
             self._system.rm_file(self._full(name))
 
     def discard(self) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,37 +137,35 @@ class Shelf:
             self._folder.put(name, lambda path: path.write_text(text))
         except OSError as error:
             raise self._full(error) from error
-        kept = self._manifests()[:_KEPT]
+        found = self._folder.names()
+        kept = _manifests(found)[:_KEPT]
         names = {*kept, *named}
         for older in kept[1:]:
             names |= set((self._body(older) or {}).get("named", ()))
-        self._remove_but(names)
+        self._remove(set(found) - names)
 
     def manifests(self) -> Iterator[dict[str, Any]]:
         """Those that are whole, the newest first."""
-        for name in self._manifests():
+        for name in _manifests(self._folder.names()):
             if (body := self._body(name)) is not None:
                 yield body
 
     def has_manifests(self) -> bool:
         """Whether there is one at all, whole or not."""
-        return bool(self._manifests())
+        return bool(_manifests(self._folder.names()))
 
     def clear(self) -> None:
         """Remove every file of the run, manifests first."""
-        for name in self._manifests():
+        found = self._folder.names()
+        manifests = _manifests(found)
+        for name in manifests:
             self._folder.remove(name)
-        self._remove_but(set())
+        self._remove(set(found).difference(manifests))
 
     def close(self) -> None:
         """Let other processes use the folder."""
         if self._lock is not None:
             self._lock.release()
-
-    def _manifests(self) -> list[str]:
-        """The names of the manifests, the newest first."""
-        found = (n for n in self._folder.names() if n.startswith("manifest-"))
-        return sorted((n for n in found if n.endswith(".json")), reverse=True)
 
     def _body(self, name: str) -> dict[str, Any] | None:
         try:
@@ -180,9 +178,10 @@ class Shelf:
             pass  # a manifest that is not whole is passed over for the one before it
         return None
 
-    def _remove_but(self, names: set[str]) -> None:
-        for name in self._folder.names():
-            if _number(name) and name not in names:
+    def _remove(self, names: Iterable[str]) -> None:
+        """Remove those of the files that this module named."""
+        for name in names:
+            if _number(name):
                 self._folder.remove(name)
 
     def _full(self, error: OSError) -> OSError:
@@ -213,6 +212,12 @@ class _Lock:
 
     def release(self) -> None:
         self._file.close()
+
+
+def _manifests(names: Iterable[str]) -> list[str]:
+    """Those of the names that are manifests', the newest first."""
+    found = (n for n in names if n.startswith("manifest-") and n.endswith(".json"))
+    return sorted(found, reverse=True)
 
 
 def _number(name: str) -> int:

@@ -22,7 +22,7 @@ from diffopt._step.result import Checked, Evaluated, StepResult, other_extras, p
 from diffopt._torch.engine import pulled_back
 from diffopt._values.outputs import StepCotangents
 from diffopt._values.state import Cotangent, State
-from diffopt._values.tree import Path, add
+from diffopt._values.tree import Path, add_each
 from diffopt.optim import lists as L
 from diffopt.optim.vjp import reads_gradients, update_vjp
 
@@ -231,7 +231,7 @@ class Split(Linearization):
             sums = L.add([before[path] for path in both], [found[path] for path in both])
         before.update(found)
         before.update(zip(both, sums, strict=True))
-        return before, [add(a, b) for a, b in zip(update.seen, others, strict=True)]
+        return before, add_each(update.seen, others)
 
 
 class Whole(Linearization):

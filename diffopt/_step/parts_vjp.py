@@ -21,8 +21,8 @@ from diffopt._step.result import Checked, Evaluated, StepResult, present
 from diffopt._torch.autograd import present_sequence
 from diffopt._torch.collectives import no_collectives
 from diffopt._values.outputs import StepCotangents
-from diffopt._values.state import Cotangent, State
-from diffopt._values.tree import add, tensors_in
+from diffopt._values.state import Cotangent, State, add_into
+from diffopt._values.tree import add_each, tensors_in
 from diffopt.optim.terms import Hyper
 
 if TYPE_CHECKING:
@@ -124,11 +124,8 @@ class InParts(Linearization):
         found, more = self._pulled_through(
             {} if step.first_order else given, outputs, captured, retain_graph, update.hyper
         )
-        for path, c in found.items():
-            total = add(before.get(path), c)
-            assert total is not None
-            before[path] = total
-        return before, [add(a, b) for a, b in zip(others, more, strict=True)]
+        add_into(before, found)
+        return before, add_each(others, more)
 
     def gradient_vjp(
         self, cotangents: Mapping[str, Tensor], captured: Sequence[Any] = ()
@@ -239,11 +236,8 @@ class _Sums:
         self.captured: list[Tensor | None] = [None] * captured
 
     def add(self, state: Cotangent, captured: Iterable[Tensor | None]) -> None:
-        for path, c in state.items():
-            total = add(self.state.get(path), c)
-            assert total is not None
-            self.state[path] = total
-        self.captured = [add(a, b) for a, b in zip(self.captured, captured, strict=True)]
+        add_into(self.state, state)
+        self.captured = add_each(self.captured, captured)
 
 
 def _as_leaves(raw: Mapping[str, Tensor | None]) -> Cotangent:

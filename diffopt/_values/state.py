@@ -17,6 +17,12 @@ from diffopt._values.tree import Path, is_differentiable
 Cotangent = dict[Path, Tensor]
 
 
+def add_into(total: Cotangent, more: Cotangent) -> None:
+    """Add a cotangent to another, one tensor after the other, each freeing the one it replaces."""
+    for path, c in more.items():
+        total[path] = total[path] + c if path in total else c
+
+
 @dataclass(frozen=True, slots=True)
 class State:
     """Inner parameters, optimizer state and buffers, each by the name the model gives them."""

@@ -7,7 +7,7 @@ else in the package is held in flat dicts, whose keys are *paths*: tuples of str
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -46,6 +46,11 @@ def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     if a is None or b is None:
         return b if a is None else a
     return a + b
+
+
+def add_each(a: Iterable[Tensor | None], b: Iterable[Tensor | None]) -> list[Tensor | None]:
+    """``add``, pair by pair."""
+    return [add(x, y) for x, y in zip(a, b, strict=True)]
 
 
 def differ(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[bool]:

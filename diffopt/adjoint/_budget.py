@@ -20,6 +20,7 @@ from diffopt._loop.kept import Begun
 from diffopt._loop.loop import Loop
 from diffopt._loop.measure import StepBytes, differentiate_first_step, take_first_step
 from diffopt._step.group import Group
+from diffopt._step.message import MOST
 from diffopt._values.state import State
 from diffopt.adjoint._base import Checkpointed
 from diffopt.schedule import Plan
@@ -42,9 +43,6 @@ _MOST_KNOWN = 64  # measurements, for each model
 # Steps of the same model, function and shapes take the same memory: an outer loop measures once.
 # The last is the one used last.
 _known: MutableMapping[nn.Module, dict[Hashable, StepBytes]] = WeakKeyDictionary()
-
-
-_MOST_BYTES = 2**48 - 1  # that one process can tell the others of
 
 
 @dataclass(frozen=True)
@@ -175,8 +173,8 @@ class MemoryBudget(Checkpointed):
             workspace=group.maximum(found.workspace),
             fixed=group.maximum(found.fixed),
         )
-        available = min(self._available(_everything(loop.steps, found), found), _MOST_BYTES)
-        least = _MOST_BYTES - group.maximum(_MOST_BYTES - available)
+        available = min(self._available(_everything(loop.steps, found), found), MOST)
+        least = MOST - group.maximum(MOST - available)
         return begun, replace(self, budget=least)._fitting(loop.steps, found)
 
     def _seen(self, loop: Loop) -> tuple[Begun | None, StepBytes]:
