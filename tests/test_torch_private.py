@@ -18,7 +18,7 @@ from torch.autograd import forward_ad, graph
 
 import diffopt
 from diffopt._model import standing
-from diffopt._torch import autograd, checkpoint, compiling, engine, functorch
+from diffopt._torch import autograd, checkpoint, compiling, engine, functorch, operations
 from diffopt._torch.feature import optional, private
 from diffopt._torch.version import check_torch
 
@@ -119,6 +119,8 @@ NAMES = [
     ("torch._ops", "OpOverload"),
     ("torch._C", "_VariableFunctions"),
     ("torch._C", "_nn"),
+    ("torch._C", "_FunctionBase"),
+    ("torch._C._nn", "flatten_dense_tensors"),
 ]
 
 
@@ -233,6 +235,33 @@ def test_the_end_of_a_backward_pass() -> None:
     assert end == "end"
     assert -1 < first < second
     assert engine.graph_task() == -1
+
+
+def test_gradient_edges() -> None:
+    """Of a custom Function's node, PyTorch's own keeps the graph alive; of the others, the node."""
+
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, x: torch.Tensor) -> torch.Tensor:
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx: object, g: torch.Tensor) -> torch.Tensor:
+            return 2 * g
+
+    x = torch.ones(2, requires_grad=True)
+    for made in (x, x.sin(), x.split(1)[1], Twice.apply(x)):
+        edge, expected = autograd.gradient_edge(made), graph.get_gradient_edge(made)
+        assert (edge.node, edge.output_nr) == (expected.node, expected.output_nr)
+        assert (edge.ownership_token is None) == (expected.ownership_token is None)
+
+
+def test_flattened(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = [torch.arange(6.0).reshape(2, 3).T, torch.ones(()), torch.ones(0, 2)]
+    expected = torch.tensor([0.0, 3, 1, 4, 2, 5, 1])
+    assert torch.equal(operations.flattened(tensors), expected)
+    monkeypatch.setattr(operations, "_flatten", None)
+    assert torch.equal(operations.flattened(tensors), expected)
 
 
 def test_sequence_numbers() -> None:

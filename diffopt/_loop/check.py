@@ -12,7 +12,7 @@ the state.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,11 +41,10 @@ class Check:
 
     def first(self, step: int, checked: Checked) -> None:
         """Note what ``step`` gives."""
-        self._first[step] = dict(_values(checked))
-        for what, value in self._first[step].items():
+        values = self._first[step] = _values(checked)
+        for what, value in values.items():
             if isinstance(value, tuple):
-                finite = [abs(v) for v in value if math.isfinite(v)]
-                self._scale[what] = max(self._scale.get(what, 0.0), *finite, 0.0)
+                self._scale[what] = _largest(self._scale.get(what, 0.0), value)
 
     def noted(self, step: int) -> dict[str, list[float]]:
         """What ``step`` gave besides its loss, as plain numbers."""
@@ -69,7 +68,7 @@ class Check:
     def again(self, step: int, checked: Checked) -> None:
         """Compare what ``step`` gives now, if it was noted; ``settle`` says what came of it."""
         first = self._first.get(step, {})
-        for what, now in _values(checked):
+        for what, now in _values(checked).items():
             before = first.get(what)
             if before is None:
                 continue
@@ -89,8 +88,7 @@ class Check:
             return
         values = losses.tolist()
         self._first.update((step + i, {"loss": (v,)}) for i, v in enumerate(values))
-        finite = [abs(v) for v in values if math.isfinite(v)]
-        self._scale["loss"] = max(self._scale.get("loss", 0.0), *finite, 0.0)
+        self._scale["loss"] = _largest(self._scale.get("loss", 0.0), values)
 
     def again_losses(self, step: int, losses: Tensor) -> None:
         """Compare the losses of the steps from ``step`` on."""
@@ -127,18 +125,27 @@ class Check:
         return float(max(self._eps, torch.finfo(x.dtype).eps) ** 0.5)
 
 
-def _values(checked: Checked) -> Iterator[tuple[str, _Value]]:
-    yield "loss", _value([checked.loss])
+def _values(checked: Checked) -> dict[str, _Value]:
+    values = {"loss": _value([checked.loss])}
     if checked.aux:
-        yield "aux", _value(checked.aux)
+        values["aux"] = _value(checked.aux)
     if checked.hyper:
-        yield "hyperparameter", _value(checked.hyper)
+        values["hyperparameter"] = _value(checked.hyper)
     if checked.grads:
         norms = _value(checked.grads)
         if isinstance(norms, tuple):
-            yield "gradient", (math.hypot(*norms),)
+            values["gradient"] = norms if len(norms) == 1 else (math.hypot(*norms),)
         else:
-            yield "gradient", torch.linalg.vector_norm(norms).reshape(1)
+            values["gradient"] = torch.linalg.vector_norm(norms).reshape(1)
+    return values
+
+
+def _largest(before: float, values: Sequence[float]) -> float:
+    """The largest finite magnitude."""
+    for value in values:
+        if before < abs(value) < math.inf:
+            before = abs(value)
+    return before
 
 
 def _value(values: Sequence[Any]) -> _Value:

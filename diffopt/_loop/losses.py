@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+
 import torch
 from torch import Tensor
 
@@ -9,9 +11,9 @@ from torch import Tensor
 class Losses:
     """One scalar (or one of each task) per step.
 
-    They are written into one tensor. As many small ones, made between the states and outliving
-    them, would keep the memory of the states from being used again: the allocator of the C library
-    needed ten times as much for ten thousand steps.
+    They are written side by side, on the CPU as numbers in double precision. As many small tensors,
+    made between the states and outliving them, would keep the memory of the states from being used
+    again: the allocator of the C library needed ten times as much for ten thousand steps.
 
     Args:
         steps: how many there will be at most.
@@ -20,23 +22,42 @@ class Losses:
     def __init__(self, steps: int) -> None:
         self._steps = steps
         self._count = 0
+        self._dtype: torch.dtype | None = None  # the first loss's
+        self._numbers: array[float] | None = None
         self._all: Tensor | None = None
 
     def append(self, loss: Tensor) -> None:
         """Note the loss of the next step."""
-        if self._all is None:
-            self._all = loss.new_empty((self._steps, *loss.shape))
-        self._all[self._count] = loss.detach()
-        self._count += 1
+        if self._dtype is None:
+            self._start(loss)
+        if self._numbers is not None:
+            self._numbers.append(loss.item())
+        else:
+            assert self._all is not None
+            self._all[self._count] = loss.detach()
+            self._count += 1
 
     def extend(self, losses: Tensor) -> None:
         """Note the losses of the next steps, stacked."""
-        if self._all is None:
-            self._all = losses.new_empty((self._steps, *losses.shape[1:]))
+        if self._dtype is None:
+            self._start(losses[0])
+        if self._numbers is not None:
+            self._numbers.extend(losses.tolist())
+            return
+        assert self._all is not None
         with torch.no_grad():
             self._all[self._count : self._count + len(losses)] = losses
         self._count += len(losses)
 
+    def _start(self, loss: Tensor) -> None:
+        self._dtype = loss.dtype
+        if loss.is_cpu and not loss.dim():
+            self._numbers = array("d")
+        else:
+            self._all = loss.new_empty((self._steps, *loss.shape))
+
     def all(self) -> Tensor | None:
         """Those so far, shape (T,), or (T, N) for tasks; None without any."""
+        if self._numbers is not None:
+            return torch.frombuffer(self._numbers, dtype=torch.float64).to(self._dtype, copy=True)
         return None if self._all is None else self._all[: self._count].detach()

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge
 
 from diffopt._derivatives.table import refuse_missing
 from diffopt._model.standing import load_again
 from diffopt._step.capture import Graph
 from diffopt._step.result import Checked, Evaluated, StepResult, other_extras, present
+from diffopt._torch.autograd import gradient_edge
 from diffopt._torch.engine import pulled_back
 from diffopt._values.outputs import StepCotangents
 from diffopt._values.state import Cotangent, State
@@ -190,7 +191,7 @@ class Split(Linearization):
             tasks=step.loss.tasks,
         ):
             return
-        self._ends = {n: get_gradient_edge(g) for n, g in given.items() if g.requires_grad}
+        self._ends = {n: gradient_edge(g) for n, g in given.items() if g.requires_grad}
         self.grads = {name: self._state.params[name] for name in given}  # their shapes alone
         self.raw = {}
 

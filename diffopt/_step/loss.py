@@ -114,7 +114,8 @@ class InnerLoss:
         params = self.precision.narrowed(params)
         before = self._untouched.before(params)
         with within:
-            loss, aux, left = self._evaluate(params, stand_ins, self.item_at(t), step)
+            out = self._call(params, stand_ins, self.item_at(t), step)
+        loss, aux, left = self._taken(out, stand_ins, step)
         self._untouched.check(params, before, step)
         return loss, aux, self.buffers.after(buffers, stand_ins, left, step)
 
@@ -147,11 +148,16 @@ class InnerLoss:
         )
         return transform(grads, self.slots.model, self.item_at(t))
 
-    def _evaluate(
+    def _call(
         self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], item: Any, step: int
-    ) -> Evaluation:
+    ) -> Any:
+        """What the user's function returns."""
         self.slots.load(params, buffers)
-        loss, aux = loss_and_aux(self.loss_fn(self.slots.model, item), step)
+        return self.loss_fn(self.slots.model, item)
+
+    def _taken(self, out: Any, buffers: Mapping[str, Tensor], step: int) -> Evaluation:
+        """The evaluation, of what ``_call`` returned."""
+        loss, aux = loss_and_aux(out, step)
         return loss, aux, self.slots.read_buffers()
 
 
@@ -216,7 +222,7 @@ class TaskLosses(InnerLoss):
         mapped = over_tasks(one, params, copies, (grads, self.item_at(t)))
         return _with_tensors(result[0], mapped)
 
-    def _evaluate(
+    def _call(
         self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], item: Any, step: int
     ) -> Evaluation:
         check_leads(item, self.tasks, f"the batch of step {step}")
@@ -224,13 +230,18 @@ class TaskLosses(InnerLoss):
         def one(
             params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], item: Any
         ) -> Evaluation:
-            loss, aux, left = InnerLoss._evaluate(self, params, buffers, item, step)
+            out = InnerLoss._call(self, params, buffers, item, step)
+            loss, aux, left = InnerLoss._taken(self, out, buffers, step)
             # What was changed in place was changed in the memory that is mapped over.
             replaced = {name: x for name, x in left.items() if x is not buffers[name]}
             return loss, aux, replaced
 
-        loss, aux, replaced = over_tasks(one, params, buffers, item)
+        found: Evaluation = over_tasks(one, params, buffers, item)
         self.slots.loaded = None  # tensors of the mapping, which nothing can read any more
+        return found
+
+    def _taken(self, out: Any, buffers: Mapping[str, Tensor], step: int) -> Evaluation:
+        loss, aux, replaced = out
         return loss, aux, {**buffers, **replaced}
 
 

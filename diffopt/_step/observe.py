@@ -13,19 +13,19 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from diffopt._derivatives.table import REPLACEMENTS
 from diffopt._step.generators import Generators
-from diffopt._torch.autograd import present_sequence
+from diffopt._torch.autograd import in_forward_mode, present_sequence
 from diffopt._torch.functorch import is_wrapped
 from diffopt._torch.modes import opened
 from diffopt._values.tree import tensors_in
@@ -80,6 +80,7 @@ class Observer(TorchFunctionMode):
         self._in_gradient: dict[int, Tensor] | None = None
         self._own: dict[int, Tensor] = {}  # the step's
         self._known: dict[int, Tensor] = {}  # used by the step; held, so that no id is used again
+        self._before_gradient = self._known
         self._plain: set[int] = set()  # those that did not require grad when they were met
         self._made: dict[int, _Ref] = {}  # by the step
         self._earlier: dict[int, _Ref] = {}  # by a step before, and still there
@@ -92,7 +93,7 @@ class Observer(TorchFunctionMode):
         Args:
             since: the least sequence number of the nodes that it makes.
         """
-        self._step, self._since = step, since
+        self._step, self._since, self._in_gradient = step, since, None
         self._gradients.clear()
         self._earlier |= {key: ref for key, ref in self._made.items() if ref() is not None}
         self._own = {id(x): x for x in own}
@@ -107,15 +108,16 @@ class Observer(TorchFunctionMode):
             x.untyped_storage().data_ptr(): name for name, x in grads.items() if _has_memory(x)
         }
 
-    @contextmanager
-    def gradient(self) -> Iterator[dict[int, Tensor]]:
-        """Where the gradient of the loss is taken: yields the tensors that hooks use there."""
-        known, uses = self._known, dict[int, Tensor]()
-        self._known, self._in_gradient = {}, uses
-        try:
-            yield uses
-        finally:
-            self._known, self._in_gradient = known | self._known, None
+    def begin_gradient(self) -> None:
+        """The gradient of the loss is about to be taken."""
+        self._before_gradient, self._known = self._known, {}
+        self._in_gradient = {}
+
+    def end_gradient(self) -> dict[int, Tensor]:
+        """It has been taken: gives the tensors that require grad and that hooks used there."""
+        used, self._in_gradient = self._in_gradient or {}, None
+        self._known = self._before_gradient | self._known if self._known else self._before_gradient
+        return used
 
     def is_made(self, x: Tensor) -> bool:
         """Whether a step was seen to make ``x``."""
@@ -127,7 +129,7 @@ class Observer(TorchFunctionMode):
 
     def refuse_duals(self, tensors: Iterable[Tensor]) -> None:
         """Raise ``NotImplementedError`` where a tensor has a tangent, which would be lost."""
-        for x in tensors:
+        for x in tensors if in_forward_mode() else ():
             if has_tangent(x):
                 raise NotImplementedError(
                     f"step {self._step} uses a tensor of shape {tuple(x.shape)} that is a dual "
@@ -204,12 +206,14 @@ class Observer(TorchFunctionMode):
     def see(self, values: Iterable[Any]) -> None:
         """Take note of the tensors and generators in what a function is given."""
         for x in values:
-            if type(x) in _PLAIN:
-                continue
             if isinstance(x, Tensor):
                 key = id(x)
-                if key not in self._known and not _holds(self._made, x):
-                    self._meet(x)
+                if key not in self._known:
+                    ref = self._made.get(key)
+                    if ref is None or ref() is not x:
+                        self._meet(x)
+            elif type(x) in _PLAIN:
+                continue
             elif isinstance(x, (list, tuple)):
                 self.see(x)
             elif isinstance(x, dict):
@@ -247,8 +251,10 @@ class Observer(TorchFunctionMode):
         if owner is not None and owner.inner and key not in self._own:
             self.originals_used[owner.name] = x
         if not x.is_inference():
-            self.watch([x])
-            self._generators.meet_device(x.device)
+            if key not in self._used:
+                self._used[key] = weakref.ref(x), x._version
+            if not x.is_cpu:
+                self._generators.meet_device(x.device)
 
     def _make(self, x: Tensor, args: tuple[Any, ...]) -> None:
         key = id(x)
@@ -394,7 +400,8 @@ class _Kind:
             or (name == "__set__" and attribute is Tensor.data)
         )
         self.replacement = REPLACEMENTS.get(function)
-        self.opened = opened(function) if type(function) is FunctionType else None
+        opens = type(function) is FunctionType and function not in _OF_ONE
+        self.opened = opened(function) if opens else None
 
 
 _VIEWS = [Tensor.data, Tensor.grad, Tensor.T, Tensor.mT, Tensor.H, Tensor.mH, Tensor.real]
@@ -405,6 +412,9 @@ _INSPECTING |= {"is_complex", "is_signed", "is_inference", "__len__", "__hash__"
 _INSPECTING |= {"untyped_storage", "is_pinned", "is_shared", "_is_view", "is_same_size"}
 _PLAIN = {type(None), bool, int, float, str, torch.Size, torch.dtype, torch.device}
 _HARMLESS = {"requires_grad_", "detach_"}
+#: Functions in Python of which nothing has to be seen but what they are given and what they give.
+_OF_ONE: set[Any] = {F.cross_entropy, F.nll_loss, F.mse_loss, F.l1_loss, F.binary_cross_entropy_with_logits}
+_OF_ONE |= {F.softmax, F.log_softmax, F.relu, F.dropout}
 _KINDS: dict[Any, _Kind] = {}
 
 

@@ -106,7 +106,7 @@ class PartsStep(InnerStep):
         outputs = attached(aux)
         graph.own = [*own, *present(raw).values()]
         self.note_roots(graph, outputs, hyper, grads)
-        checked = self._checked(total.loss, outputs.values(), hyper, grads, True)
+        checked = self._checked(total.loss, outputs.values(), hyper, grads)
         return Evaluated(total.loss, aux, outputs, total.buffers, hyper, raw, grads, checked, graph)
 
     def _over_processes(

@@ -192,7 +192,7 @@ class InParts(Linearization):
             apart = step.grad_transform is not None or step.group is not None
             grads = {} if apart else total.raw
             flat = [x for given in extras for x in given]
-            self.again.append(step._checked(total.loss, flat, hyper, grads, True))
+            self.again.append(step._checked(total.loss, flat, hyper, grads))
         return sums.state, sums.captured
 
     def _flowing_to_weight(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from diffopt._step.capture import Graph
+from diffopt._torch.operations import flattened
 from diffopt._values.state import State
 from diffopt.optim.terms import Hyper
 
@@ -76,6 +78,23 @@ class Evaluated:
     checked: Checked
     graph: Graph
     token: Tensor | None = None
+
+
+def norms_of(tensors: Iterable[Tensor | None]) -> Sequence[Tensor]:
+    """Norms of the dense ones: of all together where they are few numbers, else of each."""
+    dense = [x for x in tensors if x is not None and x.layout is torch.strided]
+    if not dense:
+        return ()
+    first = dense[0]
+    if sum(x.numel() for x in dense) < _FEW and all(
+        x.is_cpu and x.dtype is first.dtype for x in dense
+    ):
+        return (torch.linalg.vector_norm(flattened(dense)),)
+    return torch._foreach_norm(dense)
+
+
+#: So few numbers are copied faster than they are gone through one tensor at a time.
+_FEW = 1 << 14
 
 
 def present(grads: Mapping[str, Tensor | None]) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import replace
 from typing import Any, Self
@@ -28,13 +28,13 @@ from diffopt._step.group import Group
 from diffopt._step.linearization import Linearization, Split, Whole
 from diffopt._step.loss import InnerLoss
 from diffopt._step.observe import Observer
-from diffopt._step.result import Checked, Evaluated, StepResult, present
+from diffopt._step.result import Checked, Evaluated, StepResult, norms_of, present
 from diffopt._torch.autograd import in_forward_mode, present_sequence
 from diffopt._torch.collectives import no_collectives
 from diffopt._torch.engine import gradient
 from diffopt._values.outputs import attached
 from diffopt._values.state import State
-from diffopt._values.tree import Path
+from diffopt._values.tree import Path, is_differentiable
 from diffopt.optim import Optimizer
 from diffopt.optim.mapped import update_over_tasks
 from diffopt.optim.options import is_scheduled
@@ -164,39 +164,41 @@ class InnerStep:
         observer: Observer | None = None,
     ) -> Evaluated:
         """``evaluate``, of a step that ``observer`` has been told of."""
-        number = self.first_step + t
-        used: Mapping[int, Tensor] | None = None
+        number, within = self.first_step + t, observer or _NOTHING
+        used: Mapping[int, Tensor] = {}
         token = None
         with self.hooks, torch.enable_grad(), no_collectives():
-            loss, aux, left = self.loss(state.params, state.buffers, t, observer or _NOTHING)
+            loss, aux, left = self.loss(state.params, state.buffers, t, within)
             if any(x.is_leaf and x.grad is not None for x in state.params.values()):
                 raise RuntimeError(
                     f"the loss of step {number} was differentiated into .grad, as where loss_fn "
                     "calls loss.backward(): leave that out and return the loss, whose gradient "
                     "diffopt.unroll takes itself"
                 )
-            with observer or _NOTHING:
-                hyper = () if self.only_gradient else self.options_at(number)
-                if observer is not None:
-                    observer.see(tensors_of(hyper))
-                    observer.refuse_duals([loss, *tensors_of(hyper)])
-                with _NOTHING if observer is None else observer.gradient() as used:
-                    raw = self._gradients(loss, state.params, number, connected)
+            hyper = () if self.only_gradient else self.options_at(number, within)
+            if observer is not None:
+                tensors = tensors_of(hyper)
+                observer.see(tensors)
+                observer.refuse_duals([loss, *tensors])
+                observer.begin_gradient()
+            raw = self._gradients(loss, state.params, number, connected, within)
+            if observer is not None:
+                used = observer.end_gradient()
         if self.group is not None:
             raw, token = self._averaged(raw, state.params, number, connected)
         leaves: Sequence[Tensor] = ()
         grads: Mapping[str, Tensor | None] = raw
         if self.grad_transform is not None:
-            with self.hooks, torch.enable_grad(), no_collectives(), observer or _NOTHING:
+            with self.hooks, torch.enable_grad(), no_collectives(), within:
                 leaves, given = _given(raw, connected)
                 if observer is not None:
                     observer.transforms(given)
                 grads = self._transformed(given, state.params, left, t)
-        graph = Graph([*own, *leaves], in_gradient=[*(used or {}).values()])
+        graph = Graph([*own, *leaves], in_gradient=[*used.values()])
         graph.roots["loss"] = [loss, *_learning(left.values())]
         outputs = attached(aux)
         self.note_roots(graph, outputs, hyper, grads)
-        checked = self._checked(loss, outputs.values(), hyper, grads, connected)
+        checked = self._checked(loss, outputs.values(), hyper, grads)
         return Evaluated(loss, aux, outputs, left, hyper, raw, grads, checked, graph, token)
 
     def note_roots(
@@ -213,27 +215,37 @@ class InnerStep:
         if self.grad_transform is not None:
             graph.roots["transform"] = _learning(present(grads).values())
 
-    def options_at(self, number: int) -> Sequence[Hyper]:
-        """The hyperparameters of a step."""
+    def options_at(
+        self, number: int, within: AbstractContextManager[Any] = _NOTHING
+    ) -> Sequence[Hyper]:
+        """The hyperparameters of a step, for which callables are called ``within``."""
         if self._called or not self._is_pure:
-            return [*self.opt.hyperparameters(number)]
+            with within:
+                return [*self.opt.hyperparameters(number)]
         if self._constants is None:  # a change to them is an error: `UnchangedOptions`
             self._constants = self.opt.hyperparameters(number)
         return self._constants
 
     def _gradients(
-        self, loss: Tensor, params: Mapping[str, Tensor], number: int, connected: bool
+        self,
+        loss: Tensor,
+        params: Mapping[str, Tensor],
+        number: int,
+        connected: bool,
+        within: AbstractContextManager[Any],
     ) -> dict[str, Tensor | None]:
         found: Sequence[Tensor | None] = ()
         if loss.requires_grad:
             try:
-                found = gradient(
-                    self.loss.total(loss),
-                    list(params.values()),
-                    create_graph=connected and not self.first_order,
-                    # A transform may take gradients of what the loss has computed.
-                    retain_graph=connected or self.grad_transform is not None,
-                )
+                total = self.loss.total(loss)
+                with within:
+                    found = gradient(
+                        total,
+                        list(params.values()),
+                        create_graph=connected and not self.first_order,
+                        # A transform may take gradients of what the loss has computed.
+                        retain_graph=connected or self.grad_transform is not None,
+                    )
             except RuntimeError as error:
                 refuse_missing(error, number)
                 if "backward through the graph a second time" in str(error):
@@ -305,28 +317,23 @@ class InnerStep:
         outputs: Iterable[Tensor],
         hyper: Sequence[Hyper],
         grads: Mapping[str, Tensor | None],
-        connected: bool,
     ) -> Checked:
         if in_forward_mode():  # of dual numbers, norms cannot be taken, and nothing is compared
             return Checked(loss.detach())
-        given = [g for g in grads.values() if g is not None and g.layout is torch.strided]
-        if connected or self.grad_transform is not None:
-            given = [g.detach() for g in given]
-        norms = torch._foreach_norm(given) if given else ()
-        extras = [x.detach() for x in outputs if x.layout is torch.strided]
-        return Checked(
-            loss.detach(),
-            [small(hyper[i][key]) for i, key in self._called],
-            norms,
-            torch._foreach_norm(extras) if extras else (),
-        )
+        with torch.no_grad():
+            return Checked(
+                loss.detach(),
+                [small(hyper[i][key]) for i, key in self._called],
+                norms_of(grads.values()),
+                norms_of(outputs),
+            )
 
     def _with_update(self, checked: Checked, after: State) -> Checked:
         """The norms of the new parameters as well, where the rule may use what nobody can see."""
         if self._is_pure:
             return checked
-        norms = torch._foreach_norm([x.detach() for x in after.params.values()])
-        return replace(checked, grads=(*checked.grads, *norms))
+        with torch.no_grad():
+            return replace(checked, grads=(*checked.grads, *norms_of(after.params.values())))
 
     def update(
         self,
@@ -362,10 +369,15 @@ class InnerStep:
 
     def on_leaves(self, state: State) -> tuple[State, dict[Path, Tensor]]:
         """``state`` with leaves in it to differentiate with respect to, the optimizer's apart."""
-        evaluated = State(state.params, {}, state.buffers)
-        leaves = {path: _leaf(x) for path, x in self.differentiable(evaluated).items()}
-        evaluated = evaluated.replace(leaves)
-        return State(evaluated.params, state.opt, evaluated.buffers), leaves
+        leaves: dict[Path, Tensor] = {}
+        params, buffers = dict(state.params), dict(state.buffers)
+        for name, x in params.items():
+            if is_differentiable(x):
+                leaves["params", name] = params[name] = _leaf(x)
+        for name, x in state.buffers.items() if self.loss.buffers.tracked else ():
+            if name in self.loss.buffers.tracked and is_differentiable(x):
+                leaves["buffers", name] = buffers[name] = _leaf(x)
+        return State(params, state.opt, buffers), leaves
 
     def linearized(
         self,

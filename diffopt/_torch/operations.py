@@ -1,11 +1,14 @@
-"""The names under which one of ATen's operations can be called."""
+"""The names under which ATen's operations can be called."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from diffopt._torch.feature import optional
 
 Operation = Callable[..., Any]
 
@@ -29,3 +32,14 @@ def overloads(name: str) -> Iterator[Operation]:
         for overload in packet.overloads():
             if not overload.endswith("out"):
                 yield getattr(packet, overload)
+
+
+_flatten = optional("torch._C._nn", "flatten_dense_tensors")
+
+
+def flattened(tensors: Sequence[Tensor]) -> Tensor:
+    """The entries of dense tensors of one dtype, one after the other, in one dimension."""
+    if _flatten is None:
+        return torch.cat([x.reshape(-1) for x in tensors])
+    found: Tensor = _flatten(tensors)
+    return found
