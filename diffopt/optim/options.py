@@ -102,6 +102,11 @@ def arguments(local: Mapping[str, Any]) -> dict[str, Any]:
     return {k: x for k, x in local.items() if k not in ("self", "params", "__class__")}
 
 
+def items_of(value: Any) -> Sequence[Any]:
+    """The entries of an option that is a tuple, or the option itself."""
+    return value if isinstance(value, (tuple, list)) else (value,)
+
+
 def check_kinds(rule: str, ranges: Ranges, key: str, value: Any) -> None:
     """Raise where an option is of a wrong kind, or a number that ``torch.optim`` refuses."""
     if key in SWITCHES:
@@ -133,7 +138,7 @@ def check_kinds(rule: str, ranges: Ranges, key: str, value: Any) -> None:
 def check_shapes(rule: str, options: Mapping[str, Any], params: Mapping[str, Tensor]) -> None:
     """Raise where a tensor option would change the shape of a parameter."""
     for key, value in options.items():
-        for item in value if isinstance(value, (tuple, list)) else (value,):
+        for item in items_of(value):
             if not (isinstance(item, Tensor) and item.dim() and item.numel() > 1):
                 continue
             for name, p in params.items():
@@ -175,7 +180,7 @@ def values_at(
 
 def is_scheduled(value: Any) -> bool:
     """Whether an option, or an entry of it, is a callable of the step number."""
-    return any(map(callable, value)) if isinstance(value, (tuple, list)) else callable(value)
+    return any(map(callable, items_of(value)))
 
 
 def _item_at(rule: str, key: str, allowed: Any, given: Any, step: int) -> Any:

@@ -7,7 +7,7 @@ plain numbers; autograd differentiates the update of the others, and of rules th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NamedTuple
@@ -15,33 +15,30 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffopt.optim.base import Optimizer
+from diffopt.optim.base import Grads, Groups, Optimizer, OptState, Params, States
 from diffopt.optim.mapped import is_elementwise, update_over_tasks
-from diffopt.optim.terms import Entries, Hyper, Pullback, tensors_of, zeros
-
-ByName = dict[str, Tensor]
-StateByName = dict[str, Entries]
+from diffopt.optim.terms import Hyper, Pullback, tensors_of, zeros
 
 
 class UpdateCotangents(NamedTuple):
     """What flows back through an update; a missing name stands for zero."""
 
-    params: ByName
-    grads: ByName
-    state: StateByName
+    params: dict[str, Tensor]
+    grads: dict[str, Tensor]
+    state: OptState
     seen: list[Tensor | None]
 
 
 def update_vjp(
     opt: Optimizer,
-    params: Mapping[str, Tensor],
-    grads: Mapping[str, Tensor | None],
-    state: Mapping[str, Mapping[str, Tensor]],
-    cot_params: Mapping[str, Tensor],
-    cot_state: Mapping[str, Mapping[str, Tensor]],
+    params: Params,
+    grads: Grads,
+    state: States,
+    cot_params: Params,
+    cot_state: States,
     *,
     hyper: Sequence[Hyper],
-    groups: Sequence[Sequence[str]],
+    groups: Groups,
     tasks: int | None = None,
     seen: Sequence[Any] = (),
     retain_graph: bool = False,
@@ -105,11 +102,11 @@ def is_known(opt: Optimizer, hyper: Sequence[Hyper], tasks: int | None) -> bool:
 
 def reads_gradients(
     opt: Optimizer,
-    grads: Mapping[str, Tensor],
-    state: Mapping[str, Mapping[str, Tensor]],
+    grads: Params,
+    state: States,
     *,
     hyper: Sequence[Hyper],
-    groups: Sequence[Sequence[str]],
+    groups: Groups,
     tasks: int | None = None,
 ) -> bool:
     """Whether ``update_vjp`` looks at the values of the gradients."""
@@ -126,11 +123,11 @@ class _Update:
 
     opt: Optimizer
     tasks: int | None
-    params: Mapping[str, Tensor]
-    grads: Mapping[str, Tensor | None]
-    state: Mapping[str, Mapping[str, Tensor]]
-    cot_params: Mapping[str, Tensor]
-    cot_state: Mapping[str, Mapping[str, Tensor]]
+    params: Params
+    grads: Grads
+    state: States
+    cot_params: Params
+    cot_state: States
 
     def pullback(self, names: Sequence[str], hyper: Hyper) -> Pullback:
         """The part of one param group: of the parameters ``names``, all of which have gradients."""
@@ -148,7 +145,7 @@ class _Update:
 def _by_autograd(
     update: _Update,
     hyper: Sequence[Hyper],
-    groups: Sequence[Sequence[str]],
+    groups: Groups,
     seen: Sequence[Any],
     retain_graph: bool,
 ) -> UpdateCotangents:
@@ -186,7 +183,7 @@ def _by_autograd(
     cots = iter(found)
     to_params = {n: c for n in params if (c := next(cots)) is not None}
     to_grads = {n: c for n in grads if (c := next(cots)) is not None}
-    to_state: StateByName = {name: {} for name in state}
+    to_state: OptState = {name: {} for name in state}
     for name, key, _ in _flowing(state):
         if (c := next(cots)) is not None:
             to_state[name][key] = c
@@ -201,7 +198,7 @@ def _state_leaf(key: str, x: Tensor) -> Tensor:
     return _leaf(x) if x.is_floating_point() and key != "step" else x
 
 
-def _flowing(state: StateByName) -> Iterator[tuple[str, str, Tensor]]:
+def _flowing(state: OptState) -> Iterator[tuple[str, str, Tensor]]:
     """The entries that carry derivatives."""
     for name, entries in state.items():
         for key, x in entries.items():
