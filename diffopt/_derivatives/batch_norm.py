@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffopt._derivatives.conditions import differentiated, normalised, to_be_written_out
 from diffopt._derivatives.low_precision import by_kernel, in_low_precision
-from diffopt._derivatives.own import differentiated, normalised, to_be_written_out
 
 _batch_norm: Any = F.batch_norm
 _instance_norm: Any = F.instance_norm
@@ -155,8 +155,8 @@ class _BatchNorm(torch.autograd.Function):
 
         def first(grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
             wanted = [ctx.needs_input_grad[0], True, True]
-            given = (ctx.kernel, x, grad, scale, None, None, mean, rate)
-            return _backward(*given, True, ctx.eps, wanted, reserve)  # type: ignore[no-any-return]
+            inputs = (ctx.kernel, x, grad, scale, None, None, mean, rate)
+            return _backward(*inputs, True, ctx.eps, wanted, reserve)  # type: ignore[no-any-return]
 
         if torch.is_grad_enabled():
             to_x, to_weight, to_bias = _BatchNormBackward.apply(  # type: ignore[no-untyped-call]
@@ -232,7 +232,7 @@ class _Moments:
         g: Tensor,
         g_normal: Tensor,
     ) -> _Moments:
-        """From what the first derivative has found already."""
+        """From the sums that the first derivative has taken already."""
 
         def wide(a: Tensor) -> Tensor:
             return a.view(1, -1, *(1,) * (x.dim() - 2))

@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffopt._derivatives.conditions import differentiated, normalised, to_be_written_out
 from diffopt._derivatives.low_precision import by_kernel, in_low_precision
-from diffopt._derivatives.own import differentiated, normalised, to_be_written_out
 
 _layer_norm: Any = F.layer_norm
 _forward: Any = torch.ops.aten.native_layer_norm.default

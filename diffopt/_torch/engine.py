@@ -26,17 +26,17 @@ def gradient(
     """The gradient of a scalar, with the modes that are active here active in the backward pass."""
     with unseen():
         ones = torch.ones_like(loss, memory_format=torch.preserve_format)
-    found: Sequence[Tensor | None] = _graph._engine_run_backward(
+    gradients: Sequence[Tensor | None] = _graph._engine_run_backward(
         (loss,), (ones,), retain_graph, create_graph, tuple(inputs), True, accumulate_grad=False
     )
-    return found
+    return gradients
 
 
 def pulled_back(
     roots: Sequence[Any], cotangents: Sequence[Tensor], inputs: Sequence[Any], *, retain_graph: bool
 ) -> Sequence[Tensor | None]:
     """``torch.autograd.grad`` of tensors or gradient edges, without its checks of the arguments."""
-    found: Sequence[Tensor | None] = _graph._engine_run_backward(
+    results: Sequence[Tensor | None] = _graph._engine_run_backward(
         tuple(roots),
         tuple(cotangents),
         retain_graph,
@@ -45,7 +45,7 @@ def pulled_back(
         True,
         accumulate_grad=False,
     )
-    return found
+    return results
 
 
 def shielded() -> AbstractContextManager[object]:

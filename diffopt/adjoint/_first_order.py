@@ -179,14 +179,14 @@ class _Chain:
         pairs = [(end, cotangent[path]) for path, end in self._ends.items() if path in cotangent]
         if not pairs:
             return {}
-        found = torch.autograd.grad(
+        cotangents = torch.autograd.grad(
             [end for end, _ in pairs],
             list(self._leaves.values()),
             [c for _, c in pairs],
             retain_graph=keep,
             allow_unused=True,
         )
-        return {p: g for p, g in zip(self._leaves, found, strict=True) if g is not None}
+        return {p: c for p, c in zip(self._leaves, cotangents, strict=True) if c is not None}
 
 
 class _Saved:

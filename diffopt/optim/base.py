@@ -258,9 +258,9 @@ class Optimizer(torch.optim.Optimizer):
         groups: list[list[str]] = []
         for group in self.param_groups:
             indexed = [(f"parameter {next(number)}", p) for p in group["params"]]
-            own = {name: p for name, p in indexed if p.grad is not None}
-            live.update(own)
-            groups.append(list(own))
+            updated = {name: p for name, p in indexed if p.grad is not None}
+            live.update(updated)
+            groups.append(list(updated))
         with torch.no_grad():
             hyper = self.hyperparameters(self._steps)
             state = {}
@@ -298,8 +298,8 @@ class Optimizer(torch.optim.Optimizer):
         params = dict(zip(names, group["params"], strict=True))
         for name, p in params.items():
             _refuse_complex(p, name)
-        own = {key: group[key] for key in self.defaults}
-        options.check_shapes(type(self).__name__, own, params)
+        group_options = {key: group[key] for key in self.defaults}
+        options.check_shapes(type(self).__name__, group_options, params)
 
     # Saving.
 

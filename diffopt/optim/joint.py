@@ -44,10 +44,10 @@ class Joint(Optimizer):
         holders: dict[Tensor, Optimizer] = {}
         for opt in self.optimizers:
             for group in opt.param_groups:
-                given = group.get("param_names", ())
+                param_names = group.get("param_names", ())
                 for i, p in enumerate(group["params"]):
                     if p in holders:
-                        name = given[i] if given else f"{i}, of shape {tuple(p.shape)}"
+                        name = param_names[i] if param_names else f"{i}, of shape {tuple(p.shape)}"
                         both = f"{type(holders[p]).__name__} and {type(opt).__name__}"
                         raise ValueError(
                             f"{both} both hold the parameter {names.get(p, name)!r}: give each "

@@ -107,12 +107,12 @@ def _operand(c: Any, xs: Tensors) -> Any:
     autograd would save it.
     """
     dtype = xs[0].dtype
-    plain = (
+    is_number = (
         type(c) in (int, float)
         and dtype in _WIDE
         and all(x.is_cpu and x.dtype is dtype and not x.requires_grad for x in xs)
     )
-    return torch.scalar_tensor(c, dtype=dtype) if plain and not values_unknown() else c
+    return torch.scalar_tensor(c, dtype=dtype) if is_number and not values_unknown() else c
 
 
 _WIDE = (torch.float32, torch.float64)

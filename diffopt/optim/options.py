@@ -164,7 +164,7 @@ def values_at(
         TypeError: a callable returned no number or tensor.
         ValueError: a value is out of its range.
     """
-    found = {}
+    values = {}
     for key in keys:
         value = group[key]
         if key not in SWITCHES:
@@ -174,8 +174,8 @@ def values_at(
                 value = tuple(_item_at(rule, f"{key}[{i}]", *pair, step) for i, pair in pairs)
             else:
                 value = _item_at(rule, key, allowed or ANY, value, step)
-        found[key] = value
-    return found
+        values[key] = value
+    return values
 
 
 def is_scheduled(value: Any) -> bool:
@@ -183,13 +183,13 @@ def is_scheduled(value: Any) -> bool:
     return any(map(callable, items_of(value)))
 
 
-def _item_at(rule: str, key: str, allowed: Any, given: Any, step: int) -> Any:
-    kind = type(given)
+def _item_at(rule: str, key: str, allowed: Any, option: Any, step: int) -> Any:
+    kind = type(option)
     if kind is float or kind is int:
-        if not allowed.holds(given, given):
-            raise _out_of_range(rule, key, allowed, given, step)
-        return given
-    value = given(step) if callable(given) else given
+        if not allowed.holds(option, option):
+            raise _out_of_range(rule, key, allowed, option, step)
+        return option
+    value = option(step) if callable(option) else option
     if isinstance(value, Tensor):
         _check_dtype(rule, key, value)
         if key == "lr" and value.numel() > 1:
