@@ -128,6 +128,16 @@ def new_objects_only() -> Iterator[None]:
         gc.enable()
 
 
+def live_bytes() -> int:
+    """Of all tensors that Python knows and that have memory, each storage once."""
+    storages = {
+        x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
+        for x in gc.get_objects()
+        if type(x) in (Tensor, nn.Parameter)
+    }
+    return sum(storages.values())
+
+
 def assert_all_close(
     got: Iterable[Tensor | None], want: Iterable[Tensor | None], rtol: float, atol: float
 ) -> None:

@@ -97,7 +97,7 @@ class Following(Checkpointed):
 
     def forward(self, loop: Any) -> Any:
         state, kept = super().forward(loop)
-        self.seen.append(kept[2])
+        self.seen.append(kept.kept)
         return state, kept
 
 

@@ -277,7 +277,7 @@ class Watched(FirstOrder):
 
     def forward(self, loop: Any) -> Any:
         state, kept = super().forward(loop)
-        self.seen.append(kept[3])
+        self.seen.append(kept.kept)
         return state, kept
 
 

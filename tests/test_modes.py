@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -13,7 +12,7 @@ import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from adjoints import every_adjoint
-from helpers import new_objects_only
+from helpers import live_bytes, new_objects_only
 from oracle import plain
 from torch import Tensor, nn
 
@@ -195,16 +194,6 @@ def test_backward_in_another_thread_and_two_unrolls_at_once() -> None:
     assert settings() == before
     for found, wanted in zip(reversed(got), want, strict=True):
         assert all(torch.equal(g, w) for g, w in zip(found, wanted, strict=True))
-
-
-def live_bytes() -> int:
-    """Of all tensors that Python knows and that have memory, each storage once."""
-    storages = {
-        x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
-        for x in gc.get_objects()
-        if type(x) in (Tensor, nn.Parameter)
-    }
-    return sum(storages.values())
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

@@ -81,8 +81,8 @@ def test_binomial_is_optimal_for_more() -> None:
     for free in range(20):
         for steps in (97, 160, 230):
             assert optimum(steps, free) == by_slopes(steps, free)
-    for steps in (*range(61, 400, 31), 400):
-        for snapshots in range(1, 21):
+    for steps in (61, 92, 185, 400):
+        for snapshots in range(1, 21, 2 if steps > 100 else 1):
             plan = binomial(steps, snapshots)
             assert plan.recomputed_steps == by_slopes(steps, snapshots - 1)
             assert plan.peak_states == snapshots
@@ -90,7 +90,7 @@ def test_binomial_is_optimal_for_more() -> None:
 
 @pytest.mark.parametrize(
     ("steps", "snapshots"),
-    [(100_000, 2), (100_000, 300), *((10_000, c) for c in (1, 2, 3, 20, 100, 10**6))],
+    [(30_000, 2), (30_000, 300), *((5_000, c) for c in (1, 2, 3, 20, 100, 10**6))],
 )
 def test_binomial_is_optimal_for_many_steps(steps: int, snapshots: int) -> None:
     plan = binomial(steps, snapshots)
@@ -247,7 +247,7 @@ def test_workspace_is_a_graph_at_least() -> None:
 
 
 def test_budget_for_many_steps() -> None:
-    plan = budget(100_000, state_bytes=1, graph_bytes=10, budget_bytes=11_000)
+    plan = budget(20_000, state_bytes=1, graph_bytes=10, budget_bytes=11_000)
     assert plan.predicted_peak_bytes is not None
     assert 10_980 < plan.predicted_peak_bytes <= 11_000
     assert plan.recomputed_steps == 0

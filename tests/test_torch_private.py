@@ -116,6 +116,9 @@ NAMES = [
     ("torch._C", "_is_any_autocast_enabled"),
     ("torch._C", "_DisableAutocast"),
     ("torch._inductor.compile_fx", "compile_fx"),
+    ("torch._C._functorch", "is_legacy_batchedtensor"),
+    ("torch._C", "_vmapmode_increment_nesting"),
+    ("torch._C", "_vmapmode_decrement_nesting"),
     ("torch._ops", "OpOverload"),
     ("torch._C", "_VariableFunctions"),
     ("torch._C", "_nn"),
@@ -172,10 +175,13 @@ def test_functorch() -> None:
     assert inside == [((3, 4), 1, True), False]
     assert functorch.only_level() is None
     assert not functorch.in_functorch()
+    assert functorch.active_transform() is None
     kinds: list[bool] = []
+    names: list[str | None] = []
 
     def noted(x: torch.Tensor) -> torch.Tensor:
         kinds.append(functorch.in_derivative())
+        names.append(functorch.active_transform())
         assert functorch.only_level() is None or not kinds[-1]
         return x.sin()
 
@@ -183,6 +189,7 @@ def test_functorch() -> None:
     torch.func.grad(noted)(x[0, 0])
     torch.func.jvp(noted, (x,), (x,))
     assert kinds == [False, True, True]
+    assert names == ["vmap", "grad", "jvp"]
     assert not functorch.is_wrapped(x)
     assert functorch.unwrapped(x, 1) is None
     assert functorch.unwrapped("x", 1) is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import wraps
+from inspect import Parameter, Signature
 from typing import Any
 
 import torch
@@ -43,38 +44,27 @@ def native_layer_norm(
     return (y, *_statistics(input, dims, eps))
 
 
-def batch_norm(
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-    cudnn_enabled: bool,
-) -> Tensor:
-    """``torch.batch_norm``."""
-    return _batch_norm.batch_norm(
-        input, running_mean, running_var, weight, bias, training, momentum, eps
-    )
+def _in_order_of_aten(replacement: Operation, of_batch: str) -> Operation:
+    """The replacement, of whose arguments ATen has another order and one more, which does nothing.
+
+    Args:
+        of_batch: the name of the argument that asks for the statistics of the batch.
+    """
+    kind = Parameter.POSITIONAL_OR_KEYWORD
+    names = ["input", "weight", "bias", "running_mean", "running_var"]
+    names += [of_batch, "momentum", "eps", "cudnn_enabled"]
+    signature = Signature([Parameter(name, kind) for name in names])
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        arguments = signature.bind(*args, **kwargs).arguments
+        del arguments["cudnn_enabled"]
+        return replacement(**arguments)
+
+    return called
 
 
-def instance_norm(
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    use_input_stats: bool,
-    momentum: float,
-    eps: float,
-    cudnn_enabled: bool,
-) -> Tensor:
-    """``torch.instance_norm``."""
-    return _batch_norm.instance_norm(
-        input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
-    )
+batch_norm = _in_order_of_aten(_batch_norm.batch_norm, "training")
+instance_norm = _in_order_of_aten(_batch_norm.instance_norm, "use_input_stats")
 
 
 def native_batch_norm(

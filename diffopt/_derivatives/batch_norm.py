@@ -16,15 +16,15 @@ statistics count as constants from the third derivative on.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffopt._derivatives.conditions import differentiated, normalised, to_be_written_out
 from diffopt._derivatives.low_precision import by_kernel, in_low_precision
-from diffopt._derivatives.own import differentiated, normalised, to_be_written_out
 
 _batch_norm: Any = F.batch_norm
 _instance_norm: Any = F.instance_norm
@@ -44,30 +44,16 @@ def batch_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """``torch.nn.functional.batch_norm``."""
-    statistics = (running_mean, running_var)
+    statistics = running_mean, running_var
     of_batch = training and input.dim() > 1 and input.numel() > input.shape[1]
-    constant = not any(x is not None and x.requires_grad for x in statistics)
-    if not (of_batch and constant and differentiated(input, weight, bias)):
-        if of_batch and constant and in_low_precision(input, weight, bias):
-
-            def kernel(x: Tensor, w: Tensor | None, b: Tensor | None) -> Tensor:
-                return _batch_norm(x, None, None, w, b, True, momentum, eps)  # type: ignore[no-any-return]
-
-            def wide(x: Tensor, w: Tensor | None, b: Tensor | None) -> Tensor:
-                return batch_norm(x, None, None, w, b, True, momentum, eps)
-
-            _advance(_batch_norm, input, statistics, (weight, bias), momentum)
-            return by_kernel(kernel, wide, input, weight, bias)
-        if not (of_batch and to_be_written_out()):
-            return _batch_norm(  # type: ignore[no-any-return]
-                input, *statistics, weight, bias, training, momentum, eps
-            )
-        _advance(_batch_norm, input, statistics, (weight, bias), momentum)
-        return _by_channel(input, [0, *range(2, input.dim())], eps, weight, bias)
-    result: Tensor = _BatchNorm.apply(  # type: ignore[no-untyped-call]
-        input, weight, bias, *statistics, momentum, eps
-    )
-    return result
+    if of_batch and _constant(statistics) and differentiated(input, weight, bias):
+        result: Tensor = _BatchNorm.apply(  # type: ignore[no-untyped-call]
+            input, weight, bias, *statistics, momentum, eps
+        )
+        return result
+    dims = [0, *range(2, input.dim())] if of_batch else None
+    call = input, statistics, (weight, bias), training, momentum, eps
+    return _by_pytorch(_batch_norm, batch_norm, dims, *call)
 
 
 def instance_norm(
@@ -81,53 +67,62 @@ def instance_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """``torch.nn.functional.instance_norm``: every example's channels are channels of one batch."""
-    statistics = (running_mean, running_var)
+    statistics = running_mean, running_var
     many = input.dim() > 2 and input.numel() > input.shape[0] * input.shape[1]
     of_input = use_input_stats and many
-    constant = not any(x is not None and x.requires_grad for x in statistics)
-    if not (of_input and constant and differentiated(input, weight, bias)):
-        if of_input and constant and in_low_precision(input, weight, bias):
-
-            def kernel(x: Tensor, w: Tensor | None, b: Tensor | None) -> Tensor:
-                return _instance_norm(x, None, None, w, b, True, momentum, eps)  # type: ignore[no-any-return]
-
-            def wide(x: Tensor, w: Tensor | None, b: Tensor | None) -> Tensor:
-                return instance_norm(x, None, None, w, b, True, momentum, eps)
-
-            _advance(_instance_norm, input, statistics, (weight, bias), momentum)
-            return by_kernel(kernel, wide, input, weight, bias)
-        if not (of_input and to_be_written_out()):
-            return _instance_norm(  # type: ignore[no-any-return]
-                input, *statistics, weight, bias, use_input_stats, momentum, eps
-            )
-        _advance(_instance_norm, input, statistics, (weight, bias), momentum)
-        return _by_channel(input, list(range(2, input.dim())), eps, weight, bias)
+    if not (of_input and _constant(statistics) and differentiated(input, weight, bias)):
+        dims = list(range(2, input.dim())) if of_input else None
+        call = input, statistics, (weight, bias), use_input_stats, momentum, eps
+        return _by_pytorch(_instance_norm, instance_norm, dims, *call)
     n, channels = input.shape[:2]
-    own = [x if x is None else x.repeat(n) for x in statistics]
-    weight, bias = (x if x is None else x.repeat(n) for x in (weight, bias))
+    mean, var, weight, bias = (x if x is None else x.repeat(n) for x in (*statistics, weight, bias))
     joined = input.contiguous().view(1, n * channels, *input.shape[2:])
-    y = batch_norm(joined, own[0], own[1], weight, bias, True, momentum, eps)
+    y = batch_norm(joined, mean, var, weight, bias, True, momentum, eps)
     with torch.no_grad():
-        for kept, new in zip(statistics, own, strict=True):
-            if kept is not None and new is not None:
-                kept.copy_(new.view(n, channels).mean(0))
+        for running, new in zip(statistics, (mean, var), strict=True):
+            if running is not None and new is not None:
+                running.copy_(new.view(n, channels).mean(0))
     return y.view(input.shape)
 
 
 _Pair = tuple[Tensor | None, Tensor | None]
 
 
-def _advance(function: Any, x: Tensor, statistics: _Pair, affine: _Pair, momentum: float) -> None:
-    """Move running statistics towards those of ``x``, with the kernel that ``affine`` asks for."""
-    if statistics[0] is not None:
+def _constant(statistics: _Pair) -> bool:
+    return not any(x is not None and x.requires_grad for x in statistics)
+
+
+def _by_pytorch(
+    function: Any,
+    replacement: Callable[..., Tensor],
+    dims: list[int] | None,
+    x: Tensor,
+    statistics: _Pair,
+    affine: _Pair,
+    of_batch: bool,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """``function`` where its derivative is not taken by hand.
+
+    Args:
+        function, replacement: PyTorch's, and the one from here.
+        dims: over which the statistics of the batch are taken; None where none are.
+    """
+    low = dims is not None and _constant(statistics) and in_low_precision(x, *affine)
+    if dims is None or not (low or to_be_written_out()):
+        return function(x, *statistics, *affine, of_batch, momentum, eps)  # type: ignore[no-any-return]
+    if statistics[0] is not None:  # moves towards x's, by the kernel that the affine map asks for
         with torch.no_grad():
             function(x, *statistics, *affine, True, momentum)
-
-
-def _by_channel(
-    x: Tensor, dims: list[int], eps: float, weight: Tensor | None, bias: Tensor | None
-) -> Tensor:
-    weight, bias = (a if a is None else a.view(-1, *(1,) * (x.dim() - 2)) for a in (weight, bias))
+    if low:
+        return by_kernel(
+            lambda x, w, b: function(x, None, None, w, b, True, momentum, eps),
+            lambda x, w, b: replacement(x, None, None, w, b, True, momentum, eps),
+            x,
+            *affine,
+        )
+    weight, bias = (a if a is None else a.view(-1, *(1,) * (x.dim() - 2)) for a in affine)
     return normalised(x, dims, eps, weight, bias)
 
 
@@ -160,8 +155,8 @@ class _BatchNorm(torch.autograd.Function):
 
         def first(grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
             wanted = [ctx.needs_input_grad[0], True, True]
-            given = (ctx.kernel, x, grad, scale, None, None, mean, rate)
-            return _backward(*given, True, ctx.eps, wanted, reserve)  # type: ignore[no-any-return]
+            inputs = (ctx.kernel, x, grad, scale, None, None, mean, rate)
+            return _backward(*inputs, True, ctx.eps, wanted, reserve)  # type: ignore[no-any-return]
 
         if torch.is_grad_enabled():
             to_x, to_weight, to_bias = _BatchNormBackward.apply(  # type: ignore[no-untyped-call]
@@ -197,13 +192,12 @@ class _BatchNormBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, u: Tensor | None, v: Tensor | None, s: Tensor | None) -> Any:
-        grad, x, weight, *kept = ctx.saved_tensors
+        grad, x, weight, *statistics = ctx.saved_tensors
         if torch.is_grad_enabled():
             moments = _Moments.of(x, grad, u, ctx.eps)
         else:
-            moments = _Moments.from_kernel(x, grad, u, ctx.eps, *kept)
-        found = _pulled_back(moments, grad, weight, u, v, s)
-        return (*found, None, None, None, None)
+            moments = _Moments.from_kernel(x, grad, u, ctx.eps, *statistics)
+        return (*_pulled_back(moments, grad, weight, u, v, s), None, None, None, None)
 
 
 @dataclass(frozen=True)
@@ -223,10 +217,8 @@ class _Moments:
         """By operations that can be differentiated."""
         mean, rate = _average(x), torch.rsqrt(_average((x - _average(x)).square()) + eps)
         normal = (x - mean) * rate
-        first = normal, rate, _average(g), _average(g * normal)
-        if u is None:
-            return cls(*first)
-        return cls._with(u, g, *first, _average(u), _average(u * normal))
+        moments = cls(normal, rate, _average(g), _average(g * normal))
+        return moments if u is None else moments._with(u, g, _average(u), _average(u * normal))
 
     @classmethod
     def from_kernel(
@@ -240,34 +232,24 @@ class _Moments:
         g: Tensor,
         g_normal: Tensor,
     ) -> _Moments:
-        """From what the first derivative has found already."""
+        """From the sums that the first derivative has taken already."""
 
         def wide(a: Tensor) -> Tensor:
             return a.view(1, -1, *(1,) * (x.dim() - 2))
 
-        first = (x - wide(mean)).mul_(wide(rate)), wide(rate), wide(g), wide(g_normal)
+        normal = (x - wide(mean)).mul_(wide(rate))
+        moments = cls(normal, wide(rate), wide(g), wide(g_normal))
         if u is None:
-            return cls(*first)
+            return moments
         # The sums do not depend on the weight, but the kernel on CUDA asks for one.
         statistics = (mean, None, None, mean, rate, True, eps)
         _, u_normal, u_sum = _sums(u, x, *statistics, [False, True, True])
         n = x.numel() // x.shape[1]
-        return cls._with(u, grad, *first, wide(u_sum / n), wide(u_normal / n))
+        return moments._with(u, grad, wide(u_sum / n), wide(u_normal / n))
 
-    @classmethod
-    def _with(
-        cls,
-        u: Tensor,
-        grad: Tensor,
-        normal: Tensor,
-        rate: Tensor,
-        g: Tensor,
-        g_normal: Tensor,
-        u_mean: Tensor,
-        u_normal: Tensor,
-    ) -> _Moments:
-        mixed = _average(u * grad) - u_mean * g - u_normal * g_normal
-        return cls(normal, rate, g, g_normal, u_mean, u_normal, mixed)
+    def _with(self, u: Tensor, grad: Tensor, u_mean: Tensor, u_normal: Tensor) -> _Moments:
+        mixed = _average(u * grad) - u_mean * self.g - u_normal * self.g_normal
+        return replace(self, u=u_mean, u_normal=u_normal, mixed=mixed)
 
 
 def _average(x: Tensor) -> Tensor:

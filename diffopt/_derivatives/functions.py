@@ -33,8 +33,8 @@ def refuse_unrecorded(nodes: Iterable[Node], step: int, recorded: set[type]) -> 
     Args:
         nodes: of the graph of a loss. Those that PyTorch made are passed over.
         step: the number of the step, for the message.
-        recorded: Functions that were found to be recorded, which are passed over; those found now
-            are added.
+        recorded: Functions whose backward pass is known to be recorded. They are passed over, and
+            others of which that turns out are added.
 
     Raises:
         NotImplementedError: naming the Function.
@@ -45,10 +45,10 @@ def refuse_unrecorded(nodes: Iterable[Node], step: int, recorded: set[type]) -> 
         function = function_of(node)
         if function is None or function in recorded or function.__module__.startswith(_KNOWN):
             continue
-        found = _is_recorded(node)
-        if found:
+        is_recorded = _is_recorded(node)
+        if is_recorded:
             recorded.add(function)
-        elif found is False:
+        elif is_recorded is False:
             raise NotImplementedError(
                 f"the loss of step {step} uses {_named(function)}, a custom autograd.Function "
                 "whose backward pass is not recorded (it runs under torch.no_grad(), or detaches): "

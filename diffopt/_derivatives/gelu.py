@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffopt._derivatives.own import differentiated
+from diffopt._derivatives.conditions import differentiated
 
 _gelu: Any = F.gelu
 _gelu_backward: Any = torch.ops.aten.gelu_backward.default

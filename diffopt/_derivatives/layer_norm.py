@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffopt._derivatives.conditions import differentiated, normalised, to_be_written_out
 from diffopt._derivatives.low_precision import by_kernel, in_low_precision
-from diffopt._derivatives.own import differentiated, normalised, to_be_written_out
 
 _layer_norm: Any = F.layer_norm
 _forward: Any = torch.ops.aten.native_layer_norm.default
@@ -40,24 +40,23 @@ def layer_norm(
     """``torch.nn.functional.layer_norm``."""
     shape = tuple(normalized_shape)
     fits = input.shape[input.dim() - len(shape) :] == shape
-    if not differentiated(input, weight, bias) or not fits:
+    if fits and differentiated(input, weight, bias):
+        result: Tensor = _LayerNorm.apply(  # type: ignore[no-untyped-call]
+            input, shape, weight, bias, eps
+        )
+        return result
+    if fits and in_low_precision(input, weight, bias):
+        return by_kernel(
+            lambda x, w, b: _layer_norm(x, shape, w, b, eps),
+            lambda x, w, b: layer_norm(x, shape, w, b, eps),
+            input,
+            weight,
+            bias,
+        )
+    if fits and to_be_written_out():
         inner = list(range(input.dim() - len(shape), input.dim()))
-        if fits and in_low_precision(input, weight, bias):
-
-            def kernel(x: Tensor, w: Tensor | None, b: Tensor | None) -> Tensor:
-                return _layer_norm(x, shape, w, b, eps)  # type: ignore[no-any-return]
-
-            def wide(x: Tensor, w: Tensor | None, b: Tensor | None) -> Tensor:
-                return layer_norm(x, shape, w, b, eps)
-
-            return by_kernel(kernel, wide, input, weight, bias)
-        if fits and to_be_written_out():
-            return normalised(input, inner, eps, weight, bias)
-        return _layer_norm(input, normalized_shape, weight, bias, eps)  # type: ignore[no-any-return]
-    result: Tensor = _LayerNorm.apply(  # type: ignore[no-untyped-call]
-        input, shape, weight, bias, eps
-    )
-    return result
+        return normalised(input, inner, eps, weight, bias)
+    return _layer_norm(input, normalized_shape, weight, bias, eps)  # type: ignore[no-any-return]
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -81,8 +80,8 @@ class _LayerNorm(torch.autograd.Function):
         wanted = [ctx.needs_input_grad[i] for i in (0, 2, 3)]
 
         def first(grad: Tensor) -> tuple[Tensor | None, ...]:
-            given = (grad, x, ctx.shape, mean, rate, weight, bias, wanted)
-            return _backward(*given)  # type: ignore[no-any-return]
+            inputs = grad, x, ctx.shape, mean, rate, weight, bias
+            return _backward(*inputs, wanted)  # type: ignore[no-any-return]
 
         if torch.is_grad_enabled():
             to_x, to_weight, to_bias = _LayerNormBackward.apply(  # type: ignore[no-untyped-call]
@@ -133,8 +132,8 @@ class _LayerNormBackward(torch.autograd.Function):
             if torch.is_grad_enabled():
                 result = rate * (a - average(a) - normal * average(a * normal))
             else:
-                given = (a, x, ctx.shape, mean, rate, None, None, [True, False, False])
-                result = _backward(*given)[0]
+                needed = [True, False, False]
+                result, _, _ = _backward(a, x, ctx.shape, mean, rate, None, None, needed)
             return result
 
         to_grad = to_weight = None

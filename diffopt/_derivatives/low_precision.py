@@ -9,20 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import compress
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffopt._derivatives.own import reversed_only
+from diffopt._derivatives.conditions import reversed_only
 
 Operation = Callable[..., Tensor]
 
 
 def in_low_precision(*operands: Tensor | None) -> bool:
     """Whether reverse mode, and nothing else, is to differentiate an operation on ``operands``."""
-    given = [x for x in operands if x is not None]
-    return reversed_only(given) and all(x.dtype.is_floating_point for x in given)
+    tensors = [x for x in operands if x is not None]
+    return reversed_only(tensors) and all(x.dtype.is_floating_point for x in tensors)
 
 
 def by_kernel(kernel: Operation, wide: Operation, *operands: Tensor | None) -> Tensor:
@@ -52,12 +53,12 @@ class _Kernel(torch.autograd.Function):
         operands = ctx.saved_tensors
         needed = ctx.needs_input_grad[2:]
         if torch.is_grad_enabled():
-            found = _KernelBackward.apply(  # type: ignore[no-untyped-call]
+            to_operands = _KernelBackward.apply(  # type: ignore[no-untyped-call]
                 ctx.kernel, ctx.wide, needed, grad, *operands
             )
         else:
-            found = _first(ctx.kernel, grad, operands, needed)
-        return (None, None, *found)
+            to_operands = _first(ctx.kernel, grad, operands, needed)
+        return (None, None, *to_operands)
 
 
 class _KernelBackward(torch.autograd.Function):
@@ -84,23 +85,22 @@ class _KernelBackward(torch.autograd.Function):
             grad, *operands = (_alias(x, again) for x in ctx.saved_tensors)
             with _without_autocast(grad):
                 y = ctx.wide(*_in_one_dtype(operands)).to(grad.dtype)
-            wanted = [x for x, is_needed in zip(operands, ctx.needed, strict=True) if is_needed]
-            first = torch.autograd.grad(y, wanted, grad, create_graph=True)
-            given = [c for c, is_needed in zip(cotangents, ctx.needed, strict=True) if is_needed]
-            pairs = [(g, c) for g, c in zip(first, given, strict=True) if c is not None]
-            targets = [x for x in (grad, *operands) if x is not None]
-            found = iter(
-                torch.autograd.grad(
+            needed = list(compress(operands, ctx.needed))
+            first = torch.autograd.grad(y, needed, grad, create_graph=True)
+            flowing = zip(first, compress(cotangents, ctx.needed), strict=True)
+            pairs = [(g, c) for g, c in flowing if c is not None]
+            inputs = [x for x in (grad, *operands) if x is not None]
+            second: Sequence[Tensor | None] = [None] * len(inputs)
+            if pairs:
+                second = torch.autograd.grad(
                     [g for g, _ in pairs],
-                    targets,
+                    inputs,
                     [c for _, c in pairs],
                     create_graph=again,
                     allow_unused=True,
                 )
-                if pairs
-                else [None] * len(targets)
-            )
-        return (None, None, None, *(None if x is None else next(found) for x in (grad, *operands)))
+        results = iter(second)
+        return (None, None, None, *(x if x is None else next(results) for x in (grad, *operands)))
 
 
 def _under_present_autocast(kernel: Operation, operands: Sequence[Tensor | None]) -> Operation:
@@ -140,11 +140,9 @@ def _first(
     kernel: Operation, grad: Tensor, operands: Sequence[Tensor | None], needed: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     with torch.enable_grad():
-        given = [
+        leaves: list[Any] = [
             x if x is None else x.detach().requires_grad_(is_needed)
             for x, is_needed in zip(operands, needed, strict=True)
         ]
-        y = kernel(*given)
-        wanted = [x for x in given if x is not None and x.requires_grad]
-        found = iter(torch.autograd.grad(y, wanted, grad))
-    return tuple(next(found) if is_needed else None for is_needed in needed)
+        gradients = iter(torch.autograd.grad(kernel(*leaves), list(compress(leaves, needed)), grad))
+    return tuple(next(gradients) if is_needed else None for is_needed in needed)

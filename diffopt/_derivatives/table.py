@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from diffopt._derivatives import aliases
 from diffopt._derivatives.attention import math_attention, scaled_dot_product_attention
 from diffopt._derivatives.batch_norm import batch_norm, instance_norm
+from diffopt._derivatives.conditions import beyond_second_derivatives, is_beyond_second
 from diffopt._derivatives.gelu import gelu
 from diffopt._derivatives.layer_norm import layer_norm
 from diffopt._derivatives.missing import (
@@ -32,7 +33,6 @@ from diffopt._derivatives.missing import (
     refuse_wrong,
     weight_norm,
 )
-from diffopt._derivatives.own import beyond_second_derivatives, is_beyond_second
 from diffopt._derivatives.routing import Routed
 from diffopt._torch.operations import Operation, builtins, overloads
 

@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from diffopt._loop.kept import Begun
 from diffopt._loop.loop import Loop
 from diffopt._torch.dispatch import TorchDispatchMode
-from diffopt._torch.unseen import unseen
+from diffopt._torch.modes import unseen
 from diffopt._values.outputs import StepCotangents
 
 _UNIT = 512  # bytes: allocators give whole multiples of this, or of less

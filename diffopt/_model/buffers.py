@@ -51,11 +51,11 @@ class BufferStandIns:
         left: Mapping[str, Tensor],
         step: int,
     ) -> dict[str, Tensor]:
-        """The buffers after a step, which found ``stand_ins`` and left ``left``.
+        """The buffers after a step that began with ``stand_ins`` and ended with ``left``.
 
-        Those it did not touch are the same objects as in ``buffers``.
+        Buffers that the step did not touch are the same objects as in ``buffers``.
         """
-        found, unclear = dict(left), []
+        after, unclear = dict(left), []
         for name, x in left.items():
             if x is not stand_ins.get(name) or x.requires_grad or name in self._changing:
                 if name not in stand_ins:
@@ -63,17 +63,17 @@ class BufferStandIns:
                 if x.requires_grad:
                     self.tracked.add(name)
             else:
-                found[name] = buffers[name]
+                after[name] = buffers[name]
                 unclear.append(name)
         if step >= self._compared and unclear:
             changed = differ([left[n] for n in unclear], [buffers[n] for n in unclear])
             for name in compress(unclear, changed):
-                found[name] = left[name]
+                after[name] = left[name]
                 self._changing.add(name)
                 del self._copies[name]
         self._compared = max(self._compared, step + 1)
         self._slots.changing = self._changing
-        return found
+        return after
 
     def look_again(self, step: int) -> None:
         """Let the next evaluation of ``step`` be compared by value, too."""

@@ -34,15 +34,15 @@ def check_shared_memory(params: Mapping[str, Tensor], buffers: Mapping[str, Tens
                 "trained apart: give it a copy, x.clone(), or expand a smaller one in forward"
             )
     kinds = ((params, "parameter"), (buffers, "buffer"))
-    held = [
+    named = [
         (f"{kind} {name!r}", x)
         for tensors, kind in kinds
         for name, x in tensors.items()
         if x.layout is torch.strided and x.numel() and _storage(x)
     ]
-    if len({_storage(x) for _, x in held}) == len(held):
+    if len({_storage(x) for _, x in named}) == len(named):
         return
-    ranges = sorted([(_storage(x), *_range(x), name, x) for name, x in held], key=itemgetter(0, 1))
+    ranges = sorted([(_storage(x), *_range(x), name, x) for name, x in named], key=itemgetter(0, 1))
     active: list[tuple[int, int, int, str, Tensor]] = []  # those that reach into the next range
     for entry in ranges:
         storage, start, _, name, x = entry
@@ -87,5 +87,5 @@ def _bytes(x: Tensor) -> list[int]:
     for n, step in zip(x.shape, x.stride(), strict=True):
         offsets = (offsets[:, None] + step * torch.arange(n)).flatten()
     size = x.element_size()
-    found: list[int] = (offsets[:, None] * size + torch.arange(size)).flatten().tolist()
-    return found
+    numbers: list[int] = (offsets[:, None] * size + torch.arange(size)).flatten().tolist()
+    return numbers

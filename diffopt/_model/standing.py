@@ -55,7 +55,7 @@ class InnerHooks:
         return lambda *args: hook(*args) if self._acting else None
 
 
-class _Present(threading.local):
+class _Standing(threading.local):
     """What stands in modules on this thread, the outermost first."""
 
     def __init__(self) -> None:
@@ -66,7 +66,7 @@ class _Present(threading.local):
         return next((hooks for *_, hooks in reversed(self.stack) if hooks is not None), None)
 
 
-_present = _Present()
+_standing = _Standing()
 
 
 @contextmanager
@@ -88,20 +88,20 @@ def standing(
     with slots.unchanged(), modes.active(routed=routed), _as_now:
         if as_at_call:
             slots.as_at_call()
-        _present.stack.append((slots, modes, hooks))
+        _standing.stack.append((slots, modes, hooks))
         try:
             yield
         finally:
-            _present.stack.pop()
+            _standing.stack.pop()
 
 
 class _Moment:
     """What stands in modules at one moment, to be stood there again for a recomputation."""
 
     def __init__(self) -> None:
-        self._held = [
+        self._values = [
             (slots, modes, slots.training(), slots.loaded[0], _copied(slots, slots.loaded[1]))
-            for slots, modes, _ in _present.stack
+            for slots, modes, _ in _standing.stack
             if slots.loaded is not None
         ]
         self._beyond_second = is_beyond_second()
@@ -109,11 +109,11 @@ class _Moment:
     @contextmanager
     def again(self) -> Iterator[None]:
         """The recomputation works on copies of the buffers: they are not advanced a second time."""
-        present = {slots for slots, *_ in _present.stack}
+        now = {slots for slots, *_ in _standing.stack}
         with ExitStack() as stack:
             stack.enter_context(beyond_second_derivatives(self._beyond_second))
-            for slots, modes, training, params, buffers in self._held:
-                if slots in present:
+            for slots, modes, training, params, buffers in self._values:
+                if slots in now:
                     stack.enter_context(_loaded_before(slots))
                 else:
                     stack.enter_context(standing(slots, modes))
@@ -140,7 +140,7 @@ def load_again(slots: ModuleSlots, loaded: tuple[Values, Values] | None) -> None
         slots.load(params, _copied(slots, buffers))
 
 
-def stand_again_in_backward(result: Any, given: Any, since: int) -> None:
+def stand_again_in_backward(result: Any, inputs: Any, since: int) -> None:
     """Stand the present values in the module again where custom Functions run backward.
 
     The backward pass of a ``torch.autograd.Function`` may read the module, as adjoint methods do
@@ -148,12 +148,12 @@ def stand_again_in_backward(result: Any, given: Any, since: int) -> None:
 
     Args:
         result: a pytree of what was computed while the values stood.
-        given: a pytree of what it was computed from.
+        inputs: a pytree of what ``result`` was computed from.
         since: ``present_sequence()`` before that. Nodes with a smaller number were there before.
 
     Limits: a Function is found where it was called on this thread, behind a tensor in ``result``.
     """
-    passed: set[Any] = {None, *(x.grad_fn for x in tensors_in(given))}
+    passed: set[Any] = {None, *(x.grad_fn for x in tensors_in(inputs))}
     nodes: list[Any] = [x.grad_fn for x in tensors_in(result)]
     moment: _Moment | None = None
     while nodes:
@@ -186,7 +186,7 @@ class _Frame(CheckpointFrame):
             with moment.again():
                 recompute(*inputs)
 
-        super().__init__(recompute_as_now if _present.stack else recompute, *args, **kwargs)
+        super().__init__(recompute_as_now if _standing.stack else recompute, *args, **kwargs)
 
 
 class _Reentrant:
@@ -196,7 +196,7 @@ class _Reentrant:
 
     @classmethod
     def apply(cls, *args: Any) -> Any:
-        if _present.stack and torch.is_grad_enabled():
+        if _standing.stack and torch.is_grad_enabled():
             raise NotImplementedError(
                 "a layer calls torch.utils.checkpoint with use_reentrant=True, which can be "
                 "differentiated neither with respect to given tensors nor twice: pass "
@@ -209,7 +209,7 @@ class _BackwardHook(torch_hooks.BackwardHook):
     """A module's full backward hooks, for one call of the module."""
 
     def __init__(self, module: Any, user_hooks: Any, user_pre_hooks: Any) -> None:
-        hooks = _present.hooks()
+        hooks = _standing.hooks()
         if hooks is not None:
             user_hooks = [hooks.only_here(hook) for hook in user_hooks]
             user_pre_hooks = [hooks.only_here(hook) for hook in user_pre_hooks]
@@ -220,7 +220,7 @@ _register_hook: Any = torch.Tensor.register_hook
 
 
 def _register_inner_hook(self: Tensor, hook: Hook) -> Any:
-    hooks = _present.hooks()
+    hooks = _standing.hooks()
     return _register_hook(self, hook if hooks is None else hooks.only_here(hook))
 
 
@@ -229,7 +229,7 @@ _enter_hooks: Any = saved_tensors_hooks.__enter__
 
 def _enter_hooks_of_no_checkpoint(self: saved_tensors_hooks) -> None:
     """In place of ``_Frame``, where PyTorch makes no frames that can be replaced."""
-    if _present.stack and belongs_to_checkpoint(self):
+    if _standing.stack and belongs_to_checkpoint(self):
         raise NotImplementedError(
             "a layer calls torch.utils.checkpoint, which PyTorch "
             f"{torch.__version__} computes again in a way that diffopt does not know: it would see "

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
-from torch import _C, Tensor
+from torch import Tensor
 
-_is_batched: Any = getattr(getattr(_C, "_functorch", None), "is_legacy_batchedtensor", None)
-_enter: Any = getattr(_C, "_vmapmode_increment_nesting", None)
-_leave: Any = getattr(_C, "_vmapmode_decrement_nesting", None)
+from diffopt._torch.feature import optional
+
+_is_batched = optional("torch._C._functorch", "is_legacy_batchedtensor")
+_enter = optional("torch._C", "_vmapmode_increment_nesting")
+_leave = optional("torch._C", "_vmapmode_decrement_nesting")
 
 
 def any_batched(tensors: Iterable[Tensor | None]) -> bool:

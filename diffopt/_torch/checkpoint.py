@@ -8,7 +8,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from diffopt._torch.feature import optional
 
-_found = optional("torch.utils.checkpoint", "_CheckpointFrame")
+_Frame = optional("torch.utils.checkpoint", "_CheckpointFrame")
 
 if TYPE_CHECKING:
     from torch.utils.checkpoint import _CheckpointFrame
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     CheckpointFrame = _CheckpointFrame
 else:
     #: Holds how a layer is computed again, with ``use_reentrant=False``.
-    CheckpointFrame = _found or object
+    CheckpointFrame = _Frame or object
 
 #: Whether a layer is computed again by way of ``CheckpointFrame``.
-HAS_FRAME = _found is not None
+HAS_FRAME = _Frame is not None
 
 
 def belongs_to_checkpoint(hooks: saved_tensors_hooks) -> bool:

@@ -1,4 +1,4 @@
-"""Compiling traced graphs, and what is in them."""
+"""Tracing a step: the operators in its graph, and autocast."""
 
 from __future__ import annotations
 
@@ -7,17 +7,9 @@ from typing import Any, TypeGuard
 
 from diffopt._torch.feature import optional, private
 
-_FEATURE = "compile=True"
-
-_compile_fx = "torch._inductor.compile_fx"
-_autocast_is_on = private("torch._C", "_is_any_autocast_enabled", _FEATURE)
-_autocast_off = private("torch._C", "_DisableAutocast", _FEATURE)
+_autocast_is_on = private("torch._C", "_is_any_autocast_enabled", "compile=True")
+_autocast_off = private("torch._C", "_DisableAutocast", "compile=True")
 _OpOverload = optional("torch._ops", "OpOverload")
-
-
-def compile_fx(*args: Any, **kwargs: Any) -> Any:
-    """Compile a graph with TorchInductor, which is imported at the first call."""
-    return private(_compile_fx, "compile_fx", _FEATURE)(*args, **kwargs)
 
 
 def is_overload(target: Any) -> TypeGuard[Any]:

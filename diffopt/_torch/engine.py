@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import graph as _graph
 
 from diffopt._torch.feature import private
+from diffopt._torch.modes import unseen
 
 _graph_task = private("torch._C", "_current_graph_task_id", "differentiating twice with group")
 
@@ -23,19 +24,19 @@ def gradient(
     loss: Tensor, inputs: Sequence[Tensor], *, retain_graph: bool, create_graph: bool
 ) -> Sequence[Tensor | None]:
     """The gradient of a scalar, with the modes that are active here active in the backward pass."""
-    with torch._C.DisableTorchFunction():
+    with unseen():
         ones = torch.ones_like(loss, memory_format=torch.preserve_format)
-    found: Sequence[Tensor | None] = _graph._engine_run_backward(
+    gradients: Sequence[Tensor | None] = _graph._engine_run_backward(
         (loss,), (ones,), retain_graph, create_graph, tuple(inputs), True, accumulate_grad=False
     )
-    return found
+    return gradients
 
 
 def pulled_back(
     roots: Sequence[Any], cotangents: Sequence[Tensor], inputs: Sequence[Any], *, retain_graph: bool
 ) -> Sequence[Tensor | None]:
     """``torch.autograd.grad`` of tensors or gradient edges, without its checks of the arguments."""
-    found: Sequence[Tensor | None] = _graph._engine_run_backward(
+    results: Sequence[Tensor | None] = _graph._engine_run_backward(
         tuple(roots),
         tuple(cotangents),
         retain_graph,
@@ -44,7 +45,7 @@ def pulled_back(
         True,
         accumulate_grad=False,
     )
-    return found
+    return results
 
 
 def shielded() -> AbstractContextManager[object]:

@@ -32,11 +32,11 @@ def optional(module: str, name: str) -> Any:
     parts = f"{module}.{name}".split(".")
     value: Any = torch
     for i, part in enumerate(parts[1:], 2):
-        found = getattr(value, part, None)
-        if found is None:
+        attribute = getattr(value, part, None)
+        if attribute is None:
             try:
-                found = import_module(".".join(parts[:i]))
+                attribute = import_module(".".join(parts[:i]))
             except ImportError:
                 return None
-        value = found
+        value = attribute
     return value

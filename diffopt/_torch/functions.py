@@ -48,14 +48,14 @@ def run_backward_inside(node: Node, context: Callable[[], Any]) -> None:
     """
     kind = type(node)
     if "apply" not in vars(kind):
-        plain = kind.apply
+        original = kind.apply
 
         def apply(self: Any, *cotangents: Any) -> Any:
             around = self.__dict__.get("_diffopt_context")
             if around is None:
-                return plain(self, *cotangents)
+                return original(self, *cotangents)
             with around():
-                return plain(self, *cotangents)
+                return original(self, *cotangents)
 
         kind.apply = apply
     node._diffopt_context = context

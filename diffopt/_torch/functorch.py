@@ -27,9 +27,15 @@ Level = int
 def in_functorch() -> bool:
     """Whether a ``torch.func`` transform is being applied.
 
-    Where PyTorch cannot tell, no. It then refuses what is not made for transforms.
+    Where PyTorch cannot tell, no. PyTorch then refuses what is not made for transforms.
     """
     return _peek is not None and _peek() is not None
+
+
+def active_transform() -> str | None:
+    """The innermost transform that is being applied, such as ``vmap``; None where none is."""
+    level = None if _peek is None else _peek()
+    return None if level is None else _kind(level).lower()
 
 
 def in_derivative() -> bool:

@@ -1,4 +1,6 @@
-"""Running a Python function of PyTorch's inside a ``TorchFunctionMode`` that it is shown to.
+"""What a ``TorchFunctionMode`` is shown, and what not.
+
+Running a Python function of PyTorch's inside a ``TorchFunctionMode`` that it is shown to.
 
 The first thing such a function does is to ask whether a mode is there, and to hand itself over. The
 mode calls it again, with itself switched off, so the operations inside are not seen. ``opened``
@@ -14,6 +16,11 @@ import builtins
 from functools import lru_cache
 from types import FunctionType
 from typing import Any
+
+from torch import _C
+
+#: A context: within it calls go straight to PyTorch, and no ``TorchFunctionMode`` is shown them.
+unseen: Any = _C.DisableTorchFunction
 
 _QUESTIONS = frozenset(
     {"has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"}

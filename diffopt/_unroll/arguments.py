@@ -13,7 +13,7 @@ from torch.utils.data import IterableDataset
 
 from diffopt._loop import progress as _progress
 from diffopt._step.loss import loss_and_aux
-from diffopt._torch.surroundings import active_transform
+from diffopt._torch.functorch import active_transform
 from diffopt._unroll.in_place import InPlace
 from diffopt.adjoint import Adjoint, MemoryBudget, Segmented, Solver
 from diffopt.optim.scalars import has_tangent

@@ -54,22 +54,22 @@ class OutputCotangents:
         """Those of the steps from position ``by`` on, counted from there."""
         return OutputCotangents(
             None if self.losses is None else self.losses[by:],
-            {t - by: found for t, found in self.aux.items() if t >= by},
+            {t - by: cotangents for t, cotangents in self.aux.items() if t >= by},
         )
 
     def until(self, count: int) -> OutputCotangents:
         """Those of the first ``count`` steps."""
         return OutputCotangents(
             None if self.losses is None else self.losses[:count],
-            {t: found for t, found in self.aux.items() if t < count},
+            {t: cotangents for t, cotangents in self.aux.items() if t < count},
         )
 
     def tensors(self) -> Iterator[Tensor]:
         """All of them."""
         if self.losses is not None:
             yield self.losses
-        for found in self.aux.values():
-            yield from found.values()
+        for cotangents in self.aux.values():
+            yield from cotangents.values()
 
 
 _NOTHING: Mapping[int, Tensor] = {}

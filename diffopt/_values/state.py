@@ -87,9 +87,9 @@ class State:
 
     def apart_from(self, other: State) -> State:
         """The same values, copied where they are held in memory of ``other``."""
-        held = {_memory(x) for x in other.tensors().values()}
+        taken = {_memory(x) for x in other.each()}
         mine = self.tensors()
-        return self.replace({p: x.clone() for p, x in mine.items() if _memory(x) in held})
+        return self.replace({p: x.clone() for p, x in mine.items() if _memory(x) in taken})
 
 
 def _memory(x: Tensor) -> int:

@@ -81,6 +81,21 @@ class Adjoint(ABC):
 
 
 @dataclass(frozen=True)
+class FirstPass:
+    """What the first pass of an adjoint that follows a plan leaves for the way back.
+
+    Attributes:
+        plan: what both do.
+        generators: the generators' states before the first step.
+        kept: snapshots and graphs.
+    """
+
+    plan: Plan
+    generators: tuple[Tensor, ...]
+    kept: Kept
+
+
+@dataclass(frozen=True)
 class Checkpointed(Adjoint):
     """An exact adjoint that follows a plan."""
 
@@ -104,31 +119,29 @@ class Checkpointed(Adjoint):
         plan = self.plan_for(loop)
         generators = loop.generators.get()
         state, kept = run_forward(loop, plan, self.new_snapshots())
-        return state, (plan, generators, kept)
+        return state, FirstPass(plan, generators, kept)
 
     def backward(
         self,
         loop: Loop,
-        kept: tuple[Plan, tuple[Tensor, ...], Kept],
+        kept: FirstPass,
         cotangent: Cotangent,
         outputs: OutputCotangents,
         *,
         keep: bool,
     ) -> tuple[Cotangent, list[Tensor | None]]:
-        plan, _, remains = kept
-        return run_backward(loop, plan, remains, cotangent, outputs, keep=keep)
+        return run_backward(loop, kept.plan, kept.kept, cotangent, outputs, keep=keep)
 
     def differentiable_backward(
         self,
         loop: Loop,
-        kept: tuple[Plan, tuple[Tensor, ...], Kept],
+        kept: FirstPass,
         start: Mapping[Path, Tensor],
         captured: Sequence[Tensor],
         cotangent: Cotangent,
         outputs: OutputCotangents,
     ) -> tuple[Cotangent, list[Tensor | None]]:
-        _, generators, _ = kept
-        return differentiable_backward(loop, generators, start, captured, cotangent, outputs)
+        return differentiable_backward(loop, kept.generators, start, captured, cotangent, outputs)
 
 
 @lru_cache(maxsize=32)

@@ -22,7 +22,7 @@ from diffopt._loop.measure import StepBytes, differentiate_first_step, take_firs
 from diffopt._step.group import Group
 from diffopt._step.message import MOST
 from diffopt._values.state import State
-from diffopt.adjoint._base import Checkpointed
+from diffopt.adjoint._base import Checkpointed, FirstPass
 from diffopt.schedule import Plan
 
 _UNITS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -145,19 +145,16 @@ class MemoryBudget(Checkpointed):
         return self._fitting(steps, self.step)
 
     def forward(self, loop: Loop) -> tuple[State, Any]:
+        generators, begun = loop.generators.get(), None
         if loop.steps == 0:
-            state, kept = run_forward(loop, schedule.store_all(0), self.new_snapshots())
-            return state, (schedule.store_all(0), loop.generators.get(), kept)
-        generators = loop.generators.get()
-        begun, found = None, self.step
-        if loop.step.group is not None:
+            plan = schedule.store_all(0)
+        elif loop.step.group is not None:
             begun, plan = self._agreed(loop, loop.step.group)
         else:
-            if found is None:
-                begun, found = self._seen(loop)
-            plan = self._fitting(loop.steps, found)
+            begun, measured = (None, self.step) if self.step is not None else self._seen(loop)
+            plan = self._fitting(loop.steps, measured)
         state, kept = run_forward(loop, plan, self.new_snapshots(), begun)
-        return state, (plan, generators, kept)
+        return state, FirstPass(plan, generators, kept)
 
     def _agreed(self, loop: Loop, group: Group) -> tuple[Begun, Plan]:
         """The plan for the most that a step takes on any process, and the least that is free.
@@ -165,17 +162,17 @@ class MemoryBudget(Checkpointed):
         Every process takes the first step, whatever it knows already. It is not differentiated to
         see more, so a plan that does not store all graphs is one on the safe side.
         """
-        begun, found, _ = take_first_step(loop)
-        found = replace(
-            found,
-            state=group.maximum(found.state),
-            graph=group.maximum(found.graph),
-            workspace=group.maximum(found.workspace),
-            fixed=group.maximum(found.fixed),
+        begun, step, _ = take_first_step(loop)
+        step = replace(
+            step,
+            state=group.maximum(step.state),
+            graph=group.maximum(step.graph),
+            workspace=group.maximum(step.workspace),
+            fixed=group.maximum(step.fixed),
         )
-        available = min(self._available(_everything(loop.steps, found), found), MOST)
+        available = min(self._available(_everything(loop.steps, step), step), MOST)
         least = MOST - group.maximum(MOST - available)
-        return begun, replace(self, budget=least)._fitting(loop.steps, found)
+        return begun, replace(self, budget=least)._fitting(loop.steps, step)
 
     def _seen(self, loop: Loop) -> tuple[Begun | None, StepBytes]:
         """What a step takes, and the first one if it had to be taken to see that.
@@ -185,20 +182,18 @@ class MemoryBudget(Checkpointed):
         """
         known = _known.setdefault(loop.step.loss.slots.model, {})
         key = _signature(loop)
-        begun, found = None, None if key is None else known.get(key)
-        if found is None or not self._will_do(loop.steps, found):
-            begun, found, meter = take_first_step(loop)
-            if not self._will_do(loop.steps, found):
-                least = _everything(loop.steps, replace(found, workspace=found.graph))
-                all_may_fit = least <= self._available(least, found)
-                found = differentiate_first_step(
-                    loop, begun, found, meter, retain_graph=all_may_fit
-                )
+        begun, step = None, None if key is None else known.get(key)
+        if step is None or not self._will_do(loop.steps, step):
+            begun, step, meter = take_first_step(loop)
+            if not self._will_do(loop.steps, step):
+                least = _everything(loop.steps, replace(step, workspace=step.graph))
+                all_may_fit = least <= self._available(least, step)
+                step = differentiate_first_step(loop, begun, step, meter, retain_graph=all_may_fit)
         known.pop(key, None)  # the one used last comes last
-        known[key] = found
+        known[key] = step
         while len(known) > _MOST_KNOWN:  # a loss made anew for every call is never met again
             del known[next(iter(known))]
-        return begun, found
+        return begun, step
 
     def _will_do(self, steps: int, step: StepBytes) -> bool:
         everything = _everything(steps, step)

@@ -22,7 +22,7 @@ from diffopt._torch.batched import not_batched
 from diffopt._values.outputs import OutputCotangents
 from diffopt._values.state import Cotangent, State
 from diffopt._values.tree import Path
-from diffopt.adjoint._base import Adjoint
+from diffopt.adjoint._base import Adjoint, FirstPass
 from diffopt.optim.lists import one_by_one
 from diffopt.schedule import Plan
 
@@ -56,7 +56,7 @@ class FirstOrder(Adjoint):
     def forward(self, loop: Loop) -> tuple[State, Any]:
         loop = loop.first_order()
         plan = self.plan(loop.steps)
-        wanted = {action.start for action in plan.forward_actions if action.kind == "save"}
+        wanted = set(_saves(plan))
         kept = Kept(Snapshots())
         chain = _Chain(loop)
         generators, state = loop.generators.get(), loop.start
@@ -67,41 +67,54 @@ class FirstOrder(Adjoint):
             chain.extend(linearization, t)
             del linearization
         chain.finish()
-        return state, (loop, plan, generators, kept, chain)
+        return state, _FirstPass(plan, generators, kept, loop, chain)
 
     def backward(
         self,
         loop: Loop,
-        kept: tuple[Loop, Plan, tuple[Tensor, ...], Kept, _Chain],
+        kept: _FirstPass,
         cotangent: Cotangent,
         outputs: OutputCotangents,
         *,
         keep: bool,
     ) -> tuple[Cotangent, list[Tensor | None]]:
-        loop, plan, _, remains, chain = kept
-        if chain.suffices and not outputs:
-            return chain.vjp(cotangent, keep), [None] * len(loop.captured.tensors)
+        if kept.chain.suffices and not outputs:
+            return kept.chain.vjp(cotangent, keep), [None] * len(kept.loop.captured.tensors)
         with not_batched():
-            _complete(loop, plan, remains)
-        return run_backward(loop, plan, remains, cotangent, outputs, keep=keep)
+            _complete(kept)
+        return run_backward(kept.loop, kept.plan, kept.kept, cotangent, outputs, keep=keep)
 
     def differentiable_backward(
         self,
         loop: Loop,
-        kept: tuple[Loop, Plan, tuple[Tensor, ...], Kept, _Chain],
+        kept: _FirstPass,
         start: Mapping[Path, Tensor],
         captured: Sequence[Tensor],
         cotangent: Cotangent,
         outputs: OutputCotangents,
     ) -> tuple[Cotangent, list[Tensor | None]]:
-        loop, _, generators, _, _ = kept
-        return differentiable_backward(loop, generators, start, captured, cotangent, outputs)
+        return differentiable_backward(
+            kept.loop, kept.generators, start, captured, cotangent, outputs
+        )
 
 
-def _complete(loop: Loop, plan: Plan, kept: Kept) -> None:
-    """Save the states that the plan saves in the forward pass and that were not."""
-    saves = [action.start for action in plan.forward_actions if action.kind == "save"]
-    missing = [t for t in saves if t not in kept.snapshots]
+def _saves(plan: Plan) -> list[int]:
+    """The states that the plan saves in the first pass, by position."""
+    return [action.start for action in plan.forward_actions if action.kind == "save"]
+
+
+@dataclass(frozen=True)
+class _FirstPass(FirstPass):
+    """As in general, with the loop of first order and the graph of its updates."""
+
+    loop: Loop
+    chain: _Chain
+
+
+def _complete(first: _FirstPass) -> None:
+    """Save the states that the plan saves in the first pass and that were not."""
+    loop, kept = first.loop, first.kept
+    missing = [t for t in _saves(first.plan) if t not in kept.snapshots]
     if not missing:
         return
     state = loop.restored(kept.snapshots[0])
@@ -166,14 +179,14 @@ class _Chain:
         pairs = [(end, cotangent[path]) for path, end in self._ends.items() if path in cotangent]
         if not pairs:
             return {}
-        found = torch.autograd.grad(
+        cotangents = torch.autograd.grad(
             [end for end, _ in pairs],
             list(self._leaves.values()),
             [c for _, c in pairs],
             retain_graph=keep,
             allow_unused=True,
         )
-        return {p: g for p, g in zip(self._leaves, found, strict=True) if g is not None}
+        return {p: c for p, c in zip(self._leaves, cotangents, strict=True) if c is not None}
 
 
 class _Saved:

@@ -99,21 +99,21 @@ class ForwardMode(Adjoint):
             loop.generators.set(after)
             state = following
         self._check_no_detours(loop)
-        return state, (generators, tangents)
+        return state, _FirstPass(generators, tangents)
 
     def _check_no_detours(self, loop: Loop) -> None:
         for x in (*loop.captured.tensors, *loop.inputs.values()):
-            found = first_behind(x, self.wrt)
-            if found is None or _stands_for(x, self.wrt[found], loop.tasks):
+            i = first_behind(x, self.wrt)
+            if i is None or _stands_for(x, self.wrt[i], loop.tasks):
                 continue
-            if self.wrt[found].dtype in (torch.bfloat16, torch.float16):
+            if self.wrt[i].dtype in (torch.bfloat16, torch.float16):
                 raise NotImplementedError(
-                    f"wrt[{found}] is in {self.wrt[found].dtype}, and of parameters in low "
+                    f"wrt[{i}] is in {self.wrt[i].dtype}, and of parameters in low "
                     "precision the unroll trains copies in float32: convert the model to float32 "
                     "for ForwardMode, or use another adjoint"
                 )
             raise ValueError(
-                f"wrt[{found}] has an influence through a tensor of shape {tuple(x.shape)} "
+                f"wrt[{i}] has an influence through a tensor of shape {tuple(x.shape)} "
                 "that was computed from it before the call: pass that one in wrt, or let the "
                 "steps compute it, such as by lr=lambda t: log_lr.exp()"
             )
@@ -121,35 +121,33 @@ class ForwardMode(Adjoint):
     def backward(
         self,
         loop: Loop,
-        kept: tuple[tuple[Tensor, ...], _Tangents],
+        kept: _FirstPass,
         cotangent: Cotangent,
         outputs: OutputCotangents,
         *,
         keep: bool,
     ) -> tuple[Cotangent, list[Tensor | None]]:
-        _, tangents = kept
-        return {}, self._delivered(loop, tangents.product(cotangent, outputs))
+        return {}, self._delivered(loop, kept.tangents.product(cotangent, outputs))
 
     def differentiable_backward(
         self,
         loop: Loop,
-        kept: tuple[tuple[Tensor, ...], _Tangents],
+        kept: _FirstPass,
         start: Mapping[Path, Tensor],
         captured: Sequence[Tensor],
         cotangent: Cotangent,
         outputs: OutputCotangents,
     ) -> tuple[Cotangent, list[Tensor | None]]:
-        generators, _ = kept
-        before, found = differentiable_backward(
-            loop, generators, start, captured, cotangent, outputs
+        of_start, of_captured = differentiable_backward(
+            loop, kept.generators, start, captured, cotangent, outputs
         )
         totals = []
         for w, index in zip(self.wrt, loop.captured.include(self.wrt), strict=True):
-            total = found[index]
+            total = of_captured[index]
             for path, x in loop.inputs.items():
                 if _stands_for(x, w, loop.tasks):
-                    g = before.get(path)
-                    total = add(total, g if g is None or g.shape == w.shape else g.sum(0))
+                    c = of_start.get(path)
+                    total = add(total, c if c is None or c.shape == w.shape else c.sum(0))
             totals.append(torch.zeros_like(w) if total is None else total)
         return {}, self._delivered(loop, totals)
 
@@ -158,6 +156,14 @@ class ForwardMode(Adjoint):
         for index, g in zip(loop.captured.include(self.wrt), gradients, strict=True):
             delivered[index] = g
         return delivered
+
+
+@dataclass(frozen=True)
+class _FirstPass:
+    """The generators' states before the first step, and the tangents of the results."""
+
+    generators: tuple[Tensor, ...]
+    tangents: _Tangents
 
 
 def _stands_for(x: Tensor, w: Tensor, tasks: int | None) -> bool:
@@ -170,6 +176,24 @@ def _stands_for(x: Tensor, w: Tensor, tasks: int | None) -> bool:
         return False
     node, output = x.grad_fn.next_functions[0]
     return getattr(node, "variable", None) is w if w.is_leaf else (node, output) == end_of(w)
+
+
+@dataclass(frozen=True, slots=True)
+class _Inputs:
+    """A step's arguments, with tangents to carry over the step.
+
+    Attributes:
+        state, t: the state before the step, and its position.
+        generators: their states before the step.
+        tangents: of the state, one for each direction.
+        captured: those of captured tensors, by index, for each direction.
+    """
+
+    state: State
+    t: int
+    generators: tuple[Tensor, ...]
+    tangents: Sequence[Tangent]
+    captured: Sequence[Mapping[int, Tensor]]
 
 
 class _Tangents:
@@ -214,59 +238,41 @@ class _Tangents:
             self._dual = self._duals_serve(state, t, generators)
         tangents = [self._states[d] for d in moving]
         captured = [self._captured(d, used) for d in moving]
-        pushed = self._pushed(state, t, generators, tangents, captured)
-        for d, found in zip(moving, pushed, strict=True):
-            self._states[d] = found.state
-            self._outputs[d][t] = replace(found, state={})
+        pushed = self._pushed(_Inputs(state, t, generators, tangents, captured))
+        for d, tangent in zip(moving, pushed, strict=True):
+            self._states[d] = tangent.state
+            self._outputs[d][t] = replace(tangent, state={})
 
     def _captured(self, d: int, used: set[int]) -> dict[int, Tensor]:
         i, j = self._directions[d]
         return {self._index[i]: self._unit(i, j)} if self._index[i] in used else {}
 
-    def _pushed(
-        self,
-        state: State,
-        t: int,
-        generators: tuple[Tensor, ...],
-        tangents: Sequence[Tangent],
-        captured: Sequence[dict[int, Tensor]],
-    ) -> list[Pushed]:
+    def _pushed(self, inputs: _Inputs) -> list[Pushed]:
         if self._dual:
             try:
-                return self._by_duals(state, t, generators, tangents, captured)
+                return self._by_duals(inputs)
             except RuntimeError:
                 self._dual = False
-        return self._by_transposition(state, t, generators, tangents, captured)
+        return self._by_transposition(inputs)
 
-    def _by_duals(
-        self,
-        state: State,
-        t: int,
-        generators: tuple[Tensor, ...],
-        tangents: Sequence[Tangent],
-        captured: Sequence[dict[int, Tensor]],
-    ) -> list[Pushed]:
-        results = []
-        for tangent, others in zip(tangents, captured, strict=True):
-            self._loop.generators.set(generators)
-            by_tensor = {self._loop.captured.tensors[i]: dx for i, dx in others.items()}
-            results.append(pushed(self._loop.step, state, t, tangent, by_tensor))
+    def _by_tensor(self, captured: Mapping[int, Tensor]) -> dict[Tensor, Tensor]:
+        return {self._loop.captured.tensors[i]: dx for i, dx in captured.items()}
+
+    def _by_duals(self, inputs: _Inputs) -> list[Pushed]:
+        step, results = self._loop.step, []
+        for tangent, captured in zip(inputs.tangents, inputs.captured, strict=True):
+            self._loop.generators.set(inputs.generators)
+            by_tensor = self._by_tensor(captured)
+            results.append(pushed(step, inputs.state, inputs.t, tangent, by_tensor))
         return results
 
-    def _by_transposition(
-        self,
-        state: State,
-        t: int,
-        generators: tuple[Tensor, ...],
-        tangents: Sequence[Tangent],
-        captured: Sequence[dict[int, Tensor]],
-    ) -> list[Pushed]:
-        loop = self._loop
-        loop.generators.set(generators)
-        others = [[given.get(i) for i in loop.captured.at(t)] for given in captured]
+    def _by_transposition(self, inputs: _Inputs) -> list[Pushed]:
+        loop, t = self._loop, inputs.t
+        loop.generators.set(inputs.generators)
+        captured = [[of.get(i) for i in loop.captured.at(t)] for of in inputs.captured]
         with loop.captured.sealed(t):
             return pushed_by_transposition(
-                loop.step, state, t, tangents, loop.captured.edges(t), others
+                loop.step, inputs.state, t, inputs.tangents, loop.captured.edges(t), captured
             )
 
     def _duals_serve(self, state: State, t: int, generators: tuple[Tensor, ...]) -> bool:
@@ -284,49 +290,40 @@ class _Tangents:
             }
             used = set(self._loop.captured.at(t)) & set(self._index)
             captured = {i: torch.randn_like(self._loop.captured.tensors[i]) for i in used}
-            problem = state, t, generators, [tangent], [captured]
+            inputs = _Inputs(state, t, generators, [tangent], [captured])
             try:
-                (by_duals,) = self._by_duals(*problem)
+                (by_duals,) = self._by_duals(inputs)
             except RuntimeError:
                 return False
             try:
-                (expected,) = self._by_transposition(*problem)
+                (expected,) = self._by_transposition(inputs)
             except (RuntimeError, NotImplementedError) as error:  # no second derivative in reverse
-                self._check_by_differences(*problem, by_duals, error)
+                self._check_by_differences(inputs, by_duals, error)
                 return True
         return _close(by_duals.flat(), expected.flat())
 
-    def _check_by_differences(
-        self,
-        state: State,
-        t: int,
-        generators: tuple[Tensor, ...],
-        tangents: Sequence[Tangent],
-        captured: Sequence[dict[int, Tensor]],
-        by_duals: Pushed,
-        reverse: Exception,
-    ) -> None:
+    def _check_by_differences(self, inputs: _Inputs, by_duals: Pushed, reverse: Exception) -> None:
         """Raise where forward mode cannot be compared with reverse mode, and is wrong.
 
         That is seen by central differences. In less than double precision these are too coarse.
         """
-        step, n = self._loop.step, self._loop.step.first_step + t
-        ((tangent,), (others,)) = tangents, captured
+        step, state, t = self._loop.step, inputs.state, inputs.t
+        (tangent,), (captured,) = inputs.tangents, inputs.captured
         why = (
-            f"ForwardMode could not be checked at step {n}, of which an operation has no second "
-            f"derivative in reverse mode ({str(reverse).splitlines()[0]})"
+            f"ForwardMode could not be checked at step {step.first_step + t}, of which an "
+            f"operation has no second derivative in reverse mode ({str(reverse).splitlines()[0]})"
         )
         if any(x.dtype != torch.float64 for x in step.differentiable(state).values()):
             raise NotImplementedError(
                 f"{why}: convert the model and its data to float64, where finite differences are "
                 "a check, or write the step in operations that have one"
             ) from reverse
-        by_tensor = {self._loop.captured.tensors[i]: dx for i, dx in others.items()}
+        by_tensor = self._by_tensor(captured)
         for h in (1e-6, 1e-5):  # a kink may lie between the ends of one
             ends = pushed_by_differences(step, state, t, tangent, by_tensor, h)
             total: dict[Path, Tensor | None] = {}
             for _ in range(2):
-                self._loop.generators.set(generators)
+                self._loop.generators.set(inputs.generators)
                 for path, x in next(ends).flat().items():
                     total[path] = add(total.get(path), x)
             if _close(total, by_duals.flat(), 1e-7):
@@ -344,15 +341,15 @@ class _Tangents:
             self._directions, self._states, self._outputs, strict=True
         ):
             pairs = [(dx, cotangent[path]) for path, dx in tangent.items() if path in cotangent]
-            for t, found in steps.items():
-                given = outputs.at(t)
-                if given.loss is not None and found.loss is not None:
-                    pairs.append((found.loss, given.loss))
-                pairs.extend((dx, given.aux[k]) for k, dx in found.aux.items() if k in given.aux)
+            for t, step in steps.items():
+                c = outputs.at(t)
+                if c.loss is not None and step.loss is not None:
+                    pairs.append((step.loss, c.loss))
+                pairs.extend((dx, c.aux[k]) for k, dx in step.aux.items() if k in c.aux)
             w = self._wrt[i]
             total = w.new_zeros(())
-            for dx, c in pairs:
-                product = dx * c.conj() if c.is_complex() else dx * c
+            for dx, cot in pairs:
+                product = dx * cot.conj() if cot.is_complex() else dx * cot
                 product = product.real if product.is_complex() else product
                 total = total + product.sum().to(w.device, w.dtype)
             parts[i].append(total)

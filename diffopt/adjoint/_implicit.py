@@ -122,8 +122,8 @@ class Implicit(Adjoint):
         self._check_stationary(gradient.values(), kept.place)
 
         def product(v: Vector) -> Vector:
-            found, _ = linearization.gradient_vjp(dict(zip(gradient, v, strict=True)))
-            return [found.get(n, torch.zeros_like(x)) for n, x in gradient.items()]
+            cotangents, _ = linearization.gradient_vjp(dict(zip(gradient, v, strict=True)))
+            return [cotangents.get(n, torch.zeros_like(x)) for n, x in gradient.items()]
 
         b = [cotangent.get(("params", n), torch.zeros_like(g)) for n, g in gradient.items()]
         if not any(x.any() for x in b):
@@ -131,9 +131,9 @@ class Implicit(Adjoint):
         solution = self._solved(product, b, kept.place)
         x = {name: -v for name, v in zip(gradient, solution.x, strict=True)}
         with last.captured.sealed(0):
-            _, found = linearization.gradient_vjp(x, last.captured.edges(0))
+            _, to_captured = linearization.gradient_vjp(x, last.captured.edges(0))
         captured = CapturedSum(last.captured)
-        captured.add(last.captured.at(0), found)
+        captured.add(last.captured.at(0), to_captured)
         return {}, captured.total
 
     def _solved(self, product: Product, b: Vector, place: _Place) -> Solution:
@@ -213,13 +213,13 @@ def _name(frame: FrameType) -> str:
 
 
 def _refuse_all_but_params(cotangent: Cotangent, outputs: OutputCotangents) -> None:
-    others = ["losses"] if outputs.losses is not None else []
-    others += ["aux"] if outputs.aux else []
-    others += [
+    refused = ["losses"] if outputs.losses is not None else []
+    refused += ["aux"] if outputs.aux else []
+    refused += [
         "opt_state" if path[0] == "opt" else "buffers" for path in cotangent if path[0] != "params"
     ]
-    if others:
+    if refused:
         raise NotImplementedError(
-            f"a gradient flows to {others[0]} of the result, but Implicit() differentiates its "
-            f"params only: compute the outer loss from these, or detach {others[0]}"
+            f"a gradient flows to {refused[0]} of the result, but Implicit() differentiates its "
+            f"params only: compute the outer loss from these, or detach {refused[0]}"
         )

@@ -58,7 +58,31 @@ class Solver(ABC):
 
 
 @dataclass(frozen=True)
-class CG(Solver):
+class _ConjugateGradients(Solver):
+    """What both ways of conjugate gradients are told."""
+
+    max_steps: int = 100
+    tol: float = 1e-5
+    damping: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_int("max_steps", self.max_steps, 1, "write max_steps=100")
+        for name, value in (("tol", self.tol), ("damping", self.damping)):
+            _check_number(name, value)
+            if not value >= 0:
+                raise ValueError(f"{name} is {value}, but must be at least 0: write {name}=1e-5")
+
+    def _damped(self, product: Product, v: Vector) -> Vector:
+        """(H + damping · I) v."""
+        return _plus(product(v), self.damping, v)
+
+    @property
+    def _unfinished(self) -> str:
+        return f"did not reach tol={self.tol} within max_steps={self.max_steps}"
+
+
+@dataclass(frozen=True)
+class CG(_ConjugateGradients):
     """The conjugate gradient method, for a Hessian that is positive definite.
 
     Solves (H + damping · I) x = b (Hestenes and Stiefel, 1952; Nocedal and Wright, "Numerical
@@ -74,13 +98,6 @@ class CG(Solver):
         TypeError, ValueError: a value is not of its kind, or out of its range.
     """
 
-    max_steps: int = 100
-    tol: float = 1e-5
-    damping: float = 0.0
-
-    def __post_init__(self) -> None:
-        _check(self.max_steps, self.tol, self.damping)
-
     @property
     def most_products(self) -> int:
         return self.max_steps
@@ -94,9 +111,9 @@ class CG(Solver):
         steps = 0
         while math.sqrt(rho) > self.tol * size:
             if steps == self.max_steps:
-                trouble = f"did not reach tol={self.tol} within max_steps={self.max_steps}"
+                trouble = self._unfinished
                 break
-            q = _plus(product(p), self.damping, p)
+            q = self._damped(product, p)
             steps += 1
             curvature = _dot(p, q)
             if not curvature > 0:
@@ -114,7 +131,7 @@ class CG(Solver):
 
 
 @dataclass(frozen=True)
-class NormalCG(Solver):
+class NormalCG(_ConjugateGradients):
     """Conjugate gradients on the normal equations A² x = A b, with A = H + damping · I.
 
     For a Hessian that may be indefinite, at twice the products a step, and with the square of its
@@ -129,39 +146,29 @@ class NormalCG(Solver):
         TypeError, ValueError: a value is not of its kind, or out of its range.
     """
 
-    max_steps: int = 100
-    tol: float = 1e-5
-    damping: float = 0.0
-
-    def __post_init__(self) -> None:
-        _check(self.max_steps, self.tol, self.damping)
-
     @property
     def most_products(self) -> int:
         return 2 * self.max_steps + 1
 
     def solve(self, product: Product, b: Vector) -> Solution:
-        def apply(v: Vector) -> Vector:
-            return _plus(product(v), self.damping, v)
-
         size = _norm(b)
         x: Vector = [0 * v for v in b]
         r = b
-        s = p = apply(r)
+        s = p = self._damped(product, r)
         gamma, left = _dot(s, s), size
         trouble = ""
         steps = 0
         while left > self.tol * size:
             if steps == self.max_steps or gamma == 0:
-                trouble = f"did not reach tol={self.tol} within max_steps={self.max_steps}"
+                trouble = self._unfinished
                 break
-            q = apply(p)
+            q = self._damped(product, p)
             steps += 1
             alpha = gamma / _dot(q, q)
             x = _plus(x, alpha, p)
             r = _plus(r, -alpha, q)
             left = _norm(r)
-            s = apply(r)
+            s = self._damped(product, r)
             gamma, previous = _dot(s, s), gamma
             p = _plus(s, gamma / previous, p)
         return Solution(x, left / size, 2 * steps + 1, trouble)
@@ -219,14 +226,6 @@ def _norm(a: Vector) -> float:
 def _plus(a: Vector, factor: float, b: Vector) -> Vector:
     """a + factor · b."""
     return [x.add(y, alpha=factor) for x, y in zip(a, b, strict=True)] if factor else a
-
-
-def _check(max_steps: int, tol: float, damping: float) -> None:
-    check_int("max_steps", max_steps, 1, "write max_steps=100")
-    for name, value in (("tol", tol), ("damping", damping)):
-        _check_number(name, value)
-        if not value >= 0:
-            raise ValueError(f"{name} is {value}, but must be at least 0: write {name}=1e-5")
 
 
 def _check_number(name: str, value: object) -> None:

@@ -62,44 +62,51 @@ class Truncated(Adjoint):
         before = loop.steps - self.window
         if before < 0:
             state, kept = self.inner.forward(loop)
-            return state, (0, loop, kept)
+            return state, _FirstPass(0, loop, kept)
         state = loop.start
         for t in range(before):
             state = loop.pass_over(state, t)
         window = loop.rest(state, before)
         state, kept = self.inner.forward(window)
-        return state, (before, window, kept)
+        return state, _FirstPass(before, window, kept)
 
     def backward(
         self,
         loop: Loop,
-        kept: tuple[int, Loop, Any],
+        kept: _FirstPass,
         cotangent: Cotangent,
         outputs: OutputCotangents,
         *,
         keep: bool,
     ) -> tuple[Cotangent, list[Tensor | None]]:
-        before, window, remains = kept
-        found, captured = self.inner.backward(
-            window, remains, cotangent, outputs.later(before), keep=keep
+        of_window, captured = self.inner.backward(
+            kept.window, kept.inner, cotangent, outputs.later(kept.before), keep=keep
         )
-        return {path: g for path, g in found.items() if path in window.inputs}, captured
+        return {path: c for path, c in of_window.items() if path in kept.window.inputs}, captured
 
     def differentiable_backward(
         self,
         loop: Loop,
-        kept: tuple[int, Loop, Any],
+        kept: _FirstPass,
         start: Mapping[Path, Tensor],
         captured: Sequence[Tensor],
         cotangent: Cotangent,
         outputs: OutputCotangents,
     ) -> tuple[Cotangent, list[Tensor | None]]:
-        before, window, remains = kept
         return self.inner.differentiable_backward(
-            window,
-            remains,
-            {path: x for path, x in start.items() if path in window.inputs},
+            kept.window,
+            kept.inner,
+            {path: x for path, x in start.items() if path in kept.window.inputs},
             captured,
             cotangent,
-            outputs.later(before),
+            outputs.later(kept.before),
         )
+
+
+@dataclass(frozen=True)
+class _FirstPass:
+    """How many steps come before the window, its steps as a loop, and what ``inner`` keeps."""
+
+    before: int
+    window: Loop
+    inner: Any

@@ -88,14 +88,14 @@ class DifferentiableOptimizer(higher.optim.DifferentiableOptimizer):
         track_higher_grads: bool = True,
         **kwargs: Any,
     ) -> None:
-        given = convert(other)
-        self.rule = frozen(given)
+        opt = convert(other)
+        self.rule = frozen(opt)
         self.steps = 0
         # The base class makes a deep copy of the groups, and takes the rest as it finds it. Without
         # tracking it would have frozen weights require grad after a step, so they are left out.
         groups = _Groups(
             {**group, "params": [p for p in group["params"] if p.requires_grad]}
-            for group in given.param_groups
+            for group in opt.param_groups
         )
         source = SimpleNamespace(param_groups=groups, state={})
         super().__init__(
@@ -108,10 +108,10 @@ class DifferentiableOptimizer(higher.optim.DifferentiableOptimizer):
             track_higher_grads=track_higher_grads,
             **kwargs,
         )
-        for held, group in zip(self.state, groups, strict=True):
+        for entries_by_index, group in zip(self.state, groups, strict=True):
             for i, p in enumerate(group["params"]):
-                if p in given.state:
-                    held[i] = {k: _own_copy(x, device) for k, x in given.state[p].items()}
+                if p in opt.state:
+                    entries_by_index[i] = {k: _own_copy(x, device) for k, x in opt.state[p].items()}
         self.rule.param_groups = self.param_groups  # where an override goes, also a later one
 
     def _apply_override(self, override: Override) -> None:

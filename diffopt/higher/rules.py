@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from diffopt.optim import Adam, Optimizer
-from diffopt.optim.base import OptState, as_tensors
+from diffopt.optim.base import Grads, Groups, OptState, Params, States, as_tensors
 from diffopt.optim.lists import Tensors
 from diffopt.optim.scalars import at
 from diffopt.optim.terms import Cotangents, Entries, Hyper, Pullback, advance
@@ -59,41 +59,27 @@ class ItsOwnRule(Optimizer):
         # The final weights, which it will hold, lead back here: see the slots of a patched module.
         self._dopt._fmodel, self._dopt.param_groups, self._dopt.state = None, [], []
 
-    def init(
-        self,
-        params: Mapping[str, Tensor],
-        *,
-        groups: Sequence[Sequence[str]] | None = None,
-        hyper: Sequence[Hyper] | None = None,
-    ) -> OptState:
+    def _init_groups(self, params: Params, groups: Groups, hyper: Sequence[Hyper]) -> OptState:
         return {name: {} for name in params}
 
-    def update(
-        self,
-        params: Mapping[str, Tensor],
-        grads: Mapping[str, Tensor | None],
-        state: Mapping[str, Mapping[str, Tensor]],
-        *,
-        step: int = 0,
-        groups: Sequence[Sequence[str]] | None = None,
-        hyper: Sequence[Hyper] | None = None,
+    def _update_groups(
+        self, params: Params, grads: Grads, state: States, groups: Groups, hyper: Sequence[Hyper]
     ) -> tuple[dict[str, Tensor], OptState]:
-        by_group = self._names(params, groups)
         dopt = copy.copy(self._dopt)
         dopt.param_groups = [
             {**group, "params": [params[name] for name in names]}
-            for group, names in zip(self.param_groups, by_group, strict=True)
+            for group, names in zip(self.param_groups, groups, strict=True)
         ]
         dopt.state = [
             defaultdict(dict, {i: native(state[n]) for i, n in enumerate(names) if state[n]})
-            for names in by_group
+            for names in groups
         ]
-        dopt._update([[grads.get(name) for name in names] for names in by_group])
+        dopt._update([[grads.get(name) for name in names] for names in groups])
         new_params = dict(params)
         new_state = {name: dict(entries) for name, entries in state.items()}
-        for group, held, names in zip(dopt.param_groups, dopt.state, by_group, strict=True):
+        for group, by_index, names in zip(dopt.param_groups, dopt.state, groups, strict=True):
             new_params.update(zip(names, group["params"], strict=True))
-            new_state.update({names[i]: as_tensors(entries) for i, entries in held.items()})
+            new_state.update({names[i]: as_tensors(entries) for i, entries in by_index.items()})
         return new_params, new_state
 
 

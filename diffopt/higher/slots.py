@@ -70,8 +70,8 @@ class FastSlots(ModuleSlots):
     def unchanged(self) -> Iterator[None]:
         box, weights = self._box[0], list(self._weights)
         original = self._original()
-        own = nullcontext() if original is None else ModuleSlots(original, {}, {}).unchanged()
-        with super().unchanged(), own:
+        of_caller = nullcontext() if original is None else ModuleSlots(original, {}, {}).unchanged()
+        with super().unchanged(), of_caller:
             self._lend(lambda key: key in ("_parameters", "_buffers", "_fast_params"))
             try:
                 yield

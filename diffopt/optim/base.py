@@ -20,6 +20,14 @@ from diffopt.optim.terms import Cotangents, Entries, Hyper, Options, Pullback, t
 #: The state of every parameter, by name.
 OptState = dict[str, Entries]
 
+#: The arguments of an update, by parameter name.
+Params = Mapping[str, Tensor]
+Grads = Mapping[str, Tensor | None]
+States = Mapping[str, Mapping[str, Tensor]]
+#: The names of each param group.
+Groups = Sequence[Sequence[str]]
+
+_RULE = {"_update", "_update_groups", "update"}  # the methods that make another rule
 _STEPS = "steps"  # the key in `state_dict()` for the number of `step()` calls
 
 
@@ -91,7 +99,8 @@ class Optimizer(torch.optim.Optimizer):
 
         Of another class's rule, the graph of a whole step is kept for its derivative.
         """
-        methods = (type(self)._update, type(self).update, type(self).hyperparameters)
+        cls = type(self)
+        methods = (cls._update, cls._update_groups, cls.update, cls.hyperparameters)
         return all((method.__module__ or "").startswith("diffopt.optim.") for method in methods)
 
     @property
@@ -111,7 +120,7 @@ class Optimizer(torch.optim.Optimizer):
         for base in cls.__mro__:
             if name in base.__dict__:
                 return base is not Optimizer
-            if "_update" in base.__dict__ or "update" in base.__dict__:
+            if not _RULE.isdisjoint(base.__dict__):
                 return False
         return False
 
@@ -137,9 +146,9 @@ class Optimizer(torch.optim.Optimizer):
 
     def init(
         self,
-        params: Mapping[str, Tensor],
+        params: Params,
         *,
-        groups: Sequence[Sequence[str]] | None = None,
+        groups: Groups | None = None,
         hyper: Sequence[Hyper] | None = None,
     ) -> OptState:
         """The state before the first step, by parameter name and then by ``torch.optim``'s keys.
@@ -158,23 +167,27 @@ class Optimizer(torch.optim.Optimizer):
             NotImplementedError: a parameter is complex.
             ValueError: the names cannot be assigned to the param groups.
         """
-        state: OptState = {}
         every = self.at_start() if hyper is None else hyper
-        for names, own in zip(self._names(params, groups), every, strict=True):
-            options.check_shapes(type(self).__name__, own, {name: params[name] for name in names})
-            for name in names:
-                _refuse_complex(params[name], name)
-                state[name] = self._init(own, params[name])
+        return self._init_groups(params, self._names(params, groups), every)
+
+    def _init_groups(self, params: Params, groups: Groups, hyper: Sequence[Hyper]) -> OptState:
+        state: OptState = {}
+        for names, option in zip(groups, hyper, strict=True):
+            group = {name: params[name] for name in names}
+            options.check_shapes(type(self).__name__, option, group)
+            for name, param in group.items():
+                _refuse_complex(param, name)
+                state[name] = self._init(option, param)
         return {name: state[name] for name in params if name in state}
 
     def update(
         self,
-        params: Mapping[str, Tensor],
-        grads: Mapping[str, Tensor | None],
-        state: Mapping[str, Mapping[str, Tensor]],
+        params: Params,
+        grads: Grads,
+        state: States,
         *,
         step: int = 0,
-        groups: Sequence[Sequence[str]] | None = None,
+        groups: Groups | None = None,
         hyper: Sequence[Hyper] | None = None,
     ) -> tuple[dict[str, Tensor], OptState]:
         """Parameters and state after one step: differentiable in everything, in place in nothing.
@@ -193,14 +206,19 @@ class Optimizer(torch.optim.Optimizer):
             NotImplementedError: a gradient is sparse.
             ValueError: names are missing, or a hyperparameter does not broadcast to a parameter.
         """
+        every = self.hyperparameters(step) if hyper is None else hyper
+        return self._update_groups(params, grads, state, self._names(params, groups), every)
+
+    def _update_groups(
+        self, params: Params, grads: Grads, state: States, groups: Groups, hyper: Sequence[Hyper]
+    ) -> tuple[dict[str, Tensor], OptState]:
         new_params = dict(params)
         new_state: dict[str, Any] = dict(state)
-        every = self.hyperparameters(step) if hyper is None else hyper
-        for names, option in zip(self._names(params, groups), every, strict=True):
-            given = {name: g for name in names if (g := grads.get(name)) is not None}
-            if not given:
+        for names, option in zip(groups, hyper, strict=True):
+            present = {name: g for name in names if (g := grads.get(name)) is not None}
+            if not present:
                 continue
-            for name, grad in given.items():
+            for name, grad in present.items():
                 if grad.layout is not torch.strided:
                     raise NotImplementedError(
                         f"the gradient of {name!r} is sparse ({grad.layout}): "
@@ -210,17 +228,17 @@ class Optimizer(torch.optim.Optimizer):
                     raise ValueError(
                         f"the state has no entry for {name!r}: start from init(params)"
                     )
-            own = {name: params[name] for name in given}
+            updated = {name: params[name] for name in present}
             if tensors_of([option]):
-                options.check_shapes(type(self).__name__, option, own)
+                options.check_shapes(type(self).__name__, option, updated)
             values, entries = self._update(
                 option,
-                list(own.values()),
-                list(given.values()),
-                [dict(state[name]) for name in given],
+                list(updated.values()),
+                list(present.values()),
+                [dict(state[name]) for name in present],
             )
-            new_params.update(zip(given, values, strict=True))
-            new_state.update(zip(given, entries, strict=True))
+            new_params.update(zip(present, values, strict=True))
+            new_state.update(zip(present, entries, strict=True))
         return new_params, new_state
 
     # The rule applied in place, as an everyday optimizer.
@@ -240,9 +258,9 @@ class Optimizer(torch.optim.Optimizer):
         groups: list[list[str]] = []
         for group in self.param_groups:
             indexed = [(f"parameter {next(number)}", p) for p in group["params"]]
-            own = {name: p for name, p in indexed if p.grad is not None}
-            live.update(own)
-            groups.append(list(own))
+            updated = {name: p for name, p in indexed if p.grad is not None}
+            live.update(updated)
+            groups.append(list(updated))
         with torch.no_grad():
             hyper = self.hyperparameters(self._steps)
             state = {}
@@ -280,8 +298,8 @@ class Optimizer(torch.optim.Optimizer):
         params = dict(zip(names, group["params"], strict=True))
         for name, p in params.items():
             _refuse_complex(p, name)
-        own = {key: group[key] for key in self.defaults}
-        options.check_shapes(type(self).__name__, own, params)
+        group_options = {key: group[key] for key in self.defaults}
+        options.check_shapes(type(self).__name__, group_options, params)
 
     # Saving.
 
@@ -347,9 +365,7 @@ class Optimizer(torch.optim.Optimizer):
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
 
-    def _names(
-        self, params: Mapping[str, Tensor], groups: Sequence[Sequence[str]] | None
-    ) -> Sequence[Sequence[str]]:
+    def _names(self, params: Params, groups: Groups | None) -> Groups:
         """The names of each param group."""
         if groups is not None:
             if len(groups) != len(self.param_groups) or not all(

@@ -176,8 +176,8 @@ def _check_entries(
 ) -> None:
     rule, number = convert(opt), count()
     groups = [[str(next(number)) for _ in group["params"]] for group in rule.param_groups]
-    held = [p for group in rule.param_groups for p in group["params"]]
-    params = dict(zip(chain.from_iterable(groups), held, strict=True))
+    tensors = [p for group in rule.param_groups for p in group["params"]]
+    params = dict(zip(chain.from_iterable(groups), tensors, strict=True))
     for name, first in rule.init(params, groups=groups).items():
         present = states.get(params[name], first)
         missing = first.keys() - present.keys()

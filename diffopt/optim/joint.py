@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 
-from diffopt.optim.base import Optimizer, OptState
+from diffopt.optim.base import Grads, Groups, Optimizer, OptState, Params, States
 from diffopt.optim.mapped import init_over_tasks, update_over_tasks
 from diffopt.optim.terms import Hyper
 
@@ -44,10 +44,10 @@ class Joint(Optimizer):
         holders: dict[Tensor, Optimizer] = {}
         for opt in self.optimizers:
             for group in opt.param_groups:
-                given = group.get("param_names", ())
+                param_names = group.get("param_names", ())
                 for i, p in enumerate(group["params"]):
                     if p in holders:
-                        name = given[i] if given else f"{i}, of shape {tuple(p.shape)}"
+                        name = param_names[i] if param_names else f"{i}, of shape {tuple(p.shape)}"
                         both = f"{type(holders[p]).__name__} and {type(opt).__name__}"
                         raise ValueError(
                             f"{both} both hold the parameter {names.get(p, name)!r}: give each "
@@ -63,28 +63,13 @@ class Joint(Optimizer):
     def first_step(self) -> int:
         return max(opt.first_step for opt in self.optimizers)
 
-    def init(
-        self,
-        params: Mapping[str, Tensor],
-        *,
-        groups: Sequence[Sequence[str]] | None = None,
-        hyper: Sequence[Hyper] | None = None,
-    ) -> OptState:
-        return init_over_tasks(self, None, params, groups=self._names(params, groups), hyper=hyper)
+    def _init_groups(self, params: Params, groups: Groups, hyper: Sequence[Hyper]) -> OptState:
+        return init_over_tasks(self, None, params, groups=groups, hyper=hyper)
 
-    def update(
-        self,
-        params: Mapping[str, Tensor],
-        grads: Mapping[str, Tensor | None],
-        state: Mapping[str, Mapping[str, Tensor]],
-        *,
-        step: int = 0,
-        groups: Sequence[Sequence[str]] | None = None,
-        hyper: Sequence[Hyper] | None = None,
+    def _update_groups(
+        self, params: Params, grads: Grads, state: States, groups: Groups, hyper: Sequence[Hyper]
     ) -> tuple[dict[str, Tensor], OptState]:
-        every = self.hyperparameters(step) if hyper is None else hyper
-        names = self._names(params, groups)
-        return update_over_tasks(self, None, params, grads, state, hyper=every, groups=names)
+        return update_over_tasks(self, None, params, grads, state, hyper=hyper, groups=groups)
 
     def step(self, closure: Callable[[], Any] | None = None) -> NoReturn:
         raise NotImplementedError("call step() of each of the optimizers that were joined")

@@ -12,7 +12,7 @@ the operation. What is left of a rule without a graph is memory traffic, which t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import repeat
@@ -86,6 +86,20 @@ def _may_overwrite(*operands: Tensors) -> bool:
     return not in_forward_mode() and not in_functorch()
 
 
+def _computed(
+    new: Callable[..., Any],
+    in_place: Callable[..., None],
+    operands: Sequence[Tensors],
+    *numbers: Coefficient,
+    give_up: bool,
+) -> Tensors:
+    """One call of ``new``, or of ``in_place`` where the first operand's memory may be reused."""
+    if give_up and _may_overwrite(*operands):
+        in_place(*operands, *numbers)
+        return operands[0]
+    return list(new(*operands, *numbers))
+
+
 def _operand(c: Any, xs: Tensors) -> Any:
     """A factor for one call over ``xs``, with the same result and in half of the time.
 
@@ -93,12 +107,12 @@ def _operand(c: Any, xs: Tensors) -> Any:
     autograd would save it.
     """
     dtype = xs[0].dtype
-    plain = (
+    is_number = (
         type(c) in (int, float)
         and dtype in _WIDE
         and all(x.is_cpu and x.dtype is dtype and not x.requires_grad for x in xs)
     )
-    return torch.scalar_tensor(c, dtype=dtype) if plain and not values_unknown() else c
+    return torch.scalar_tensor(c, dtype=dtype) if is_number and not values_unknown() else c
 
 
 _WIDE = (torch.float32, torch.float64)
@@ -128,10 +142,7 @@ def add(xs: Tensors, ys: Tensors, c: Coefficient = 1.0, *, give_up_ys: bool = Fa
 def shift(xs: Tensors, c: Coefficient, *, give_up: bool = False) -> Tensors:
     """x + c."""
     if _one_call_with_many(c):
-        if give_up and _may_overwrite(xs):
-            torch._foreach_add_(xs, c)
-            return xs
-        return list(torch._foreach_add(xs, c))
+        return _computed(torch._foreach_add, torch._foreach_add_, [xs], c, give_up=give_up)
     return [x + k for x, k in zip(xs, _each(c, xs), strict=True)]
 
 
@@ -144,41 +155,29 @@ def scale(
             torch._foreach_copy_(into, xs)
             xs, give_up = into, True
         factor = _operand(c, xs)
-        if give_up and _may_overwrite(xs):
-            torch._foreach_mul_(xs, factor)
-            return xs
-        return list(torch._foreach_mul(xs, factor))
+        return _computed(torch._foreach_mul, torch._foreach_mul_, [xs], factor, give_up=give_up)
     return [k * x for x, k in zip(xs, _each(c, xs), strict=True)]
 
 
 def divide(xs: Tensors, c: Coefficient, *, give_up: bool = False) -> Tensors:
     """x / c."""
     if _one_call_with_many(c):
-        factor = _operand(c, xs)
-        if give_up and _may_overwrite(xs):
-            torch._foreach_div_(xs, factor)
-            return xs
-        return list(torch._foreach_div(xs, factor))
+        divisor = _operand(c, xs)
+        return _computed(torch._foreach_div, torch._foreach_div_, [xs], divisor, give_up=give_up)
     return [x / k for x, k in zip(xs, _each(c, xs), strict=True)]
 
 
 def mul(xs: Tensors, ys: Tensors, *, give_up: bool = False) -> Tensors:
     """x·y."""
     if _one_call():
-        if give_up and _may_overwrite(xs, ys):
-            torch._foreach_mul_(xs, ys)
-            return xs
-        return list(torch._foreach_mul(xs, ys))
+        return _computed(torch._foreach_mul, torch._foreach_mul_, [xs, ys], give_up=give_up)
     return [x * y for x, y in zip(xs, ys, strict=True)]
 
 
 def div(xs: Tensors, ys: Tensors, *, give_up: bool = False) -> Tensors:
     """x / y."""
     if _one_call():
-        if give_up and _may_overwrite(xs, ys):
-            torch._foreach_div_(xs, ys)
-            return xs
-        return list(torch._foreach_div(xs, ys))
+        return _computed(torch._foreach_div, torch._foreach_div_, [xs, ys], give_up=give_up)
     return [x / y for x, y in zip(xs, ys, strict=True)]
 
 
@@ -194,10 +193,8 @@ def addcmul(
 ) -> Tensors:
     """x + c·y·z."""
     if _one_call_with_many(c):
-        if give_up and _may_overwrite(xs, ys, zs):
-            torch._foreach_addcmul_(xs, ys, zs, c)
-            return xs
-        return list(torch._foreach_addcmul(xs, ys, zs, c))
+        new, in_place = torch._foreach_addcmul, torch._foreach_addcmul_
+        return _computed(new, in_place, [xs, ys, zs], c, give_up=give_up)
     return [x + k * y * z for x, y, z, k in zip(xs, ys, zs, _each(c, xs), strict=True)]
 
 
@@ -230,19 +227,15 @@ def sqrt(xs: Tensors, *, give_up: bool = False) -> Tensors:
     square root. The value is unchanged, and NaN (of a negative x, too) stays NaN.
     """
     if _one_call() and not carry_derivative(xs):
-        if give_up and _may_overwrite(xs):
-            torch._foreach_sqrt_(xs)
-            return xs
-        return list(torch._foreach_sqrt(xs))
+        return _computed(torch._foreach_sqrt, torch._foreach_sqrt_, [xs], give_up=give_up)
     return [_sqrt(x) for x in xs]
 
 
 def divide_by_roots(xs: Tensors, roots: Tensors) -> Tensors:
     """x / √y of the roots √y, 0 where they are 0: in derivatives of ``sqrt``. x is given up."""
     quotients = div(xs, roots, give_up=True)
-    if _may_overwrite(xs, roots):
-        return [q.masked_fill_(root == 0, 0.0) for q, root in zip(quotients, roots, strict=True)]
-    return [q.masked_fill(root == 0, 0.0) for q, root in zip(quotients, roots, strict=True)]
+    fill = Tensor.masked_fill_ if _may_overwrite(xs, roots) else Tensor.masked_fill
+    return [fill(q, root == 0, 0.0) for q, root in zip(quotients, roots, strict=True)]
 
 
 def carry_derivative(xs: Tensors) -> bool:

@@ -11,7 +11,7 @@ Limits: what ``torch.vmap`` cannot map (control flow by a tensor's value, ``.ite
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any
 
 import torch
@@ -19,12 +19,9 @@ from torch import Tensor
 
 from diffopt._torch.functorch import is_batched
 from diffopt._torch.pytree import tree_flatten, tree_leaves, tree_unflatten
-from diffopt.optim.base import Optimizer, OptState
-from diffopt.optim.options import broadcasts
+from diffopt.optim.base import Grads, Groups, Optimizer, OptState, Params, States
+from diffopt.optim.options import broadcasts, items_of
 from diffopt.optim.terms import Hyper, tensors_of
-
-Params = Mapping[str, Tensor]
-Groups = Sequence[Sequence[str]]
 
 
 def is_elementwise(rule: Optimizer) -> bool:
@@ -45,12 +42,12 @@ def init_over_tasks(
     if hyper is None:  # whether the tasks differ, the values tell
         hyper = opt.at_start() if tasks is None else opt.hyperparameters(0)
     for part in _parts(opt, groups, hyper):
-        own = {name: params[name] for names in part.groups for name in names}
+        initial = {name: params[name] for name in chain.from_iterable(part.groups)}
 
         def init(params: Params, hyper: Sequence[Hyper], part: _Part = part) -> OptState:
             return part.rule.init(params, groups=part.groups, hyper=hyper)
 
-        state.update(part.apply(tasks, init, own, {}))
+        state.update(part.apply(tasks, init, initial, {}))
     return {name: state[name] for name in params if name in state}
 
 
@@ -58,8 +55,8 @@ def update_over_tasks(
     opt: Optimizer,
     tasks: int | None,
     params: Params,
-    grads: Mapping[str, Tensor | None],
-    state: Mapping[str, Mapping[str, Tensor]],
+    grads: Grads,
+    state: States,
     *,
     hyper: Sequence[Hyper],
     groups: Groups,
@@ -78,19 +75,19 @@ def update_over_tasks(
     new_params = dict(params)
     new_state: dict[str, Any] = dict(state)
     for part in _parts(opt, groups, hyper):
-        part.groups = [[n for n in names if grads.get(n) is not None] for names in part.groups]
-        given = [name for names in part.groups for name in names]
-        if not given:
+        part.groups = [[n for n in group if grads.get(n) is not None] for group in part.groups]
+        names = list(chain.from_iterable(part.groups))
+        if not names:
             continue
-        own = {name: params[name] for name in given}
-        entries = {name: dict(state[name]) for name in given if name in state}
+        updated = {name: params[name] for name in names}
+        entries = {name: dict(state[name]) for name in names if name in state}
 
         def update(
             params: Params, hyper: Sequence[Hyper], state: Any, grads: Any, part: _Part = part
         ) -> tuple[dict[str, Tensor], OptState]:
             return part.rule.update(params, grads, state, hyper=hyper, groups=part.groups)
 
-        values, entries = part.apply(tasks, update, own, entries, {n: grads[n] for n in given})
+        values, entries = part.apply(tasks, update, updated, entries, {n: grads[n] for n in names})
         new_params.update(values)
         new_state.update(entries)
     return new_params, new_state
@@ -107,7 +104,7 @@ class _Part:
         tasks: int | None,
         function: Callable[..., Any],
         params: Params,
-        state: Mapping[str, Mapping[str, Tensor]],
+        state: States,
         *grads: Any,
     ) -> Any:
         """``function(params, hyper, [state, grads])``, mapped over the tasks where it has to be."""
@@ -116,7 +113,7 @@ class _Part:
             return function(params, self.hyper, *rest)
         return _mapped(self, tasks, function, params, *rest)
 
-    def _is_mapped(self, params: Params, state: Mapping[str, Mapping[str, Tensor]]) -> bool:
+    def _is_mapped(self, params: Params, state: States) -> bool:
         """Whether tasks differ in more than the entries of their parameters."""
         if not is_elementwise(self.rule):
             return True
@@ -128,12 +125,9 @@ class _Part:
 
 
 def _parts(opt: Optimizer, groups: Groups, hyper: Sequence[Hyper]) -> list[_Part]:
-    of_groups = groupby(zip(opt.rules, groups, hyper, strict=True), key=lambda group: id(group[0]))
-    parts = []
-    for _, found in of_groups:
-        rules, names, options = zip(*found, strict=True)
-        parts.append(_Part(rules[0], names, options))
-    return parts
+    every = groupby(zip(opt.rules, groups, hyper, strict=True), key=lambda group: id(group[0]))
+    of_rules = (zip(*of_rule, strict=True) for _, of_rule in every)
+    return [_Part(rules[0], names, options) for rules, names, options in of_rules]
 
 
 def _mapped(
@@ -153,8 +147,7 @@ def _mapped(
     results: list[Any] = []
 
     def one(*leaves: Any) -> list[Tensor]:
-        found = function(*tree_unflatten(list(leaves), spec))
-        leaves_out, out_spec = tree_flatten(found)
+        leaves_out, out_spec = tree_flatten(function(*tree_unflatten(list(leaves), spec)))
         shared = [None if x.dim() or is_batched(x) else x for x in leaves_out]
         results[:] = [shared, out_spec]
         return [x for x, same in zip(leaves_out, shared, strict=True) if same is None]
@@ -178,13 +171,12 @@ def _mapped(
 
 def _dims(part: _Part, tasks: int, params: Params) -> list[int | None]:
     """Which dimension of each leaf among the options holds the tasks, if one does."""
-    found: list[int | None] = []
+    dims: list[int | None] = []
     for names, options in zip(part.groups, part.hyper, strict=True):
         shapes = {name: params[name].shape[1:] for name in names}
         for key, value in options.items():
-            items = value if isinstance(value, (tuple, list)) else (value,)
-            found += [_dim(part.rule, key, x, tasks, shapes) for x in items]
-    return found
+            dims += [_dim(part.rule, key, x, tasks, shapes) for x in items_of(value)]
+    return dims
 
 
 def _dim(

@@ -102,6 +102,11 @@ def arguments(local: Mapping[str, Any]) -> dict[str, Any]:
     return {k: x for k, x in local.items() if k not in ("self", "params", "__class__")}
 
 
+def items_of(value: Any) -> Sequence[Any]:
+    """The entries of an option that is a tuple, or the option itself."""
+    return value if isinstance(value, (tuple, list)) else (value,)
+
+
 def check_kinds(rule: str, ranges: Ranges, key: str, value: Any) -> None:
     """Raise where an option is of a wrong kind, or a number that ``torch.optim`` refuses."""
     if key in SWITCHES:
@@ -133,7 +138,7 @@ def check_kinds(rule: str, ranges: Ranges, key: str, value: Any) -> None:
 def check_shapes(rule: str, options: Mapping[str, Any], params: Mapping[str, Tensor]) -> None:
     """Raise where a tensor option would change the shape of a parameter."""
     for key, value in options.items():
-        for item in value if isinstance(value, (tuple, list)) else (value,):
+        for item in items_of(value):
             if not (isinstance(item, Tensor) and item.dim() and item.numel() > 1):
                 continue
             for name, p in params.items():
@@ -159,7 +164,7 @@ def values_at(
         TypeError: a callable returned no number or tensor.
         ValueError: a value is out of its range.
     """
-    found = {}
+    values = {}
     for key in keys:
         value = group[key]
         if key not in SWITCHES:
@@ -169,22 +174,22 @@ def values_at(
                 value = tuple(_item_at(rule, f"{key}[{i}]", *pair, step) for i, pair in pairs)
             else:
                 value = _item_at(rule, key, allowed or ANY, value, step)
-        found[key] = value
-    return found
+        values[key] = value
+    return values
 
 
 def is_scheduled(value: Any) -> bool:
     """Whether an option, or an entry of it, is a callable of the step number."""
-    return any(map(callable, value)) if isinstance(value, (tuple, list)) else callable(value)
+    return any(map(callable, items_of(value)))
 
 
-def _item_at(rule: str, key: str, allowed: Any, given: Any, step: int) -> Any:
-    kind = type(given)
+def _item_at(rule: str, key: str, allowed: Any, option: Any, step: int) -> Any:
+    kind = type(option)
     if kind is float or kind is int:
-        if not allowed.holds(given, given):
-            raise _out_of_range(rule, key, allowed, given, step)
-        return given
-    value = given(step) if callable(given) else given
+        if not allowed.holds(option, option):
+            raise _out_of_range(rule, key, allowed, option, step)
+        return option
+    value = option(step) if callable(option) else option
     if isinstance(value, Tensor):
         _check_dtype(rule, key, value)
         if key == "lr" and value.numel() > 1:

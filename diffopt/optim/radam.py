@@ -81,15 +81,15 @@ class RAdam(Optimizer):
             rate = -lr / (1 - beta1**t) * rectifier * (1 - beta2**t) ** 0.5
             return select(rectified, rate, 0.0)
 
-        def plain(t: Scalar) -> Scalar:
+        def unrectified(t: Scalar) -> Scalar:
             """The coefficient of m: 0 once the step is rectified."""
             return select(_rectifier(beta2, t)[0], 0.0, -lr / (1 - beta1**t))
 
         params, grads = decayed(hyper, params, grads)
         new, t = moments(hyper, params, grads, states)
-        m, rates, plain_rates = new["exp_avg"], at(t, adaptive), at(t, plain)
-        if not is_zero(plain_rates):
-            params = L.add(params, m, plain_rates)
+        m, rates, unrectified_rates = new["exp_avg"], at(t, adaptive), at(t, unrectified)
+        if not is_zero(unrectified_rates):
+            params = L.add(params, m, unrectified_rates)
         if not is_zero(rates):
             scale = L.shift(L.sqrt(new["exp_avg_sq"]), hyper["eps"])
             params = L.addcdiv(params, m, scale, rates)

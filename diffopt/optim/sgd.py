@@ -109,8 +109,8 @@ class SGD(Optimizer):
         lr, momentum, keep = hyper["lr"], hyper["momentum"], 1 - hyper["dampening"]
         cot_directions = L.scale(pullback.cot_params, -lr)
         if momentum == 0:
-            found = decayed_vjp(hyper, pullback.cot_params, cot_directions)
-            return Cotangents(*found, pullback.cot_states)
+            before_decay = decayed_vjp(hyper, pullback.cot_params, cot_directions)
+            return Cotangents(*before_decay, pullback.cot_states)
         started = ["momentum_buffer" in s for s in states]
         if any(started) != all(started):
             return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from diffopt.optim import lists as L
 from diffopt.optim.lists import Tensors, fit
+from diffopt.optim.options import items_of
 from diffopt.optim.scalars import Coefficient, Scalar, as_numbers, is_zero
 
 #: The options of one param group, callables already called.
@@ -64,12 +66,8 @@ def tensors_of(options: Sequence[Hyper]) -> list[Tensor]:
 
 
 def _tensors_among(hyper: Hyper) -> list[Tensor]:
-    return [
-        item
-        for value in hyper.values()
-        for item in (value if isinstance(value, (tuple, list)) else (value,))
-        if isinstance(item, Tensor)
-    ]
+    items = chain.from_iterable(map(items_of, hyper.values()))
+    return [item for item in items if isinstance(item, Tensor)]
 
 
 def scalar_dtype() -> torch.dtype:

@@ -2,45 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+#: What tells each option of a param group from another value of the option.
+_Marks = dict[str, Any]
+
+_NUMBERS = {bool, int, float, type(None)}
+_NO_OPTIONS = {"params", "param_names", "initial_lr"}
+
 
 class UnchangedOptions:
     """The options of optimizers, as they are now.
 
-    An unroll takes them as they are at the call. A scheduler that is stepped inside of a step, or
-    anything else that writes into ``param_groups``, would have no effect, and would do so again
-    with each step that is computed again.
+    An unroll takes the options as they are at the call. A scheduler that is stepped inside of a
+    step, or anything else that writes into ``param_groups``, would have no effect, and would write
+    again with each step that is computed again.
     """
 
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-        self._optimizers = optimizers
-        self._before = [_options(opt) for opt in optimizers]
-        self._objects = self._present()
-        self._tensors = [x for x in self._items() if isinstance(x, Tensor)]
-        self._versions = _versions(self._tensors)
-
-    def _present(self) -> list[Any]:
-        return [
-            value
-            for opt in self._optimizers
-            for group in opt.param_groups
-            for key, value in group.items()
-            if key not in _NO_OPTIONS
-        ]
-
-    def _items(self) -> list[Any]:
-        pairs = [x if isinstance(x, (tuple, list)) else (x,) for x in self._objects]
-        return [item for pair in pairs for item in pair]
+        self._before = [(opt, _marks(opt)) for opt in optimizers]
 
     def end(self) -> None:
         """Nothing is to be checked any more: let the optimizers go."""
-        self._optimizers, self._before = [], []
-        self._objects, self._tensors, self._versions = [], [], _versions([])
+        self._before = []
 
     def check(self, step: int) -> None:
         """Raise where an option is another one after ``step``.
@@ -48,12 +36,8 @@ class UnchangedOptions:
         Raises:
             ValueError: naming the optimizer and the option.
         """
-        now = self._present()
-        same = len(now) == len(self._objects) and all(map(_is_same, now, self._objects))
-        if same and _versions(self._tensors) == self._versions:
-            return
-        for opt, before in zip(self._optimizers, self._before, strict=True):
-            now = _options(opt)
+        for opt, before in self._before:
+            now = _marks(opt)
             if now != before:
                 raise ValueError(
                     f"step {step} changes {_changed(before, now)} of {type(opt).__name__}, as a "
@@ -63,33 +47,26 @@ class UnchangedOptions:
                 )
 
 
-def _options(opt: torch.optim.Optimizer) -> list[dict[str, Any]]:
+def _marks(opt: torch.optim.Optimizer) -> list[_Marks]:
     return [
-        {key: _comparable(value) for key, value in group.items() if key not in _NO_OPTIONS}
+        {
+            key: value if type(value) in _NUMBERS else _mark(value)
+            for key, value in group.items()
+            if key not in _NO_OPTIONS
+        }
         for group in opt.param_groups
     ]
 
 
-def _is_same(a: Any, b: Any) -> bool:
-    return a is b and type(a) is not list  # whose entries may be others now
-
-
-def _versions(tensors: Sequence[Tensor]) -> list[int]:
-    return [0 if x.is_inference() else x._version for x in tensors]
-
-
-_NO_OPTIONS = {"params", "param_names", "initial_lr"}
-
-
-def _comparable(value: Any) -> Any:
+def _mark(value: Any) -> Any:
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_mark, value))
     if isinstance(value, Tensor):
         return id(value), None if value.is_inference() else value._version
-    if isinstance(value, (tuple, list)):
-        return tuple(map(_comparable, value))
     return value if isinstance(value, (int, float, str)) else id(value)
 
 
-def _changed(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> str:
+def _changed(before: Sequence[_Marks], now: Sequence[_Marks]) -> str:
     for i, (a, b) in enumerate(zip(before, now, strict=False)):
         for key in a.keys() | b.keys():
             if a.get(key) != b.get(key):

@@ -7,40 +7,38 @@ plain numbers; autograd differentiates the update of the others, and of rules th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from diffopt.optim.base import Optimizer
+from diffopt.optim.base import Grads, Groups, Optimizer, OptState, Params, States
 from diffopt.optim.mapped import is_elementwise, update_over_tasks
-from diffopt.optim.terms import Entries, Hyper, Pullback, tensors_of, zeros
-
-ByName = dict[str, Tensor]
-StateByName = dict[str, Entries]
+from diffopt.optim.terms import Hyper, Pullback, tensors_of, zeros
 
 
 class UpdateCotangents(NamedTuple):
     """What flows back through an update; a missing name stands for zero."""
 
-    params: ByName
-    grads: ByName
-    state: StateByName
+    params: dict[str, Tensor]
+    grads: dict[str, Tensor]
+    state: OptState
     seen: list[Tensor | None]
 
 
 def update_vjp(
     opt: Optimizer,
-    params: Mapping[str, Tensor],
-    grads: Mapping[str, Tensor | None],
-    state: Mapping[str, Mapping[str, Tensor]],
-    cot_params: Mapping[str, Tensor],
-    cot_state: Mapping[str, Mapping[str, Tensor]],
+    params: Params,
+    grads: Grads,
+    state: States,
+    cot_params: Params,
+    cot_state: States,
     *,
     hyper: Sequence[Hyper],
-    groups: Sequence[Sequence[str]],
+    groups: Groups,
     tasks: int | None = None,
     seen: Sequence[Any] = (),
     retain_graph: bool = False,
@@ -56,47 +54,35 @@ def update_vjp(
             hyperparameters are made of.
         retain_graph: keep the graphs behind ``seen``.
     """
-    found = UpdateCotangents(
+    update = _Update(opt, tasks, params, grads, state, cot_params, cot_state)
+    cotangents = UpdateCotangents(
         dict(cot_params),
         {},
         {name: dict(entries) for name, entries in cot_state.items()},
         [None] * len(seen),
     )
-    left: list[list[str]] = []  # of each group, the names that autograd has to see to
+    remaining: list[list[str]] = []  # of each group, the names that autograd has to see to
     for rule, names, options in zip(opt.rules, groups, hyper, strict=True):
         flowing = [
             n for n in names if grads.get(n) is not None and (n in cot_params or cot_state.get(n))
         ]
-        result = None
-        if flowing and has_own_vjp(rule, options, tasks):
-            result = rule._vjp(
-                Pullback(
-                    options,
-                    [params[n] for n in flowing],
-                    [g for n in flowing if (g := grads[n]) is not None],
-                    [dict(state[n]) for n in flowing],
-                    [cot_params[n] if n in cot_params else zeros(params[n]) for n in flowing],
-                    [dict(cot_state.get(n, {})) for n in flowing],
-                )
-            )
-        if result is None:
-            left.append(flowing)
-            continue
-        left.append([])
-        for n, p, g, s in zip(flowing, result.params, result.grads, result.states, strict=True):
-            found.params[n], found.grads[n], found.state[n] = p, g, s
-    if any(left):
-        rest = _by_autograd(
-            opt, params, grads, state, cot_params, cot_state, hyper, left, tasks, seen, retain_graph
-        )
-        for name in chain.from_iterable(left):
-            found.params.pop(name, None)
-            found.state.pop(name, None)
-        found.params.update(rest.params)
-        found.grads.update(rest.grads)
-        found.state.update(rest.state)
-        found.seen[:] = rest.seen
-    return found
+        by_hand = flowing and has_own_vjp(rule, options, tasks)
+        result = rule._vjp(update.pullback(flowing, options)) if by_hand else None
+        remaining.append([] if result else flowing)
+        if result:
+            cotangents.params.update(zip(flowing, result.params, strict=True))
+            cotangents.grads.update(zip(flowing, result.grads, strict=True))
+            cotangents.state.update(zip(flowing, result.states, strict=True))
+    if any(remaining):
+        rest = _by_autograd(update, hyper, remaining, seen, retain_graph)
+        for name in chain.from_iterable(remaining):
+            cotangents.params.pop(name, None)
+            cotangents.state.pop(name, None)
+        cotangents.params.update(rest.params)
+        cotangents.grads.update(rest.grads)
+        cotangents.state.update(rest.state)
+        cotangents.seen[:] = rest.seen
+    return cotangents
 
 
 def has_own_vjp(rule: Optimizer, hyper: Hyper, tasks: int | None) -> bool:
@@ -116,11 +102,11 @@ def is_known(opt: Optimizer, hyper: Sequence[Hyper], tasks: int | None) -> bool:
 
 def reads_gradients(
     opt: Optimizer,
-    grads: Mapping[str, Tensor],
-    state: Mapping[str, Mapping[str, Tensor]],
+    grads: Params,
+    state: States,
     *,
     hyper: Sequence[Hyper],
-    groups: Sequence[Sequence[str]],
+    groups: Groups,
     tasks: int | None = None,
 ) -> bool:
     """Whether ``update_vjp`` looks at the values of the gradients."""
@@ -131,50 +117,74 @@ def reads_gradients(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Update:
+    """The arguments of an update, and cotangents of its results."""
+
+    opt: Optimizer
+    tasks: int | None
+    params: Params
+    grads: Grads
+    state: States
+    cot_params: Params
+    cot_state: States
+
+    def pullback(self, names: Sequence[str], hyper: Hyper) -> Pullback:
+        """The part of one param group: of the parameters ``names``, all of which have gradients."""
+        params, cot_params = self.params, self.cot_params
+        return Pullback(
+            hyper,
+            [params[n] for n in names],
+            [g for n in names if (g := self.grads[n]) is not None],
+            [dict(self.state[n]) for n in names],
+            [cot_params[n] if n in cot_params else zeros(params[n]) for n in names],
+            [dict(self.cot_state.get(n, {})) for n in names],
+        )
+
+
 def _by_autograd(
-    opt: Optimizer,
-    params: Mapping[str, Tensor],
-    grads: Mapping[str, Tensor | None],
-    state: Mapping[str, Mapping[str, Tensor]],
-    cot_params: Mapping[str, Tensor],
-    cot_state: Mapping[str, Mapping[str, Tensor]],
-    options: Sequence[Hyper],
-    groups: Sequence[Sequence[str]],
-    tasks: int | None,
+    update: _Update,
+    hyper: Sequence[Hyper],
+    groups: Groups,
     seen: Sequence[Any],
     retain_graph: bool,
 ) -> UpdateCotangents:
-    """The same for the names in ``groups``, all of which have gradients."""
+    """``update_vjp`` by the graph of the update, for the names in ``groups``, with gradients."""
     names = list(chain.from_iterable(groups))
-    p = {name: _leaf(params[name]) for name in names}
-    g = {name: _leaf(x) for name in names if (x := grads[name]) is not None}
-    s = {name: {k: _state_leaf(k, x) for k, x in state[name].items()} for name in names}
+    params = {name: _leaf(update.params[name]) for name in names}
+    grads = {name: _leaf(g) for name in names if (g := update.grads[name]) is not None}
+    state = {
+        name: {key: _state_leaf(key, x) for key, x in update.state[name].items()} for name in names
+    }
     with torch.enable_grad():
-        new_params, new_state = update_over_tasks(opt, tasks, p, g, s, hyper=options, groups=groups)
-    pairs = [(x, cot_params[n]) for n, x in new_params.items() if n in cot_params]
-    for name, held in new_state.items():
-        given = cot_state.get(name, {})
-        pairs.extend((x, given[key]) for key, x in held.items() if key in given)
+        new_params, new_state = update_over_tasks(
+            update.opt, update.tasks, params, grads, state, hyper=hyper, groups=groups
+        )
+    pairs = [(x, update.cot_params[n]) for n, x in new_params.items() if n in update.cot_params]
+    for name, entries in new_state.items():
+        cot_entries = update.cot_state.get(name, {})
+        pairs.extend((x, cot_entries[key]) for key, x in entries.items() if key in cot_entries)
     pairs = [(x, c) for x, c in pairs if x.requires_grad]
-    leaves: list[Any] = [
-        *p.values(),
-        *g.values(),
-        *(x for _, _, x in _flowing(s)),
+    inputs: list[Any] = [
+        *params.values(),
+        *grads.values(),
+        *(x for _, _, x in _flowing(state)),
+        *seen,
     ]
-    found: Sequence[Tensor | None] = [None] * (len(leaves) + len(seen))
+    found: Sequence[Tensor | None] = [None] * len(inputs)
     if pairs:
         found = torch.autograd.grad(
             [x for x, _ in pairs],
-            [*leaves, *seen],
+            inputs,
             [c for _, c in pairs],
             retain_graph=retain_graph,
             allow_unused=True,
         )
     cots = iter(found)
-    to_params = {n: c for n in p if (c := next(cots)) is not None}
-    to_grads = {n: c for n in g if (c := next(cots)) is not None}
-    to_state: StateByName = {name: {} for name in s}
-    for name, key, _ in _flowing(s):
+    to_params = {n: c for n in params if (c := next(cots)) is not None}
+    to_grads = {n: c for n in grads if (c := next(cots)) is not None}
+    to_state: OptState = {name: {} for name in state}
+    for name, key, _ in _flowing(state):
         if (c := next(cots)) is not None:
             to_state[name][key] = c
     return UpdateCotangents(to_params, to_grads, to_state, list(cots))
@@ -188,7 +198,7 @@ def _state_leaf(key: str, x: Tensor) -> Tensor:
     return _leaf(x) if x.is_floating_point() and key != "step" else x
 
 
-def _flowing(state: StateByName) -> Iterator[tuple[str, str, Tensor]]:
+def _flowing(state: OptState) -> Iterator[tuple[str, str, Tensor]]:
     """The entries that carry derivatives."""
     for name, entries in state.items():
         for key, x in entries.items():

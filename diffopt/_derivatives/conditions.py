@@ -40,9 +40,9 @@ def beyond_second_derivatives(wanted: bool) -> Iterator[None]:
 
 
 def to_be_written_out() -> bool:
-    """Whether an operation for which ``differentiated`` is false is to be made of others.
+    """Whether to write an operation out in others where ``differentiated`` is false.
 
-    For PyTorch's own normalisations (2.13) have wrong third derivatives. A loss that takes a
+    PyTorch's own normalisations (2.13) have wrong third derivatives. A loss that takes a
     derivative itself, with ``torch.func``, is differentiated twice beyond that.
     """
     return torch.is_grad_enabled() and (_orders.beyond_second or in_derivative())
@@ -54,15 +54,15 @@ def differentiated(*operands: Tensor | None) -> bool:
     Elsewhere (batched, with tangents, under autocast, in low precision, on subclasses of tensors)
     PyTorch's own operation is called, which knows how.
     """
-    given = [x for x in operands if x is not None]
-    if not torch.is_grad_enabled() or not any(x.requires_grad for x in given):
+    tensors = [x for x in operands if x is not None]
+    if not torch.is_grad_enabled() or not any(x.requires_grad for x in tensors):
         return False
-    first = given[0]
+    first = tensors[0]
     return (
-        all(x.dtype == first.dtype for x in given)
+        all(x.dtype == first.dtype for x in tensors)
         and first.dtype in _DTYPES
         and not _autocast(first)
-        and reversed_only(given)
+        and reversed_only(tensors)
     )
 
 
