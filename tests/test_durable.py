@@ -19,6 +19,7 @@ import diffopt
 from diffopt import Binomial, Durable, Segmented
 from diffopt._loop.checksum import checksum
 from diffopt._loop.files import OnDisk
+from diffopt._loop.shelf import Shelf
 
 pytest.importorskip("safetensors")
 
@@ -356,6 +357,32 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(OnDisk, "put", put)
     assert left(tmp_path)
     assert_same(Problem().gradients(adjoint), Problem().gradients(Segmented(4)))
+
+
+def test_what_a_kill_in_a_write_leaves_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelf = Shelf(tmp_path)
+    whole, half = shelf.file("state"), shelf.file("state")
+    tensors = {"x": torch.arange(6.0).view(2, 3), "none": torch.empty(0), "y": torch.tensor(True)}
+    shelf.write(whole, tensors, "note")
+
+    def killed(x: Tensor) -> memoryview:
+        raise Stop
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr("diffopt._loop.shelf.memory_of", killed)
+        shelf.write(half, tensors)
+    assert left(tmp_path) == [whole.name, half.name.replace("safetensors", "partial")]
+    found, note = shelf.read(whole)
+    assert note == "note"
+    assert_same([*found.values()], [*tensors.values()])
+    (tmp_path / "of somebody else").touch()
+    shelf.publish({}, {whole.name})
+    assert left(tmp_path) == ["manifest-00000003.json", "of somebody else", whole.name]
+    shelf.clear()
+    assert left(tmp_path) == ["of somebody else"]
+    shelf.close()
 
 
 @pytest.mark.parametrize("size", [0, 1, 7, 8, 4096, 5000, 100_001])
