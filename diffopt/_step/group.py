@@ -84,6 +84,11 @@ class Group:
         """How many processes there are."""
         return size_of(self._group)
 
+    @property
+    def rank(self) -> int:
+        """The number of this process."""
+        return rank_in(self._group)
+
     # Beginning and ending together.
 
     @contextmanager
