@@ -6,7 +6,8 @@ message pairs with any other, so processes that have come apart find that out in
 each other or adding up what does not belong together.
 
 Limits: a process that waits outside of an unroll, for an exchange of the caller's own or for a
-``backward()`` that another does not call, is found by the group's timeout alone.
+``backward()`` that another does not call, is found by the group's timeout alone. So is one whose
+second backward pass comes by no step of the first, where another's does.
 """
 
 from __future__ import annotations
