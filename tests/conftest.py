@@ -10,8 +10,12 @@ import pytest
 import torch
 from processes import Processes
 
+from diffopt._torch.autograd import load_decompositions
+
 # pytest-xdist runs one worker a core, and several threads in each would only wait for one another.
 torch.set_num_threads(1)
+# The tests' own forward mode would load them with a warning, from PyTorch 2.14 on.
+load_decompositions()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -7,18 +7,21 @@ import os
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 import diffopt
 from diffopt import Binomial, Durable, Segmented
 from diffopt._loop.checksum import checksum
 from diffopt._loop.files import OnDisk
+from diffopt._loop.shelf import Shelf
 
 pytest.importorskip("safetensors")
 
@@ -82,7 +85,10 @@ class Problem:
             value = value + decay * sum(p.square().sum() for p in model.parameters())
             if t >= 5:  # captured only by then
                 value = value + (model[0].bias * late).sum()
-            return (value, {"seen": value}) if self.get("aux", False) else value
+            if not self.get("aux", False):
+                return value
+            pair = (model[0].weight * 2, model[1].running_mean), {1: t, "none": [None, 0.1, "text"]}
+            return value, {"seen": value.exp(), "more": pair, "kind": self.get("kind", True)}
 
         torch.manual_seed(1)
         fast = diffopt.unroll(
@@ -90,12 +96,17 @@ class Problem:
         )
         drawn = torch.rand(3)
         total = fast.losses.sin().sum() + sum(p.square().sum() for p in fast.params.values())
+        if self.get("aux", False):
+            scale = self.get("of aux", 1.0)
+            total = total + scale * sum((a["seen"] * a["more"][0][0]).sum() for a in fast.aux)
         total = total * self.get("outer", 1.0)
         inputs = [lr, decay, late, *model.parameters()]
         grads = torch.autograd.grad(total, inputs, **self.get("backward", {}))
         if self.get("again", False):
             grads = torch.autograd.grad(total, inputs)
-        return [total, drawn, fast.losses, *fast.buffers.values(), *grads]
+        self.aux = [pytree.tree_flatten(aux) for aux in fast.aux]
+        extras = [x for leaves, _ in self.aux for x in leaves if isinstance(x, Tensor)]
+        return [total, drawn, fast.losses, *fast.buffers.values(), *extras, *grads]
 
 
 def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
@@ -147,6 +158,84 @@ def test_little_is_done_again(make: Adjoints, tmp_path: Path) -> None:
         assert_same(problem.gradients(make(Durable(tmp_path, 1))), expected)
         observed = 1 if stop <= 7 else 2 + STEPS // 2  # the way to step 5, from a kept state
         assert problem.calls + stop <= clean + 1 + observed + 5
+
+
+@every_adjoint
+@pytest.mark.parametrize("options", [{}, {"verify": True}], ids=["", "verified"])
+def test_extras_and_digests_are_kept(
+    make: Adjoints, options: dict[str, Any], tmp_path: Path
+) -> None:
+    problem = Problem(aux=True)
+    expected = problem.gradients(make(None), **options)
+    extras = problem.aux
+    durable, clean = make(Durable(tmp_path, 2)), problem.calls
+    for stop in range(2, clean, 7):
+        with pytest.raises(Stop):
+            Problem(aux=True).gradients(durable, stop, **options)
+        assert_same(problem.gradients(durable, **options), expected)
+        assert left(tmp_path) == []
+        for (leaves, form), (kept, kept_form) in zip(extras, problem.aux, strict=True):
+            assert form == kept_form
+            for a, b in zip(leaves, kept, strict=True):
+                assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
+
+
+def test_what_the_first_pass_gave_is_verified_after_a_kill(tmp_path: Path) -> None:
+    """Step 3 gives another last bit in the second process, which only digests tell."""
+    model, x, late = nn.Linear(2, 1), torch.ones(3, 2), 0.0
+
+    def loss(model: nn.Module, t: int) -> Tensor:
+        if t == 11:
+            raise Stop
+        return model(x).square().mean() + (t == 3) * late * model.weight.sum()
+
+    def unroll(steps: int) -> Tensor:
+        opt = diffopt.SGD(model.parameters(), lr=0.1)
+        adjoint = Segmented(4, Durable(tmp_path, 1))
+        fast = diffopt.unroll(model, opt, steps, loss, adjoint=adjoint, verify=True)
+        return fast.params["weight"].sum()
+
+    with pytest.raises(Stop):
+        unroll(12)
+    loss_of = loss
+
+    def loss(model: nn.Module, t: int) -> Tensor:
+        return loss_of(model, min(t, 10))
+
+    late = 1e-15
+    total = unroll(12)
+    with pytest.raises(RuntimeError, match="step 3, computed again, gives another"):
+        total.backward()
+
+
+def test_results_may_be_changed_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written in the background is what the steps gave, not what became of it."""
+    write = Shelf.write
+
+    def slowly(self: Shelf, *args: Any) -> None:
+        time.sleep(0.02)
+        write(self, *args)
+
+    monkeypatch.setattr(Shelf, "write", slowly)
+    model, x = nn.Linear(2, 1), torch.ones(3, 2)
+
+    def unroll() -> diffopt.Unrolled:
+        opt = diffopt.SGD(model.parameters(), lr=0.1)
+        return diffopt.unroll(
+            model,
+            opt,
+            3,
+            lambda m, t: (m(x).square().mean(), m.weight * 1),
+            adjoint=Segmented(1, Durable(tmp_path)),
+        )
+
+    first = unroll()
+    expected = [x.clone() for x in (*first.params.values(), first.losses, *first.aux)]
+    with torch.no_grad():
+        for changed in (*first.params.values(), first.losses, *first.aux):
+            changed.fill_(7)
+    second = unroll()
+    assert_same([*second.params.values(), second.losses, *second.aux], expected)
 
 
 def test_interrupted_again_and_again(tmp_path: Path) -> None:
@@ -225,6 +314,8 @@ def test_another_plan_and_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     interrupted(Segmented(4, Durable(tmp_path, 1)), 9)
     with pytest.raises(ValueError, match=r"differs in plan: 12 steps: .* there and 12 steps"):
         Problem().gradients(Segmented(3, Durable(tmp_path, 1)))
+    with pytest.raises(ValueError, match="differs in verify: False there and True here"):
+        Problem().gradients(Segmented(4, Durable(tmp_path, 1)), verify=True)
     with pytest.raises(ValueError, match="differs in bound max_cotangent_norm: None there and 1"):
         Problem().gradients(Segmented(4, Durable(tmp_path, 1)), max_cotangent_norm=1.0)
     monkeypatch.setattr(diffopt, "__version__", "9.9")
@@ -255,6 +346,10 @@ def test_another_outer_loss(tmp_path: Path) -> None:
         RuntimeError, match=r"what flows back .* is not what flowed back in the pas"
     ):
         Problem(outer=2.0).gradients(adjoint)
+    durable = Segmented(4, Durable(tmp_path / "aux", 1))
+    interrupted(durable, STEPS + 8, aux=True)
+    with pytest.raises(RuntimeError, match=r"what flows back .* is not what flowed back"):
+        Problem(aux=True, **{"of aux": 2.0}).gradients(durable)
     # Before the way back has begun, it may be any.
     interrupted(Segmented(4, Durable(tmp_path / "b", 1)), 9)
     found = Problem(outer=2.0).gradients(Segmented(4, Durable(tmp_path / "b", 1)))
@@ -263,10 +358,12 @@ def test_another_outer_loss(tmp_path: Path) -> None:
 
 def test_what_cannot_be_kept(tmp_path: Path) -> None:
     adjoint = Segmented(4, Durable(tmp_path))
-    with pytest.raises(NotImplementedError, match=r"step 0 returns aux, which Durable does not ke"):
-        Problem(aux=True).gradients(adjoint)
-    with pytest.raises(NotImplementedError, match="verify=True compares with digests"):
-        Problem().gradients(Segmented(4, Durable(tmp_path / "b")), verify=True)
+    sparse = torch.eye(2).to_sparse()
+    for kind, name in (({1, 2}, "set"), (sparse, "Tensor of layout torch.sparse_coo")):
+        with pytest.raises(
+            NotImplementedError, match=f"aux of step 0 holds a {name}, which Durable cannot keep"
+        ):
+            Problem(aux=True, kind=kind).gradients(adjoint)
 
 
 def test_arguments(tmp_path: Path) -> None:
@@ -356,6 +453,33 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(OnDisk, "put", put)
     assert left(tmp_path)
     assert_same(Problem().gradients(adjoint), Problem().gradients(Segmented(4)))
+
+
+def test_what_a_kill_in_a_write_leaves_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelf = Shelf(tmp_path)
+    whole, half = shelf.file("state"), shelf.file("state")
+    tensors = {"x": torch.arange(6.0).view(2, 3), "none": torch.empty(0), "y": torch.tensor(True)}
+    shelf.write(whole, tensors, "note")
+
+    def killed(x: Tensor) -> memoryview:
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr("diffopt._loop.shelf.memory_of", killed)
+        with pytest.raises(Stop):
+            shelf.write(half, tensors)
+    assert left(tmp_path) == [whole.name, half.name.replace("safetensors", "partial")]
+    found, note = shelf.read(whole)
+    assert note == "note"
+    assert_same([*found.values()], [*tensors.values()])
+    (tmp_path / "of somebody else").touch()
+    shelf.publish({}, {whole.name})
+    assert left(tmp_path) == ["manifest-00000003.json", "of somebody else", whole.name]
+    shelf.clear()
+    assert left(tmp_path) == ["of somebody else"]
+    shelf.close()
 
 
 @pytest.mark.parametrize("size", [0, 1, 7, 8, 4096, 5000, 100_001])

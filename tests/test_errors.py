@@ -49,12 +49,15 @@ KINDS: dict[str, tuple[dict[str, Any], str]] = {
         {"model": lambda model: mse},
         "model is a function: pass a torch.nn.Module",
     ),
-    "no optimizer": ({"opt": 3}, "expected a diffopt or torch.optim optimizer, got builtins.int"),
+    "no optimizer": ({"opt": 3}, "opt is a int: pass a diffopt or torch.optim optimizer of the"),
     "a list of parameters": (
         {"opt": lambda model: list(model.parameters())},
-        "expected a diffopt or torch.optim optimizer, got builtins.list",
+        "opt is a list that holds a .*Parameter: pass a diffopt or torch.optim optimizer, or",
     ),
-    "an optimizer class": ({"opt": diffopt.SGD}, "expected a diffopt or torch.optim optimizer"),
+    "an optimizer class": (
+        {"opt": diffopt.SGD},
+        "opt is the class SGD: pass a diffopt or torch.optim",
+    ),
     "an unknown optimizer": (
         {"opt": lambda model: Foreign(model.parameters())},
         r"does not know how .*Foreign steps: call diffopt.register\(Foreign, fn\)",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -44,9 +45,10 @@ class Extras:
             aux = map_tensors(lambda x: x.detach().clone(), aux)
         self._trees.append(aux)
 
-    def any_at(self, t: int) -> bool:
-        """Whether step ``t`` gave any."""
-        return self._trees[t] is not None
+    def at(self, t: int) -> tuple[Any, list[int]]:
+        """What step ``t`` gave, and to which of its tensors derivatives flow."""
+        start, stop = bisect_left(self._places, (t, 0)), bisect_left(self._places, (t + 1, 0))
+        return self._trees[t], [i for _, i in self._places[start:stop]]
 
     def ones(self) -> dict[int, Tensor]:
         """A cotangent of ones for each tensor of the last step that derivatives flow to."""

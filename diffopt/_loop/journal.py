@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from diffopt._values.outputs import OutputCotangents
 from diffopt._values.state import Cotangent, State
 from diffopt.schedule import Plan
 
@@ -59,7 +60,7 @@ class Journal:
     def arrived(self, state: State) -> None:
         """The forward pass is at the end of the loop."""
 
-    def turn(self, way: WayBack, loss_cotangents: Tensor | None) -> WayBack:
+    def turn(self, way: WayBack, outputs: OutputCotangents) -> WayBack:
         """The backward pass begins with what flows to the results. Gives where."""
         return way
 

@@ -59,7 +59,7 @@ def backward(
 ) -> tuple[Cotangent, list[Tensor | None]]:
     """A plan's second part, as ``executor.run_backward`` carries it out."""
     captured, journal = CapturedSum(loop.captured), kept.snapshots.journal
-    way = journal.turn(WayBack(0, cotangent, captured.total), outputs.losses)
+    way = journal.turn(WayBack(0, cotangent, captured.total), outputs)
     cotangent, captured.total = way.cotangent, way.captured
     actions = plan.backward_actions[way.action :]
     state, position = way.state, way.position

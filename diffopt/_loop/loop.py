@@ -225,10 +225,18 @@ class Loop:
         """What step ``t`` gave besides its loss that it has to give again, of JSON's kinds."""
         return {} if self.check is None else self.check.noted(self.step.first_step + t)
 
-    def pass_by(self, t: int, loss: Tensor, step: Mapping[str, Any], index: Sequence[int]) -> None:
+    def pass_by(
+        self,
+        t: int,
+        loss: Tensor,
+        aux: tuple[Any, Sequence[int]],
+        step: Mapping[str, Any],
+        index: Sequence[int],
+    ) -> None:
         """Note a step that is not taken: its loss, what it gave, and what it used.
 
         Args:
+            aux: its extras, and to which of their tensors derivatives flow.
             step: what ``given`` and ``Captured.use`` said of it.
             index: the index here of each captured tensor there.
         """
@@ -238,7 +246,7 @@ class Loop:
             self.check.first(number, Checked(loss))
             self.check.note_again(number, step, loss)
         self.losses.append(loss)
-        self.extras.append(self.step.first_step + t, None, ())
+        self.extras.append(self.step.first_step + t, *aux)
         self.progress.forward()
 
     # On the way back.

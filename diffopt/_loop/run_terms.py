@@ -30,9 +30,12 @@ def terms_of(loop: Loop, plan: Plan) -> dict[str, Any]:
         "plan": f"{plan} ({zlib.crc32(' '.join(map(str, plan.actions)).encode()):08x})",
         "bound max_cotangent_norm": loop.max_cotangent_norm,
         "number of tasks": loop.tasks,
+        "verify": loop.ledger is not None,
         "optimizer": type(step.opt).__name__,
         "grad_transform": step.grad_transform is not None,
     }
+    if step.group is not None:
+        terms["process"] = f"number {step.group.rank} of {step.group.size}"
     for path, x in loop.start.tensors().items():
         terms[f"form of {' '.join(path)}"] = f"{tuple(x.shape)}, {x.dtype}, on {x.device.type}"
         terms[f"start of {' '.join(path)}"] = digest(x)

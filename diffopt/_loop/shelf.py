@@ -15,12 +15,13 @@ import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffopt._loop.checksum import bytes_of, checksum
+from diffopt._loop.checksum import bytes_of, checksum, memory_of
 from diffopt._loop.files import Folder, OnDisk, folder_of, restated, said
 
 _KEPT = 2  # manifests
@@ -94,14 +95,9 @@ class Shelf:
         about = json.dumps({"form": form, "note": note})
         file.checksum = _checksum(flat, about)
         try:
-            self._folder.put(
-                file.name,
-                lambda path: self._safetensors.save_file(flat, path, metadata={"diffopt": about}),
-            )
+            self._folder.put(file.name, lambda path: _save(path, flat, about))
         except OSError as error:
             raise self._full(error) from error
-        except self._safetensors.Error as error:  # its own, of every cause
-            raise self._full(OSError(None, str(error))) from error
 
     def read(self, file: File) -> tuple[dict[str, Tensor], Any]:
         """The tensors, in host memory and in the order in which they were given, and the note.
@@ -235,6 +231,25 @@ def _formed(flat: Tensor, dtype: str, shape: list[int], stride: list[int]) -> Te
     return x
 
 
+def _save(path: Path, flat: Mapping[str, Tensor], about: str) -> None:
+    """Write bytes as a safetensors file.
+
+    The library's own way copies all of them, twice, and where the process is killed leaves a file
+    of a name that nobody knows.
+    """
+    head: dict[str, Any] = {"__metadata__": {"diffopt": about}}
+    stop = 0
+    for key, x in flat.items():
+        start, stop = stop, stop + len(x)
+        head[key] = {"dtype": "U8", "shape": [len(x)], "data_offsets": [start, stop]}
+    text = json.dumps(head).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for x in flat.values():
+            file.write(memory_of(x))
+
+
 def _checksum(flat: Mapping[str, Tensor], about: str) -> int:
     found = zlib.crc32(about.encode())
     for key, x in flat.items():
@@ -245,9 +260,8 @@ def _checksum(flat: Mapping[str, Tensor], about: str) -> int:
 class _Safetensors:
     """The library, by what is used of it."""
 
-    def __init__(self, module: Any, with_torch: Any) -> None:
+    def __init__(self, module: Any) -> None:
         self.Error: type[Exception] = module.SafetensorError
-        self.save_file = with_torch.save_file
         self._open = module.safe_open
 
     def open(self, path: os.PathLike[str]) -> Any:
@@ -257,10 +271,9 @@ class _Safetensors:
 def _safetensors() -> _Safetensors:
     try:
         import safetensors
-        import safetensors.torch
     except ImportError as error:
         raise ImportError(
             "diffopt.Durable needs safetensors, which is not installed: pip install "
             "'torch-diffopt[durable]'"
         ) from error
-    return _Safetensors(safetensors, safetensors.torch)
+    return _Safetensors(safetensors)

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from diffopt._loop.checksum import bytes_of, checksum, memory_of
-from diffopt._loop.durable import Durable, DurableSnapshots
+from diffopt._loop.durable import Durable
+from diffopt._loop.durable_run import DurableSnapshots
 from diffopt._loop.files import Folder, folder_of, restated, said
 from diffopt._loop.snapshots import Snapshot, Snapshots, check_process
 from diffopt._loop.transfer import Copier, Copy

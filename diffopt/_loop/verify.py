@@ -26,6 +26,14 @@ class Ledger:
         """Note what ``step`` gave."""
         self._digests[step] = _digests(state, loss)
 
+    def noted(self, step: int) -> dict[Path, int]:
+        """What was noted of ``step``; nothing where nothing was."""
+        return self._digests.get(step, {})
+
+    def note_again(self, step: int, digests: dict[Path, int]) -> None:
+        """Note what another process noted of ``step``."""
+        self._digests[step] = digests
+
     def check(self, step: int, state: State, loss: Tensor) -> None:
         """Compare what ``step`` gives now, if it was noted.
 

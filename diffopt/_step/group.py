@@ -6,7 +6,8 @@ message pairs with any other, so processes that have come apart find that out in
 each other or adding up what does not belong together.
 
 Limits: a process that waits outside of an unroll, for an exchange of the caller's own or for a
-``backward()`` that another does not call, is found by the group's timeout alone.
+``backward()`` that another does not call, is found by the group's timeout alone. So is one whose
+second backward pass comes by no step of the first, where another's does.
 """
 
 from __future__ import annotations
@@ -83,6 +84,11 @@ class Group:
     def size(self) -> int:
         """How many processes there are."""
         return size_of(self._group)
+
+    @property
+    def rank(self) -> int:
+        """The number of this process."""
+        return rank_in(self._group)
 
     # Beginning and ending together.
 

@@ -50,11 +50,7 @@ def agree(group: Group, params: Mapping[str, Tensor], adjoint: Adjoint, **terms:
             "diffopt.distributed.mean(loss, group) inside loss_fn"
         )
     storage = getattr(adjoint, "storage", None)
-    if isinstance(storage, Durable):
-        raise NotImplementedError(
-            "Durable with group: the processes could be taken up at different steps. Use a folder, "
-            "or save the outer loop's state between unrolls"
-        )
+    terms["intervals_of_Durable"] = storage.every if isinstance(storage, Durable) else None
     if is_dataclass(adjoint) and "storage" in {f.name for f in fields(adjoint)}:
         adjoint = replace(cast(Any, adjoint), storage=None)  # each process may have its own
     group.agree(params, {"adjoints": adjoint, **{k.replace("_", " "): v for k, v in terms.items()}})

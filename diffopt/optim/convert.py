@@ -85,8 +85,8 @@ def convert(opt: Any, names: Mapping[Tensor, str] | None = None) -> Optimizer:
         wrong = next((x for x in opt if not isinstance(x, torch.optim.Optimizer)), None)
         if wrong is not None:
             raise TypeError(
-                f"expected a diffopt or torch.optim optimizer, got {_name(type(opt))} that holds a "
-                f"{_name(type(wrong))}: pass an optimizer, or a list of them"
+                f"opt is a {type(opt).__name__} that holds a {_name(type(wrong))}: pass a diffopt "
+                "or torch.optim optimizer, or a list of them"
             )
         return Joint([convert(each) for each in opt], names)
     if isinstance(opt, Optimizer):
@@ -95,7 +95,10 @@ def convert(opt: Any, names: Mapping[Tensor, str] | None = None) -> Optimizer:
     make = _REGISTRY.get(cls)
     if make is None:
         if not isinstance(opt, torch.optim.Optimizer):
-            raise TypeError(f"expected a diffopt or torch.optim optimizer, got {_name(cls)}")
+            what = f"the class {opt.__name__}" if isinstance(opt, type) else f"a {cls.__name__}"
+            raise TypeError(
+                f"opt is {what}: pass a diffopt or torch.optim optimizer of the model's parameters"
+            )
         base = next((b.__name__ for b in cls.__mro__ if b in _REGISTRY), None)
         raise TypeError(
             f"diffopt does not know how {_name(cls)} steps: call "

@@ -42,14 +42,14 @@ def main(
     evaluations = os.open(count, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     direction, taken = b"f", 0
 
-    def loss(model: nn.Module, t: int) -> torch.Tensor:
+    def loss(model: nn.Module, t: int) -> tuple[torch.Tensor, torch.Tensor]:
         nonlocal taken
         taken += 1
         if taken == last:
             kill.start()
         os.write(evaluations, direction)
         time.sleep(0.002)
-        return model(x).square().mean() + (model[0].weight * lr).sum()
+        return model(x).square().mean() + (model[0].weight * lr).sum(), model[3].bias.exp()
 
     kill = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL))
     kill.daemon = True
@@ -58,6 +58,7 @@ def main(
     opt = diffopt.Adam(model.parameters(), lr=lr)
     fast = diffopt.unroll(model, opt, 60, loss, adjoint=how[adjoint])
     total = fast.losses.sum() + sum(p.square().sum() for p in fast.params.values())
+    total = total + sum(fast.aux).sum()
     direction = b"b"
     total.backward()
     found = [total, lr.grad, torch.rand(1), *(p.grad for p in model.parameters())]
