@@ -73,9 +73,9 @@ def test_a_rate_per_weight_adapts_better_than_one_rate(run: Any) -> None:
     assert result["Meta-SGD"] < 0.9 * result["MAML, one learned rate"]
 
 
-def test_multi_step_losses_and_rates_adapt_better(run: Any) -> None:
-    result = run("maml_plus_plus", outer=30, new_tasks=100)
-    assert result["MAML++"] > result["MAML"]
+def test_multi_step_losses_rates_and_statistics_adapt_better(run: Any) -> None:
+    result = run("maml_plus_plus", outer=40, new_tasks=100)
+    assert result["MAML++"] > result["MAML"] + 0.01
     assert result["MAML++"] > result["nearest image"]
 
 

@@ -136,10 +136,10 @@ def adapt(kinds: tuple[type, ...], make: Make) -> None:
 
 def inner_problem(model: Any, opt: Any, tasks: int | None) -> InnerProblem:
     """The inner problem that the arguments of ``unroll`` state."""
-    for kinds, make in _ADAPTERS:
-        if isinstance(model, kinds) or isinstance(opt, kinds):
-            return make(model, opt, tasks)
     several = opt if isinstance(opt, (list, tuple)) else [opt]
+    for kinds, make in _ADAPTERS:
+        if any(isinstance(given, kinds) for given in (model, *several)):
+            return make(model, opt, tasks)
     for what, given in (("model", model), *(("opt", each) for each in several)):
         for base in type(given).__mro__:
             package = base.__module__.partition(".")[0]

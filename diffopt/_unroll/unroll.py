@@ -77,8 +77,9 @@ def unroll(
         opt: a ``diffopt`` or ``torch.optim`` optimizer over some or all of the model's
             parameters: the inner variables; or a list of them over disjoint parameters. Its state
             and param groups are the start. After
-            ``import diffopt.higher`` also the pair that ``higher.innerloop_ctx`` yields, which
-            are then left as a loop of ``dopt.step(loss)`` would have left them.
+            ``import diffopt.higher`` also the pair that ``higher.innerloop_ctx`` yields, or the
+            ``fmodel`` and a list of its optimizers, which are then left as a loop of
+            ``dopt.step(loss)`` would have left them.
         steps: an int T: ``loss_fn(model, t)`` is called with t = 0, ..., T-1. Or batches:
             ``loss_fn(model, batch)`` is called with each; a batch is any pytree. What cannot be
             indexed is read into a list; what can, but is no list or tuple, is indexed anew

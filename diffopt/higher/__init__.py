@@ -5,8 +5,9 @@ Importing this module
 * registers every optimizer of ``diffopt`` with ``higher``, and those of ``torch.optim`` that
   ``higher`` has no rule for (``AdamW``, ``NAdam``, ``RAdam``): they work wherever one of
   ``higher``'s own does, in ``innerloop_ctx``, ``get_diff_optim`` and ``create_diff_optim``;
+* lets a list of optimizers over disjoint parameters stand where ``higher`` takes one;
 * teaches ``diffopt.unroll`` the pairs ``(fmodel, dopt)`` that ``innerloop_ctx`` yields, whichever
-  optimizer ``dopt`` stands for.
+  optimizer ``dopt`` stands for, and ``(fmodel, [dopt, ...])`` for several over one ``fmodel``.
 
 ``higher``: Grefenstette et al., "Generalized inner loop meta-learning" (2019).
 """
@@ -14,7 +15,8 @@ Importing this module
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from itertools import chain
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,10 +29,12 @@ from diffopt._unroll.problem import InnerProblem, adapt, frozen
 from diffopt._unroll.unrolled import Unrolled
 from diffopt.higher.rules import EarlierAdam, ItsOwnRule, native
 from diffopt.higher.slots import FastSlots
-from diffopt.optim import Optimizer
+from diffopt.higher.together import GradCallback, Grads, check_together, transform_of
+from diffopt.optim import Joint, Optimizer
 from diffopt.optim.base import as_tensors
-from diffopt.optim.convert import convert, registered
+from diffopt.optim.convert import Optimizers, all_of, convert, registered
 from diffopt.optim.options import SWITCHES
+from diffopt.optim.unchanged import UnchangedOptions
 
 try:
     with warnings.catch_warnings():
@@ -44,8 +48,6 @@ except ModuleNotFoundError as error:
 __all__ = ["DifferentiableOptimizer"]
 
 Override = dict[str, list[Any]]
-Grads = Sequence[Tensor | None]
-GradCallback = Callable[[Grads], Grads]
 
 
 class DifferentiableOptimizer(higher.optim.DifferentiableOptimizer):
@@ -62,7 +64,9 @@ class DifferentiableOptimizer(higher.optim.DifferentiableOptimizer):
     ``higher`` takes today's Adam in place of its own.
 
     Args:
-        other: the optimizer; its options and its present state are the start.
+        other: the optimizer, or a list of them over disjoint parameters, which then step at once;
+            the options and the present state are the start. All in a list step by the rules of
+            ``diffopt``, and their param groups are numbered on.
         reference_params: the parameters of the model, in its order.
         fmodel: the patched module whose weights are updated.
         device: where the state goes.
@@ -74,12 +78,13 @@ class DifferentiableOptimizer(higher.optim.DifferentiableOptimizer):
     Raises:
         TypeError: ``diffopt`` does not know the class of ``other``, or ``override`` has a value of
             a wrong kind.
-        ValueError: ``override`` names an option that the optimizer does not have.
+        ValueError: ``override`` names an option that the optimizer does not have, or one of a list;
+            two optimizers of a list hold the same parameter.
     """
 
     def __init__(
         self,
-        other: torch.optim.Optimizer,
+        other: Optimizers,
         reference_params: Iterable[Tensor],
         fmodel: nn.Module | None = None,
         device: torch.device | None = None,
@@ -115,16 +120,16 @@ class DifferentiableOptimizer(higher.optim.DifferentiableOptimizer):
         self.rule.param_groups = self.param_groups  # where an override goes, also a later one
 
     def _apply_override(self, override: Override) -> None:
-        name = type(self.rule).__name__
         for key, values in override.items():
-            if key not in self.rule.defaults:
-                raise ValueError(
-                    f"override has {key!r}, which is no option of {name}: those are "
-                    f"{', '.join(self.rule.defaults)}"
-                )
-            if key not in SWITCHES:
-                for value in values:
-                    self.rule._check_kind(key, value)
+            for i, rule in enumerate(self.rule.rules):
+                if key not in rule.defaults:
+                    raise ValueError(
+                        f"override has {key!r}, which is no option of {type(rule).__name__}: those "
+                        f"are {', '.join(rule.defaults)}"
+                    )
+                if key not in SWITCHES:
+                    for value in values if len(values) == 1 else values[i : i + 1]:
+                        rule._check_kind(key, value)
         super()._apply_override(
             {key: [_plain(key, value) for value in values] for key, values in override.items()}
         )
@@ -141,7 +146,7 @@ class DifferentiableOptimizer(higher.optim.DifferentiableOptimizer):
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._track_higher_grads):
             params = {n: self.param_groups[g]["params"][i] for n, (g, i) in where.items()}
             state = {
-                n: self.state[g].get(i) or self.rule._init(hyper[g], params[n])
+                n: self.state[g].get(i) or self.rule.rules[g]._init(hyper[g], params[n])
                 for n, (g, i) in where.items()
             }
             grads = {n: grouped_grads[g][i] for n, (g, i) in where.items()}
@@ -179,31 +184,41 @@ class _PatchedProblem(InnerProblem):
 
     model: Any
 
-    def __init__(self, fmodel: Any, dopt: Any) -> None:
+    def __init__(self, fmodel: Any, dopts: Sequence[Any]) -> None:
         newest = list(fmodel.fast_params)
         # A call with params=, or fast_params assigned, has left older values in the submodules.
         higher.patch._update_patched_params(fmodel, [fmodel._expand_params(newest)], 0)
         params = dict(fmodel.named_parameters())
         names = {x: name for name, x in params.items()}
         self._fast_names = [names[x] for x in newest]
-        self._dopt = dopt
-        indices = dopt._group_to_param_list
+        self._dopts = dopts
+        rules = [
+            _rule(dopt, [[newest[i] for i in group] for group in dopt._group_to_param_list])
+            for dopt in dopts
+        ]
+        groups = [
+            [[self._fast_names[i] for i in group] for group in dopt._group_to_param_list]
+            for dopt in dopts
+        ]
         super().__init__(
             fmodel,
-            _rule(dopt, [[newest[i] for i in group] for group in indices]),
+            rules[0] if len(rules) == 1 else Joint(rules, names),
             params,
-            [[self._fast_names[i] for i in group] for group in indices],
+            [*chain.from_iterable(groups)],
             {
-                self._fast_names[group[i]]: as_tensors(entries)
-                for group, held in zip(indices, dopt.state, strict=True)
+                names[i]: as_tensors(entries)
+                for dopt, own in zip(dopts, groups, strict=True)
+                for names, held in zip(own, dopt.state, strict=True)
                 for i, entries in held.items()
             },
         )
-        self.connected = dopt._track_higher_grads
-        if isinstance(dopt, DifferentiableOptimizer):
-            self.first_step = dopt.steps
-        if dopt._grad_callback is not None:
-            self.grad_transform = _transform(dopt._grad_callback, self._fast_names)
+        self.options = UnchangedOptions(dopts)
+        self.connected = dopts[0]._track_higher_grads
+        self.first_step = max((x.steps for x in dopts if _is_ours(x)), default=self.first_step)
+        callbacks = [dopt._grad_callback for dopt in dopts]
+        if any(callbacks):
+            of_each = [{*chain.from_iterable(own)} for own in groups]
+            self.grad_transform = transform_of(callbacks, of_each, self._fast_names)
 
     def slots(self, carried: Collection[str] = ()) -> ModuleSlots:
         return FastSlots(self.model, self.inner, self.constants, carried, self._fast_names)
@@ -218,27 +233,21 @@ class _PatchedProblem(InnerProblem):
         self.model.update_params([final[name] for name in self._fast_names])
         final_buffers = {name: x.clone() for name, x in result.buffers.items()}
         ModuleSlots(self.model, {}, {}).write_buffers(final_buffers)
-        ours = isinstance(self._dopt, DifferentiableOptimizer)
-        groups = zip(self._dopt.param_groups, self._dopt.state, self.groups, strict=True)
-        for group, held, names in groups:
-            group["params"] = [final[name] for name in names]
-            for i, name in enumerate(names):
-                entries = result.opt_state.get(name)
-                if entries:
-                    held[i] = dict(entries) if ours else native(entries)
-        if ours:
-            self._dopt.steps = result.step
+        left = iter(self.groups)
+        for dopt in self._dopts:
+            for group, held in zip(dopt.param_groups, dopt.state, strict=True):
+                names = next(left)
+                group["params"] = [final[name] for name in names]
+                for i, name in enumerate(names):
+                    entries = result.opt_state.get(name)
+                    if entries:
+                        held[i] = dict(entries) if _is_ours(dopt) else native(entries)
+            if _is_ours(dopt):
+                dopt.steps = result.step
 
 
-def _transform(callback: GradCallback, fast_names: list[str]) -> Callable[[Any], Any]:
-    """A ``grad_callback``, which takes all gradients in a row, as a ``grad_transform``."""
-
-    def transform(grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        changed = callback(tuple(grads.get(name) for name in fast_names))
-        named = zip(fast_names, changed, strict=True)
-        return {name: x for name, x in named if name in grads and x is not None}
-
-    return transform
+def _is_ours(dopt: Any) -> bool:
+    return isinstance(dopt, DifferentiableOptimizer)
 
 
 _RULES: dict[type, Callable[..., Optimizer]] = {
@@ -255,8 +264,11 @@ _RULES: dict[type, Callable[..., Optimizer]] = {
 
 def _rule(dopt: Any, params: list[list[Tensor]]) -> Optimizer:
     """The rule by which ``dopt`` steps, with its present options."""
-    if isinstance(dopt, DifferentiableOptimizer):
-        return dopt.rule
+    if _is_ours(dopt):
+        rule = frozen(dopt.rule)  # apart from dopt, which will hold the final weights
+        for group, own in zip(rule.param_groups, params, strict=True):
+            group["params"] = own
+        return rule
     groups = [
         {**{key: _plain(key, x) for key, x in group.items()}, "params": own}
         for group, own in zip(dopt.param_groups, params, strict=True)
@@ -273,39 +285,43 @@ def _rule(dopt: Any, params: list[list[Tensor]]) -> Optimizer:
 
 
 def _patched_problem(model: Any, opt: Any, tasks: int | None) -> InnerProblem:
+    dopts: list[Any] = list(all_of(opt))
     if not isinstance(model, higher.patch._MonkeyPatchBase):
         raise TypeError(
             f"opt comes from higher, and model is a plain {type(model).__name__}: pass the fmodel "
             "and the optimizer that innerloop_ctx yields, or none of them"
         )
-    if not isinstance(opt, higher.optim.DifferentiableOptimizer):
-        raise TypeError(
-            f"model was patched by higher, and opt is a {type(opt).__name__}: pass the fmodel and "
-            "the optimizer that innerloop_ctx yields, or none of them"
-        )
+    for dopt in dopts:
+        if not isinstance(dopt, higher.optim.DifferentiableOptimizer):
+            raise TypeError(
+                f"model was patched by higher, and opt is a {type(dopt).__name__}: pass the fmodel "
+                "and the optimizer that innerloop_ctx yields, or none of them"
+            )
     if getattr(model, "_fast_params", None) is None:
         raise ValueError(
             f"model, a {type(model).__name__}, holds no fast weights: pass the module that "
             "innerloop_ctx yields, not a part of it"
         )
-    if opt._fmodel is not None and opt._fmodel is not model:
+    if any(dopt._fmodel is not None and dopt._fmodel is not model for dopt in dopts):
         raise ValueError(
             "opt updates another fmodel than the one given: pass the two that the same "
-            "innerloop_ctx yields"
+            "innerloop_ctx yields, or make each optimizer of a list by "
+            "higher.get_diff_optim(opt, model.parameters(), fmodel=fmodel)"
         )
+    check_together(dopts, [dopt for dopt in dopts if _is_ours(dopt)])
     if tasks is not None:
         raise NotImplementedError(
             f"tasks={tasks} would give every weight a task dimension, which a module patched by "
             "higher cannot hold: unroll the model and its optimizer themselves"
         )
-    return _PatchedProblem(model, opt)
+    return _PatchedProblem(model, dopts)
 
 
 def _register() -> None:
     ours = [x for x in vars(optim).values() if isinstance(x, type) and issubclass(x, Optimizer)]
     ours.remove(Optimizer)
     missing = [cls for cls in registered() if cls not in higher.optim._opt_mapping]
-    for cls in (*ours, *missing):
+    for cls in (*ours, *missing, list, tuple):
         higher.register_optim(cls, DifferentiableOptimizer)
     adapt((higher.patch._MonkeyPatchBase, higher.optim.DifferentiableOptimizer), _patched_problem)
 

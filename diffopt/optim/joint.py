@@ -57,7 +57,7 @@ class Joint(Optimizer):
 
     @property
     def rules(self) -> Sequence[Optimizer]:
-        return [opt for opt in self.optimizers for _ in opt.param_groups]
+        return [rule for opt in self.optimizers for rule in opt.rules]
 
     @property
     def first_step(self) -> int:
