@@ -137,6 +137,16 @@ WORKLOADS = {
         (0.1, 0.02, 1e-3, 1e-4),
         tokens=True,
     ),
+    "gpt-mini": Workload(
+        "GPT with 2 layers of 64, batch 4 of 32 tokens",
+        "gpt",
+        lambda: models.GPT(2, 64, 4, 64, 32),
+        (4, 32),
+        64,
+        8,
+        (0.1, 0.02, 1e-3, 1e-4),
+        tokens=True,
+    ),
     "sinusoid": Workload(
         "MLP 1-40-40-1 on sinusoids, batch 10",
         "mlp",

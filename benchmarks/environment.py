@@ -16,13 +16,13 @@ import torch
 PACKAGES = ("torch", "higher", "torchopt", "torch_maml", "jax")
 
 
-def confine(threads: int, *, limit_memory: bool) -> None:
+def confine(threads: int | None, *, limit_memory: bool) -> None:
     """Keep this process and those it will start to ``threads`` cores and to the memory there is.
 
     JAX has no option for the number of threads and uses the cores it is given. With the limit, a
     library that needs more memory than there is fails, where otherwise the machine would.
     """
-    if hasattr(os, "sched_setaffinity"):
+    if threads and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     if limit_memory and (available := _meminfo("MemAvailable")):
         limit = int(0.85 * available)

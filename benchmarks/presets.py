@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cases import Case
 
@@ -92,4 +92,11 @@ def full() -> list[Cell]:
     return cells
 
 
-PRESETS = {"quick": quick, "transformer": transformer, "full": full}
+def headline() -> list[Cell]:
+    """The picture of the front page, drawn by ``headline.py``."""
+    libraries = ("diffopt-sqrt", "diffopt-512", "higher", "torchopt", "torch_maml-checkpoint5")
+    cells = grid(("gpt-mini",), ("sgd",), (10, 30, 100, 300, 1000), (*libraries, "plain"))
+    return [replace(cell, most_repeats=2 if cell.case.steps == 1000 else 4) for cell in cells]
+
+
+PRESETS = {"quick": quick, "transformer": transformer, "full": full, "headline": headline}

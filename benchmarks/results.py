@@ -40,6 +40,11 @@ class Result:
         times = self.times(library)
         return 1e3 * median(times) / self.case.steps if times else None
 
+    def least_milliseconds(self, library: str) -> float | None:
+        """The least, per inner step."""
+        times = self.times(library)
+        return 1e3 * min(times) / self.case.steps if times else None
+
     def ratio(self, library: str, other: str) -> float | None:
         """The median, over the rounds, of one time over the other in the same round."""
         pairs = [r[library] / r[other] for r in self.rounds if library in r and other in r]

@@ -74,7 +74,7 @@ class Worker:
         gc.collect()
         self._wait()
         events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if self._cuda else []
-        started = time.perf_counter()
+        started, worked = time.perf_counter(), time.process_time()
         if events:
             events[0].record()
         self._gradient = self._run()
@@ -82,7 +82,7 @@ class Worker:
             events[1].record()
         self._wait()
         self._seconds = time.perf_counter() - started
-        answer = {"seconds": self._seconds}
+        answer = {"seconds": self._seconds, "cpu_seconds": time.process_time() - worked}
         if events:
             answer["device_seconds"] = events[0].elapsed_time(events[1]) / 1e3
         return answer

@@ -35,6 +35,7 @@ NAMES = (
     "learned_loss",
     "learned_optimizer",
     "darts",
+    "unrolled_gan",
     "nested",
     "lora",
 )

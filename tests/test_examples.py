@@ -101,6 +101,12 @@ def test_the_cell_found_is_better_than_the_mean_cell(run: Any) -> None:
     assert result["found"] > result["mean of random cells"]
 
 
+def test_a_generator_that_looks_ahead_reaches_more_of_the_gaussians(run: Any) -> None:
+    result = run("unrolled_gan", outer=200, unrolled=3, runs=1)
+    (at_once,), (ahead,) = result.values()
+    assert ahead[0] >= at_once[0] + 3
+
+
 def test_the_gradient_of_a_gradient_of_training_is_exact_and_of_use(run: Any) -> None:
     result = run("nested", outer=2, middle=2, inner=5)
     assert result["error"] < 1e-6

@@ -33,6 +33,13 @@ def test_the_citation_has_the_version() -> None:
     assert cited[1] == diffopt.__version__
 
 
+def test_the_changelog_and_the_citation_have_the_release_of_the_same_day() -> None:
+    day = re.search(r"^date-released: (.+)$", (TOP / "CITATION.cff").read_text("utf-8"), re.M)
+    assert day is not None
+    heading = f"## {diffopt.__version__}, {day[1]}\n"
+    assert heading in (TOP / "CHANGELOG.md").read_text("utf-8")
+
+
 def test_links_of_the_readme_lead_somewhere() -> None:
     for path in re.findall(
         r"\]\((?!https?://|#)([^)#\s]+)", (TOP / "README.md").read_text("utf-8")
