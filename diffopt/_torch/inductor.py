@@ -55,7 +55,11 @@ def _compiled(graph: GraphModule, examples: Sequence[Tensor], config: Mapping[st
 
 def _is_small(graph: GraphModule) -> bool:
     """Whether the rounds of a loop are of a few thousand numbers, as far as can be seen."""
-    sizes = [x.numel() for node in graph.body.graph.nodes if isinstance(x := node.meta.get("val"), Tensor)]
+    sizes = [
+        x.numel()
+        for node in graph.body.graph.nodes
+        if isinstance(x := node.meta.get("val"), Tensor)
+    ]
     return max(sizes, default=0) <= _FEW
 
 

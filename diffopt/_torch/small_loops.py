@@ -103,7 +103,9 @@ class SmallLoops(CppWrapperCpu):  # type: ignore[misc]
         if isinstance(proceed, ir.ShapeAsConstantBuffer):
             self.writeline(f"if (!({proceed.codegen_reference()})) break;")
         else:
-            self.writeline(f"if (!*static_cast<bool*>({proceed.codegen_reference()}.data_ptr())) break;")
+            self.writeline(
+                f"if (!*static_cast<bool*>({proceed.codegen_reference()}.data_ptr())) break;"
+            )
         self.writeline(ExitSubgraphLine(self))
         self.writeline(EnterSubgraphLine(self, body.graph))
         self._codegen_part(body, [*handed_on, *shared])
@@ -138,7 +140,11 @@ class SmallLoops(CppWrapperCpu):  # type: ignore[misc]
         self.writeline(f"AtenTensorHandle {handle};")
         sizes, strides = tensor.get_size(), tensor.get_stride()
         if not _are_numbers([*sizes, *strides]):  # written in place, as stacked results are
-            self.writeline(f"if ({carried}.p != {carried}_first.p) throw std::logic_error({carried!r});".replace("'", '"'))
+            self.writeline(
+                f"if ({carried}.p != {carried}_first.p) throw std::logic_error({carried!r});".replace(
+                    "'", '"'
+                )
+            )
             self._copy_of(given, handle)
         else:
             sizes, strides = list(map(int, sizes)), list(map(int, strides))
@@ -190,7 +196,9 @@ class SmallLoops(CppWrapperCpu):  # type: ignore[misc]
             return super().codegen_reinterpret_view(data, size, stride, offset, writeline, dtype)
         if dtype is not None and dtype != data.get_dtype():
             raise NotSmall("a tensor that is read as another dtype")
-        return f"{data.get_name()}.at(({self.codegen_sizevar(offset)}) * {data.get_dtype().itemsize}L)"
+        return (
+            f"{data.get_name()}.at(({self.codegen_sizevar(offset)}) * {data.get_dtype().itemsize}L)"
+        )
 
     def codegen_tensor_item(
         self, dtype: torch.dtype, tensor: str, scalar: str, indented_buffer: Any = None
