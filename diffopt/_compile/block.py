@@ -11,7 +11,8 @@ from torch import Tensor
 
 from diffopt._compile.code import Code
 from diffopt._compile.loops import Block, Cotangents
-from diffopt._compile.specialise import Call, StepInputs, end_of
+from diffopt._compile.specialise import Call, end_of
+from diffopt._compile.step_inputs import StepInputs
 from diffopt._compile.trace import Untraceable
 from diffopt._step.capture import Graph
 from diffopt._step.linearization import Linearization
@@ -119,9 +120,9 @@ class CompiledBlock:
         self.scheduled, self.attached = step.scheduled, code.step.attached
         first, ends = steps.given[0], code.step.ends
         learned = any(x.requires_grad for x in first.hyper)
-        self.alike = all(x.hyper is first.hyper for x in steps.given) or not learned
+        self.alike = not learned or steps.given.one_hyper
         if any(i >= steps.call.shared for i in ends):
-            self.alike &= all(x.batch is first.batch for x in steps.given)
+            self.alike &= steps.given.one_batch
 
     def aux(self) -> list[Any]:
         """The user's extras, one for each step."""

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from diffopt._compile.loops import Block, Cotangents, Loops, Steps
-from diffopt._compile.specialise import Call, Pulled, Specialisation, StepInputs
+from diffopt._compile.specialise import Call, Pulled, Specialisation
+from diffopt._compile.step_inputs import ManyInputs, StepInputs
 from diffopt._compile.trace import Untraceable
 from diffopt._step.result import Checked, StepResult
 from diffopt._values.outputs import StepCotangents
@@ -67,7 +68,7 @@ class Code:
         Raises:
             Untraceable: it cannot be compiled.
         """
-        block = self.block(Steps(call, [given], [drawn]), keep=False)
+        block = self.block(Steps(call, ManyInputs([given]), [drawn]), keep=False)
         if block is None:
             return self.step.run(call, drawn)
         loss = block.losses[0]
@@ -91,7 +92,7 @@ class Code:
         if self._loops is not None and not outputs.aux:
             losses = None if outputs.loss is None else outputs.loss.unsqueeze(0)
             try:
-                block = self._loops.taken(Steps(call, [given], [drawn]))
+                block = self._loops.taken(Steps(call, ManyInputs([given]), [drawn]))
                 return block.vjp(call.t, call.t + 1, Cotangents(cotangent, losses))
             except Untraceable as reason:
                 self._one_by_one(reason)

@@ -14,13 +14,11 @@ structure that no code can be made for run uncompiled.
 
 from __future__ import annotations
 
-import operator
 import warnings
 from collections.abc import Collection, Hashable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any
+from typing import Any, Self
 from weakref import WeakKeyDictionary
 
 import torch
@@ -28,11 +26,11 @@ from torch import Tensor, nn
 
 from diffopt._compile.block import CompiledBlock, CompiledLinearization
 from diffopt._compile.code import Code
-from diffopt._compile.environment import PLAIN, Environment, Same, methods_of
-from diffopt._compile.hyper_inputs import constants, entries, is_input, with_hyper
+from diffopt._compile.environment import Environment, methods_of
+from diffopt._compile.hyper_inputs import with_hyper
 from diffopt._compile.loops import Steps
-from diffopt._compile.specialise import Call, Layout, Specialisation, StepInputs, flat
-from diffopt._compile.step_number import STEP_NUMBER
+from diffopt._compile.specialise import Call, Layout, Specialisation, flat
+from diffopt._compile.step_inputs import ManyInputs, Reader, StepInputs, form_of, nbytes
 from diffopt._compile.trace import Untraceable
 from diffopt._derivatives.table import with_second_derivatives
 from diffopt._step.generators import Generators
@@ -40,9 +38,8 @@ from diffopt._step.linearization import Linearization
 from diffopt._step.observe import Observer
 from diffopt._step.result import Checked, StepResult
 from diffopt._step.step import InnerStep, small
-from diffopt._torch.autograd import in_forward_mode, present_sequence
+from diffopt._torch.autograd import in_forward_mode
 from diffopt._torch.inductor import operations_are_watched
-from diffopt._torch.pytree import tree_flatten
 from diffopt._values.state import State
 from diffopt.optim import Optimizer
 from diffopt.optim.scalars import values_unknown
@@ -99,7 +96,6 @@ class CompiledStep(InnerStep):
         self._eager = step
         self._generators = generators
         self._counted = counted
-        self._indexed = indexed
         model = loss.slots.model
         rules = list(dict.fromkeys(opt.rules))
         of_rules = [(type(rule), _own_attributes(rule), *methods_of(rule)) for rule in rules]
@@ -110,32 +106,35 @@ class CompiledStep(InnerStep):
             generators.meet(generator)
         inner = {id(x) for x in loss.slots.inner.values()}
         self._originals = {i for i, x in enumerate(seen.tensors) if id(x) in inner}
-        self._places = {id(x): i for i, x in enumerate(seen.tensors)}
+        places = {id(x): i for i, x in enumerate(seen.tensors)}
+        self._reader = Reader(step, places, counted=counted, indexed=indexed)
         self._compilations = _COMPILATIONS.setdefault(model, _Compilations())
         context = (
             seen.structure,
-            tuple(map(_form, seen.tensors)),
+            tuple(map(form_of, seen.tensors)),
             tuple(map(tuple, groups)),
             loss.tasks,
             _arithmetic(),
         )
         self._known = self._compilations.by_context.get(context, {})
         self._context = context
-        self._numbers: dict[float, Tensor] = {}
-        self.scheduled = any(callable(x) for group in opt.param_groups for _, x in entries([group]))
-        self._options: tuple[Any, ...] | None = None
-        self._last: StepInputs | None = None
-        self._leaves: tuple[Any, ...] = ()
+        self.scheduled = self._reader.scheduled
 
     def of_first_order(self) -> InnerStep:
         """The uncompiled step: there the values of the gradients are wanted."""
         return self._eager.of_first_order()
 
+    def later(self, by: int) -> Self:
+        """As for ``InnerStep``."""
+        step = super().later(by)
+        step._reader = self._reader.of(step)
+        return step
+
     def __call__(self, state: State, t: int, observer: Observer | None = None) -> StepResult:
         """Take step ``t``: by compiled code where grad mode is off."""
         if torch.is_grad_enabled() or _transformed():
             return super().__call__(state, t, observer)
-        given = self._step_inputs(t, observer)
+        given = self._reader.at(t, observer)
         call, code = self._matched(state, t, given)
         if code is None:
             return super().__call__(state, t, observer)
@@ -151,7 +150,7 @@ class CompiledStep(InnerStep):
         """As for ``InnerStep``, except that nothing is evaluated before it is needed."""
         if _transformed():
             return super().linearize(state, t, observer)
-        given = self._step_inputs(t, observer)
+        given = self._reader.at(t, observer)
         call, code = self._matched(state, t, given)
         if code is None:
             return super().linearize(state, t, observer)
@@ -164,25 +163,46 @@ class CompiledStep(InnerStep):
         """Take some of the steps from ``start`` on, ``stop`` at most, in one compiled loop."""
         if torch.is_grad_enabled() or _transformed():
             return None
-        first = self._step_inputs(start, observer)
+        first = self._reader.at(start, observer)
         call, code = self._matched(state, start, first)
         if code is None:
             return None
         most = code.most(call, keep=keep)
         if most is not None:
             stop = min(stop, start + most)
-        gathered = _Gathered(self._generators, code.step)
-        gathered.add(first)
-        for t in range(start + 1, stop):
-            given = self._step_inputs(t, observer)
-            if not gathered.takes(given):
-                break
-            gathered.add(given)
-        block = code.block(Steps(call, gathered.given, gathered.drawn), keep=keep)
+        many = None if code.step.draws else self._reader.many(first, start, stop, MOST_BYTES)
+        if many is None:
+            steps, before = self._gathered(code.step, call, first, stop, observer)
+        else:
+            steps, before = Steps(call, many, [()] * len(many)), [self._generators.get()]
+        block = code.block(steps, keep=keep)
         if block is None:
-            self._generators.set(gathered.before[0])
+            self._generators.set(before[0])
             return None
-        return CompiledBlock(self, code, block, gathered.before)
+        return CompiledBlock(self, code, block, before)
+
+    def _gathered(
+        self,
+        code: Specialisation,
+        call: Call,
+        first: StepInputs,
+        stop: int,
+        observer: Observer | None,
+    ) -> tuple[Steps, list[tuple[Tensor, ...]]]:
+        """The steps that are like the first, looked at one by one, and where generators were."""
+        before = [self._generators.get()]
+        each, drawn, taken = [first], [code.draw()], 0
+        for t in range(call.t + 1, stop):
+            given = self._reader.at(t, observer)
+            if given.batch is not each[-1].batch:
+                taken += nbytes(given.batch)
+            if given.key is not first.key or taken > MOST_BYTES:
+                break
+            if code.draws:
+                before.append(self._generators.get())
+            each.append(given)
+            drawn.append(code.draw())
+        return Steps(call, ManyInputs(each), drawn), before
 
     def eager(self, state: State, t: int, before: tuple[Tensor, ...]) -> Linearization:
         """The uncompiled linearization, with the random generators as they were ``before``."""
@@ -246,7 +266,7 @@ class CompiledStep(InnerStep):
 
     def _matched(self, state: State, t: int, given: StepInputs) -> tuple[Call, Code | None]:
         call = self.call(state, t, given)
-        forms = tuple(map(_form, call.state))
+        forms = tuple(map(form_of, call.state))
         tracked = len(self.loss.buffers.tracked)  # it only grows
         key = call.layout, forms, given.key, tracked
         if key not in self._known:
@@ -274,95 +294,6 @@ class CompiledStep(InnerStep):
             self.warn(call.t, reason)
             return None
 
-    def _step_inputs(self, t: int, observer: Observer | None) -> StepInputs:
-        """What step ``t`` is given. Of steps that are alike, the key is one object."""
-        if self.scheduled or self._indexed or self._options is None:
-            item = self._evaluated_item(t, observer)
-        else:
-            item = STEP_NUMBER if self._counted else self.loss.item_at(t)
-        assert self._options is not None
-        leaves, spec = _flattened(item)
-        last = self._last
-        if last is None or self._leaves[0] != spec:
-            batch, batch_key = self._tensors(leaves, spec)
-        elif all(map(operator.is_, leaves, self._leaves[1])):
-            if not self.scheduled:
-                return last
-            batch, batch_key = last.batch, last.key[0]
-        elif type(spec) is int and self._as_before(leaves, last):
-            batch, batch_key = list(leaves), last.key[0]
-        else:
-            batch, batch_key = self._tensors(leaves, spec)
-        options, hyper, constant, hyper_key = self._options
-        key = (batch_key, hyper_key)
-        if last is not None and key == last.key:
-            key = last.key
-        self._last = StepInputs(item, options, key, batch, hyper, constant)
-        self._leaves = spec, leaves
-        return self._last
-
-    def _evaluated_item(self, t: int, observer: Observer | None) -> Any:
-        """The batch of step ``t``, and the optimizer's options."""
-        seen: AbstractContextManager[Any] = nullcontext()
-        if observer is not None and (self._indexed or self.scheduled):
-            observer.begin(self.first_step + t, (), present_sequence())
-            seen = observer
-        with torch.enable_grad(), seen:  # always, as the code depends on what requires grad
-            item = STEP_NUMBER if self._counted else self.loss.item_at(t)
-            self._options = self._evaluated(t)
-        return item
-
-    def _as_before(self, leaves: Sequence[Tensor], last: StepInputs) -> bool:
-        """Whether these are other tensors, of the same structure as those of the last batch."""
-        count = len(leaves)
-        return (
-            len(last.batch) == count
-            and len({*map(id, leaves)}) == count
-            and self._places.keys().isdisjoint(map(id, leaves))
-            and all(map(_alike, leaves, self._leaves[1]))
-        )
-
-    def _tensors(self, leaves: Sequence[Any], spec: Any) -> tuple[list[Tensor], Hashable]:
-        """The tensors of a batch alone, and what code depends on of the batch."""
-        batch: list[Tensor] = []
-        places = self._places
-        own: dict[int, int] = {}
-        key: list[Hashable] = [spec]
-        for x in leaves:
-            if isinstance(x, Tensor):
-                place = places.get(id(x), own.get(id(x)))
-                if place is None:
-                    place = own[id(x)] = len(places) + len(batch)
-                    batch.append(x)
-                key.append((place, _form(x)))
-            else:
-                key.append((type(x), x) if isinstance(x, PLAIN) else Same(x))
-        return batch, tuple(key)
-
-    def _evaluated(self, t: int) -> tuple[Any, list[Tensor], tuple[bool, ...], Hashable]:
-        """The optimizer's options, the tensors among them, which are constant, and all else."""
-        values = self.opt.hyperparameters(self.first_step + t)
-        options = [  # a switch stays one, also where a rule's own counts as a number
-            {k: group[k] if isinstance(group.get(k), bool) else v for k, v in own.items()}
-            for group, own in zip(self.opt.param_groups, values, strict=True)
-        ]
-        constant = constants(self.opt, options)
-        key: list[Hashable] = [constant]
-        tensors = []
-        for name, value in entries(options):
-            if is_input(name, value):
-                x = value if isinstance(value, Tensor) else self._number(value)
-                tensors.append(x)
-                key.append(_form(x))
-            else:
-                key.append(value)
-        return options, tensors, constant, tuple(key)
-
-    def _number(self, value: float) -> Tensor:
-        if value not in self._numbers:
-            self._numbers[value] = torch.tensor(value, dtype=torch.float64)
-        return self._numbers[value]
-
 
 # What every optimizer has and no rule is made of.
 _EVERY_OPTIMIZERS = {"defaults", "param_groups", "state"}
@@ -370,61 +301,6 @@ _EVERY_OPTIMIZERS = {"defaults", "param_groups", "state"}
 
 def _own_attributes(rule: Optimizer) -> dict[str, Any]:
     return {k: v for k, v in vars(rule).items() if k[0] != "_" and k not in _EVERY_OPTIMIZERS}
-
-
-class _Gathered:
-    """Steps of one structure, before they are taken.
-
-    Attributes:
-        given: what each is given.
-        drawn: the random numbers of each.
-        before: where the generators were before each; for all of them where nothing is drawn.
-    """
-
-    def __init__(self, generators: Generators, step: Specialisation) -> None:
-        self._generators = generators
-        self._step = step
-        self.given: list[StepInputs] = []
-        self.drawn: list[list[Tensor]] = []
-        self.before: list[tuple[Tensor, ...]] = []
-        self._bytes = 0
-
-    def takes(self, given: StepInputs) -> bool:
-        """Whether the next step may be among them."""
-        last = self.given[-1]
-        if given.batch is not last.batch:
-            self._bytes += sum(x.numel() * x.element_size() for x in given.batch)
-        return given.key is last.key and self._bytes <= MOST_BYTES
-
-    def add(self, given: StepInputs) -> None:
-        """Take the next step in, which draws its random numbers."""
-        if self._step.draws or not self.before:
-            self.before.append(self._generators.get())
-        self.given.append(given)
-        self.drawn.append(self._step.draw())
-
-
-def _form(x: Tensor) -> Hashable:
-    """What compiled code takes for granted of an input."""
-    return x.dtype, x.device, x.shape, x.stride(), x.requires_grad
-
-
-def _alike(x: Tensor, y: Tensor) -> bool:
-    return (
-        x.shape == y.shape
-        and x.dtype is y.dtype
-        and x.requires_grad is y.requires_grad
-        and x.stride() == y.stride()
-        and x.device == y.device
-    )
-
-
-def _flattened(item: Any) -> tuple[Sequence[Any], Any]:
-    """The leaves of a batch, and what else it is."""
-    if type(item) is tuple and all(type(x) is Tensor for x in item):
-        return item, len(item)
-    leaves, spec = tree_flatten(item)
-    return leaves, spec
 
 
 def _transformed() -> bool:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from diffopt._compile.loop_graph import Carried, loop_graph
 from diffopt._compile.rows import distinct, in_rows, is_dense
-from diffopt._compile.specialise import Call, Flowing, Pulled, Specialisation, StepInputs, Vjp
+from diffopt._compile.specialise import Call, Flowing, Pulled, Specialisation, Vjp
+from diffopt._compile.step_inputs import ManyInputs
 from diffopt._compile.trace import Traced, Untraceable, compiled, plain_arithmetic
 from diffopt._torch.inductor import Run, loop_operator, stand_ins
 from diffopt._values.state import Cotangent, State
@@ -38,7 +39,7 @@ class Steps:
     """
 
     call: Call
-    given: Sequence[StepInputs]
+    given: ManyInputs
     drawn: Sequence[Sequence[Tensor]]
 
     @property
@@ -206,15 +207,14 @@ class Rows:
         call, count = steps.call, steps.stop - steps.start
         n, h = len(call.state), len(call.hyper)
         taken = torch.arange(count)
-        batch = [distinct(column) for column in zip(*(x.batch for x in steps.given), strict=True)]
+        batch = steps.given.columns()
         index = taken.new_zeros(count, BATCH + len(batch))
         index[:, STEP] = taken
         values = dict(enumerate([*call.hyper, *call.fixed], n))
         self.columns: dict[int, int] = {}
-        hyper = [x.hyper for x in steps.given]
-        if all(x is hyper[0] for x in hyper):
-            hyper = hyper[:1]
-        else:
+        hyper = [call.hyper]
+        if not steps.given.one_hyper:
+            hyper = [x.hyper for x in steps.given]
             index[:, HYPER] = taken
         for j, constant in enumerate(call.constant):
             if not constant:

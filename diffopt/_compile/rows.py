@@ -25,20 +25,25 @@ def distinct(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[int] | None]
 
 
 def in_rows(tensors: Sequence[Tensor]) -> Tensor:
-    """The tensors as rows, each in the memory layout that they have; a single one is not copied."""
+    """The tensors as rows, each in the memory layout that they have; a single one is not copied.
+
+    Cut from any graph.
+    """
     first = tensors[0].detach()
     if len(tensors) == 1:
         return first.as_strided((1, *first.shape), (first.numel(), *first.stride()))
     if first.is_contiguous():
-        return torch.stack([x.detach() for x in tensors])
+        with torch.no_grad():
+            return torch.stack(tensors)  # type: ignore[arg-type]
     rows = torch.empty_strided(
         (len(tensors), *first.shape),
         (first.numel(), *first.stride()),
         dtype=first.dtype,
         device=first.device,
     )
-    for row, x in zip(rows, tensors, strict=True):
-        row.copy_(x.detach())
+    with torch.no_grad():
+        for row, x in zip(rows, tensors, strict=True):
+            row.copy_(x)
     return rows
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -62,27 +62,6 @@ def flat(state: State) -> list[Tensor]:
         tensors += entries.values()
     tensors += state.buffers.values()
     return tensors
-
-
-@dataclass(frozen=True)
-class StepInputs:
-    """What a step is given besides the state.
-
-    Attributes:
-        item: the batch.
-        options: the optimizer's, evaluated.
-        key: what code depends on of both.
-        batch: the tensors of the batch alone.
-        hyper: the tensors that the options consist of.
-        constant: which of them are the same in all steps, as no schedule computes them.
-    """
-
-    item: Any
-    options: Sequence[Mapping[str, Any]]
-    key: tuple[Hashable, Hashable]
-    batch: list[Tensor]
-    hyper: list[Tensor]
-    constant: tuple[bool, ...]
 
 
 class Bound(Protocol):

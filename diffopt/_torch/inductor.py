@@ -6,7 +6,8 @@ one; no TorchInductor, and they run uncompiled.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+import logging
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -15,6 +16,11 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 Run = Callable[..., Sequence[Tensor]]
+
+_log = logging.getLogger("diffopt")
+
+#: A loop may be small where no tensor within it has more numbers.
+_FEW = 1 << 15
 
 #: How many rows a tensor of any number of rows has while a loop over them is compiled.
 _ROWS = 4
@@ -26,15 +32,35 @@ def compile_graph(graph: GraphModule, examples: Sequence[Tensor], *, loop: bool 
     Args:
         loop: the graph is a loop, which is written in C++ together with its kernels.
     """
+    if loop and _is_small(graph):
+        try:
+            from diffopt._torch.small_loops import small_loops
+
+            with small_loops() as config:
+                return _compiled(graph, examples, {"cpp_wrapper": True, **config})
+        except Exception as error:  # of whatever private names may have become
+            _log.info("a loop is compiled as TorchInductor writes it: %s", error)
+    return _compiled(graph, examples, {"cpp_wrapper": True} if loop else {})
+
+
+def _compiled(graph: GraphModule, examples: Sequence[Tensor], config: Mapping[str, Any]) -> Run:
     from torch._inductor.compile_fx import compile_fx
 
     # Numbers of low precision are rounded wherever uncompiled steps round them.
-    config: dict[str, Any] = {"emulate_precision_casts": True}
-    if loop:
-        config["cpp_wrapper"] = True
+    patches = {"emulate_precision_casts": True, **config}
     with _of_examples(examples):
-        run: Any = compile_fx(graph, list(examples), config_patches=config)
+        run: Any = compile_fx(graph, list(examples), config_patches=patches)
     return run  # type: ignore[no-any-return]
+
+
+def _is_small(graph: GraphModule) -> bool:
+    """Whether the rounds of a loop are of a few thousand numbers, as far as can be seen."""
+    sizes = [
+        x.numel()
+        for node in graph.body.graph.nodes
+        if isinstance(x := node.meta.get("val"), Tensor)
+    ]
+    return max(sizes, default=0) <= _FEW
 
 
 def _of_examples(examples: Sequence[Tensor]) -> AbstractContextManager[Any]:
