@@ -339,7 +339,7 @@ def test_a_shared_parameter_is_named() -> None:
         (
             [0.1],
             TypeError,
-            "got builtins.list that holds a builtins.float: pass an optimizer, or a",
+            "opt is a list that holds a builtins.float: pass a diffopt or torch.optim optimizer",
         ),
         ([torch.optim.LBFGS], TypeError, "LBFGS steps: call diffopt.register"),
     ],

@@ -123,6 +123,8 @@ NAMES = [
     ("torch._C", "_VariableFunctions"),
     ("torch._C", "_nn"),
     ("torch._C", "_FunctionBase"),
+    ("torch", "_fused_adam_"),
+    ("torch", "_fused_adamw_"),
     ("torch._C._nn", "flatten_dense_tensors"),
 ]
 

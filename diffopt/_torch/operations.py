@@ -43,3 +43,12 @@ def flattened(tensors: Sequence[Tensor]) -> Tensor:
         return torch.cat([x.reshape(-1) for x in tensors])
     found: Tensor = _flatten(tensors)
     return found
+
+
+_fused_adam = optional("torch", "_fused_adam_")
+_fused_adamw = optional("torch", "_fused_adamw_")
+
+
+def fused_adam(decoupled_weight_decay: bool) -> Any:
+    """The kernel of Adam, or of AdamW, which writes into what it is given; None without one."""
+    return _fused_adamw if decoupled_weight_decay else _fused_adam

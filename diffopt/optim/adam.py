@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from diffopt.optim import fused
 from diffopt.optim import lists as L
 from diffopt.optim.base import Optimizer
 from diffopt.optim.lists import Tensors
@@ -96,6 +97,9 @@ class Adam(Optimizer):
     def _update(
         self, hyper: Hyper, params: Tensors, grads: Tensors, states: list[Entries]
     ) -> tuple[Tensors, list[Entries]]:
+        in_one = fused.adam(hyper, params, grads, states)
+        if in_one is not None:
+            return in_one
         lr, (beta1, beta2), eps = hyper["lr"], hyper["betas"], hyper["eps"]
         params, grads = decayed(hyper, params, grads)
         new, t = moments(hyper, params, grads, states)
