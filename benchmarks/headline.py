@@ -72,7 +72,10 @@ def draw(results: list[Result], out: Path) -> None:
 def table(results: list[Result]) -> str:
     """What is drawn, as Markdown."""
     steps = [f"{r.case.steps:,}" for r in results]
-    lines = [f"| ms a step / peak MiB at T = | {' | '.join(steps)} |", "|---" * (len(steps) + 1) + "|"]
+    lines = [
+        f"| ms a step / peak MiB at T = | {' | '.join(steps)} |",
+        "|---" * (len(steps) + 1) + "|",
+    ]
     for name, (label, _, _) in LINES.items():
         cells = [f"{r.least_milliseconds(name):.1f} / {r.peak(name):,.0f}" for r in results]
         lines.append(f"| {label} | {' | '.join(cells)} |")

@@ -63,7 +63,12 @@ def problem(width: int, texts: int) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
 
 
 def metagradient(
-    width: int, texts: int, steps: int, how: diffopt.Adjoint, group: Any = None, sharded: bool = False
+    width: int,
+    texts: int,
+    steps: int,
+    how: diffopt.Adjoint,
+    group: Any = None,
+    sharded: bool = False,
 ) -> Callable[[], None]:
     model, batch = problem(width, texts)
     if sharded:
@@ -231,7 +236,6 @@ def measure(rounds: int) -> dict[str, Any]:
     }
 
 
-
 # -- Fitting ---------------------------------------------------------------------------------------
 
 
@@ -304,7 +308,13 @@ def width_table(found: dict[str, Any]) -> str:
         ]
         for row in found["by_width"]
     ]
-    heads = ["width", "parameters", "forward pass, ms", "step of training", "step of a metagradient"]
+    heads = [
+        "width",
+        "parameters",
+        "forward pass, ms",
+        "step of training",
+        "step of a metagradient",
+    ]
     return markdown(heads, rows)
 
 
@@ -388,7 +398,6 @@ def filled(page: str, found: dict[str, Any]) -> str:
 def recorded() -> dict[str, Any]:
     found: dict[str, Any] = json.loads(RECORDED.read_text(encoding="utf-8"))
     return found
-
 
 
 def main() -> None:

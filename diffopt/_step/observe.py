@@ -413,7 +413,13 @@ _INSPECTING |= {"untyped_storage", "is_pinned", "is_shared", "_is_view", "is_sam
 _PLAIN = {type(None), bool, int, float, str, torch.Size, torch.dtype, torch.device}
 _HARMLESS = {"requires_grad_", "detach_"}
 #: Functions in Python of which nothing has to be seen but what they are given and what they give.
-_OF_ONE: set[Any] = {F.cross_entropy, F.nll_loss, F.mse_loss, F.l1_loss, F.binary_cross_entropy_with_logits}
+_OF_ONE: set[Any] = {
+    F.cross_entropy,
+    F.nll_loss,
+    F.mse_loss,
+    F.l1_loss,
+    F.binary_cross_entropy_with_logits,
+}
 _OF_ONE |= {F.softmax, F.log_softmax, F.relu, F.dropout}
 _KINDS: dict[Any, _Kind] = {}
 
