@@ -119,6 +119,8 @@ NAMES = [
     ("torch._ops", "OpOverload"),
     ("torch._C", "_VariableFunctions"),
     ("torch._C", "_nn"),
+    ("torch.distributed.tensor._api", "_FromTorchTensor"),
+    ("torch.distributed.tensor._redistribute", "NestedRedistribute"),
 ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Hashable, MutableMapping
+from collections.abc import Hashable, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -19,6 +19,7 @@ from diffopt._loop.free import free_bytes
 from diffopt._loop.kept import Begun
 from diffopt._loop.loop import Loop
 from diffopt._loop.measure import StepBytes, differentiate_first_step, take_first_step
+from diffopt._model.shards import Shards
 from diffopt._step.group import Group
 from diffopt._step.message import MOST
 from diffopt._values.state import State
@@ -150,8 +151,9 @@ class MemoryBudget(Checkpointed):
             return state, (schedule.store_all(0), loop.generators.get(), kept)
         generators = loop.generators.get()
         begun, found = None, self.step
-        if loop.step.group is not None:
-            begun, plan = self._agreed(loop, loop.step.group)
+        together = [x for x in (loop.step.group, loop.step.loss.slots.shards) if x is not None]
+        if together:
+            begun, plan = self._agreed(loop, together)
         else:
             if found is None:
                 begun, found = self._seen(loop)
@@ -159,22 +161,28 @@ class MemoryBudget(Checkpointed):
         state, kept = run_forward(loop, plan, self.new_snapshots(), begun)
         return state, (plan, generators, kept)
 
-    def _agreed(self, loop: Loop, group: Group) -> tuple[Begun, Plan]:
+    def _agreed(self, loop: Loop, together: Sequence[Group | Shards]) -> tuple[Begun, Plan]:
         """The plan for the most that a step takes on any process, and the least that is free.
 
         Every process takes the first step, whatever it knows already. It is not differentiated to
         see more, so a plan that does not store all graphs is one on the safe side.
         """
         begun, found, _ = take_first_step(loop)
+
+        def maximum(number: int) -> int:
+            for processes in together:
+                number = processes.maximum(number)
+            return number
+
         found = replace(
             found,
-            state=group.maximum(found.state),
-            graph=group.maximum(found.graph),
-            workspace=group.maximum(found.workspace),
-            fixed=group.maximum(found.fixed),
+            state=maximum(found.state),
+            graph=maximum(found.graph),
+            workspace=maximum(found.workspace),
+            fixed=maximum(found.fixed),
         )
         available = min(self._available(_everything(loop.steps, found), found), MOST)
-        least = MOST - group.maximum(MOST - available)
+        least = MOST - maximum(MOST - available)
         return begun, replace(self, budget=least)._fitting(loop.steps, found)
 
     def _seen(self, loop: Loop) -> tuple[Begun | None, StepBytes]:
