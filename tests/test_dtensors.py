@@ -94,7 +94,8 @@ class Problem:
 
 
 def grad_of(x: Tensor) -> Tensor:
-    assert x.grad is not None
+    if x.grad is None:  # with FirstOrder, of what the loss captures
+        return torch.zeros_like(x)
     assert type(x.grad) is type(x.data), (type(x.grad), type(x))
     if isinstance(x, DTensor):
         assert x.grad.placements == x.placements
@@ -231,7 +232,7 @@ def options(rank: int, world: int) -> None:
             {"max_cotangent_norm": 0.05, "adjoint": StoreAll()},
             {"verify": True},
             {"adjoint": Segmented(2, storage="cpu")},
-            {"adjoint": Binomial(2, storage=f"{folder}/{rank}")},
+            {"adjoint": Binomial(2, storage=folder)},
         ):
             assert_equal(problem.gradient(make, **chosen), one.gradient(make, **chosen))
     shown: list[list[dict[str, Tensor]]] = [[], []]
@@ -262,6 +263,14 @@ def microbatches(rank: int, world: int) -> None:
     assert_equal(*found)
 
 
+def half(x: Tensor) -> Callable[[int], Tensor]:
+    return lambda t: 0.5 * x
+
+
+def near(x: Tensor) -> Callable[[int], Tensor]:
+    return lambda t: 0.9 + 0.01 * x
+
+
 def learned_options(rank: int, world: int) -> None:
     """Also of parameters that each process has whole, whose share must count once."""
     found = []
@@ -270,10 +279,10 @@ def learned_options(rank: int, world: int) -> None:
         opt = diffopt.Adam(
             [
                 {"params": [*each.net.a.parameters(), each.net.shift, each.net.gain]},
-                {"params": [each.net.w, *each.net.b.parameters()], "lr": lambda t: each.lr * 0.5},
+                {"params": [each.net.w, *each.net.b.parameters()], "lr": half(each.lr)},
             ],
             lr=each.lr,
-            betas=(beta, lambda t: 0.9 + 0.01 * decay),
+            betas=(beta, near(decay)),
             weight_decay=decay,
             eps=1e-3,
         )
@@ -390,6 +399,43 @@ def losses_that_are_dtensors(rank: int, world: int) -> None:
         inputs = [each.net.w, each.net.shift, each.lr]
         found.append([fast.losses, *torch.autograd.grad(value, inputs)])
     assert_equal(*found)
+
+
+class Mixed(nn.Module):
+    """A plain number among the parameters, which is multiplied with a ``DTensor``."""
+
+    def __init__(self, w: Tensor) -> None:
+        super().__init__()
+        self.w, self.scale = nn.Parameter(w), nn.Parameter(torch.tensor(0.7))
+
+    def forward(self) -> Tensor:
+        return (self.scale * self.w).square().sum()
+
+
+def numbers_beside_dtensors(rank: int, world: int) -> None:
+    """A ``DTensor`` flows back to them: to a parameter, a captured number and one in between."""
+    mesh = mesh_of(world)
+    for adjoint in (StoreAll(), Segmented(2)):
+        found = []
+        for placed in (True, False):
+            w = torch.linspace(-1, 1, 10).view(5, 2)
+            model = Mixed(distribute_tensor(w, mesh, [Shard(0)]) if placed else w)
+            factor = torch.tensor(0.9, requires_grad=True)
+            lr = torch.tensor(0.1, requires_grad=True)
+
+            def loss(model: Any, t: int, factor: Tensor = factor) -> Tensor:
+                part: Tensor = factor * model()
+                return whole(part * whole(model.w.sin().sum())) + factor**2
+
+            opt = diffopt.Momentum(model.parameters(), lr=lr)
+            fast = diffopt.unroll(model, opt, 3, loss, adjoint=adjoint)
+            value = whole(fast.params["w"].pow(3).sum()) + fast.params["scale"]
+            inputs = [model.w, model.scale, factor, lr]
+            grads = torch.autograd.grad(value, inputs, create_graph=True)
+            assert [type(g) for g in grads[1:]] == [Tensor] * 3
+            again = torch.autograd.grad(sum(whole(g.square().sum()) for g in grads), inputs)
+            found.append([*grads, *again])
+        assert_equal(*found)
 
 
 def twice(rank: int, world: int) -> None:
@@ -585,7 +631,7 @@ def refused(rank: int, world: int) -> None:
         ),
     ]
     for options, message in cases:
-        with pytest.raises(NotImplementedError, match=f"'a.weight' is a DTensor: .*{message}"):
+        with pytest.raises(NotImplementedError, match=f"'w' is a DTensor: .*{message}"):
             problem.unrolled(make, **options)
     with pytest.raises(NotImplementedError, match=r"SGD: lr is a Tensor of shape \(5, 2\)"):
         diffopt.unroll(problem.net, diffopt.SGD([problem.net.w], lr=rates), 2, problem.loss)
@@ -601,7 +647,7 @@ def refused(rank: int, world: int) -> None:
     given = distribute_tensor(torch.zeros(5), mesh, [Replicate()])
     with pytest.raises(ValueError, match="initial value of 'gain' is a DTensor"):
         problem.unrolled(make, initial={"gain": given})
-    with pytest.raises(ValueError, match="grad_transform's gradient of 'a.weight' is no DTensor"):
+    with pytest.raises(ValueError, match="grad_transform's gradient of 'w' is no DTensor"):
         problem.unrolled(make, grad_transform=lambda gs: {n: whole(g) for n, g in gs.items()})
     buffered = Net()
     buffered.register_buffer("seen", distribute_tensor(torch.zeros(3), mesh, [Replicate()]))
@@ -617,8 +663,8 @@ def refused(rank: int, world: int) -> None:
         diffopt.unroll(problem.net, diffopt.SGD([problem.net.w], lr=0.1), 2, moved)
     from torch.distributed.fsdp import fully_shard
 
+    net: Any = fully_shard(Net(), mesh=mesh)
     with pytest.raises(NotImplementedError, match="sharded by FSDP, whose gathering"):
-        net = fully_shard(Net(), mesh=mesh)
         diffopt.unroll(net, diffopt.SGD(net.parameters(), 0.1), 2, problem.loss)
 
 
@@ -640,6 +686,7 @@ TWO = [
     results,
     initial_values,
     losses_that_are_dtensors,
+    numbers_beside_dtensors,
     twice,
     nested,
     constants,

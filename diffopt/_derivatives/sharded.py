@@ -11,15 +11,16 @@ All functions here are collective: all processes of the mesh call them in the sa
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.overrides import TorchFunctionMode
 
-from diffopt._torch.dtensors import local_part
+from diffopt._torch.dtensors import is_dtensor, is_imported, local_part
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,45 @@ def part_of(x: Any, layout: Layout) -> Tensor:
 def whole(x: Any) -> Tensor:
     """A ``DTensor`` as a plain tensor that every process has."""
     return part_of(x, Layout.of(x).replicated)
+
+
+def unsharded(grads: Iterable[Tensor | None], tensors: Iterable[Tensor]) -> list[Tensor | None]:
+    """What flows to ``tensors``, as plain tensors to plain ones.
+
+    Where a plain number is used together with ``DTensor``s, and ``Numbers`` does not see it, a
+    ``DTensor`` flows back to it.
+    """
+    if not is_imported():
+        return [*grads]
+    return [
+        whole(g) if is_dtensor(g) and not is_dtensor(x) else g
+        for g, x in zip(grads, tensors, strict=True)
+    ]
+
+
+class Numbers(TorchFunctionMode):
+    """Makes a plain number a ``DTensor``, where it is used together with one and requires grad.
+
+    PyTorch does so itself, but below autograd: then a ``DTensor`` flows back to the number, on into
+    the graph behind it, and meets plain tensors there.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        given = (*args, *kwargs.values())
+        mesh = next((x.device_mesh for x in given if is_dtensor(x)), None)
+        if mesh is not None and torch.is_grad_enabled():
+            args = tuple(_beside(x, mesh) for x in args)
+            kwargs = {key: _beside(x, mesh) for key, x in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+def _beside(x: Any, mesh: Any) -> Any:
+    if not isinstance(x, Tensor) or is_dtensor(x) or not x.requires_grad or x.numel() != 1:
+        return x
+    return stand(x, Layout(mesh, (None,) * mesh.ndim, x.shape, tuple(x.stride())).replicated)
 
 
 class _Stand(torch.autograd.Function):

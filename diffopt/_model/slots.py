@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from operator import is_
 from types import MappingProxyType
 from typing import Any
@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from diffopt._derivatives.sharded import Numbers
 from diffopt._model.held import holds_apart
 from diffopt._model.shards import Shards
 from diffopt._torch.dtensors import is_dtensor
@@ -63,6 +64,8 @@ class ModuleSlots:
         self.shards = Shards.among(inner)
         places = places_in(self._modules)
         self._params = [(name, places[id(x)]) for name, x in inner.items()]
+        sharded = any(map(is_dtensor, (*inner.values(), *constants.values())))
+        self._numbers: AbstractContextManager[Any] = Numbers() if sharded else nullcontext()
         self._constants = {n: (x, places[id(x)]) for n, x in constants.items() if id(x) in places}
         self._moving: dict[str, Tensor] = {}  # the constants that are state, as the module has them
         self._moving_since: dict[str, int] = {}  # the first step that changes them
@@ -208,7 +211,7 @@ class ModuleSlots:
         That also undoes what layers leave behind on their own, such as the computed ``weight`` of
         an old-style ``weight_norm`` or the flat weight list of an LSTM.
         """
-        with _alone(self._modules[0]):
+        with _alone(self._modules[0]), self._numbers:
             before, loaded = _contents(self._modules), self.loaded
             try:
                 yield

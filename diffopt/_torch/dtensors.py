@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from diffopt._torch.feature import optional
 
 _PLAIN = (Tensor, nn.Parameter)
+_MODULE = "torch.distributed.tensor"
 _API = "torch.distributed.tensor._api"
 _REDISTRIBUTE = "torch.distributed.tensor._redistribute"
 
@@ -20,7 +21,7 @@ def is_dtensor(x: Any) -> bool:
     """Whether ``x`` is a ``DTensor``, a parameter or not."""
     if type(x) in _PLAIN:
         return False
-    kind = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+    kind = getattr(sys.modules.get(_MODULE), "DTensor", None)
     return kind is not None and isinstance(x, kind)
 
 
@@ -59,6 +60,11 @@ def can_redistribute_twice() -> bool:
     return optional(_REDISTRIBUTE, "NestedRedistribute") is not None
 
 
+def is_imported() -> bool:
+    """Whether there may be a ``DTensor``."""
+    return _MODULE in sys.modules
+
+
 def as_now() -> list[tuple[Any, str, Any]]:
     """The attribute of PyTorch's to replace, so that ``DTensor.from_local`` has a derivative twice.
 
@@ -66,7 +72,7 @@ def as_now() -> list[tuple[Any, str, Any]]:
     recorded: where the input of a layer is replicated and its cotangent a sum still to be taken, as
     between two pairs of ``ColwiseParallel`` and ``RowwiseParallel``, a second derivative is cut.
     """
-    if "torch.distributed.tensor" not in sys.modules or optional(_API, "_FromTorchTensor") is None:
+    if not is_imported() or optional(_API, "_FromTorchTensor") is None:
         return []
     return [(sys.modules[_API], "_FromTorchTensor", _from_local())]
 
@@ -83,17 +89,13 @@ def _from_local() -> Any:
             nothing = (None,) * (len(ctx.needs_input_grad) - 1)
             if cotangent is None:
                 return None, *nothing
-            # A cotangent is no sum still to be taken, where the input was one either.
             given = getattr(ctx, "grad_placements", None) or ctx.forward_input_placements
-            placements = [_replicate() if p.is_partial() else p for p in given]
+            replicate = torch.distributed.tensor.Replicate()
+            placements = [replicate if p.is_partial() else p for p in given]
             cotangent = cotangent.redistribute(ctx.forward_input_device_mesh, placements)
             return cotangent.to_local(), *nothing
 
     return FromLocal
-
-
-def _replicate() -> Any:
-    return torch.distributed.tensor.Replicate()
 
 
 def _is_awaited(x: Any) -> bool:
