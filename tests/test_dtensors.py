@@ -483,6 +483,12 @@ def constants(rank: int, world: int) -> None:
         inputs = [*each.inputs, goal]
         found.append(list(torch.autograd.grad(each.outer(fast), inputs)))
     assert_equal(*found)
+    found = []
+    for each in (Problem(mesh), Problem()):  # no DTensor is trained
+        opt = diffopt.Adam([each.net.gain], lr=each.lr)
+        fast = diffopt.unroll(each.net, opt, STEPS, each.loss)
+        found.append(list(torch.autograd.grad(each.outer(fast), each.inputs)))
+    assert_equal(*found)
 
 
 def with_a_group(rank: int, world: int) -> None:
@@ -507,8 +513,11 @@ def with_a_group(rank: int, world: int) -> None:
             **chosen,
         )
         value = (fast(problem.x[rows[share]]) - problem.y[rows[share]]).square().mean()
-        found = torch.autograd.grad(value, problem.inputs[:-1])
-        averaged = [diffopt.distributed.mean(whole(g), group) for g in found]
+        for x in problem.inputs:
+            x.grad = None
+        value.backward()
+        diffopt.distributed.mean_grads(problem.inputs, group)
+        averaged = [grad_of(x) for x in problem.inputs[:-1]]
         both = [of(one, part) for part in rows]
         fast = diffopt.unroll(
             one.net,
@@ -521,6 +530,22 @@ def with_a_group(rank: int, world: int) -> None:
         assert_equal(averaged, list(torch.autograd.grad(value, one.inputs[:-1])))
     with pytest.raises(NotImplementedError, match="hold different parts of it"):
         problem.unrolled(make, group=dist.group.WORLD)
+    with pytest.raises(ValueError, match="of which the processes of group hold different parts"):
+        diffopt.distributed.mean_grads(problem.inputs)
+
+
+def blocks_in_turn(rank: int, world: int) -> None:
+    """What an earlier unroll trained stands in the model as a constant."""
+    found = []
+    for each in (Problem(mesh_of(world)), Problem()):
+        one = [each.net.w, *each.net.a.parameters()]
+        first = diffopt.unroll(each.net, diffopt.Adam(one, lr=each.lr), 2, each.loss)
+        two = [each.net.shift, *each.net.b.parameters()]
+        fast = diffopt.unroll(
+            each.net, diffopt.SGD(two, lr=each.lr), 2, each.loss, initial=first, adjoint=Segmented()
+        )
+        found.append(list(torch.autograd.grad(each.outer(fast), each.inputs)))
+    assert_equal(*found)
 
 
 def changed_in_place(rank: int, world: int) -> None:
@@ -686,6 +711,7 @@ TWO = [
     twice,
     nested,
     constants,
+    blocks_in_turn,
     changed_in_place,
     others_differ,
     rules_of_other_kinds,

@@ -206,6 +206,12 @@ class _Total(torch.autograd.Function):
         return spread(cotangent, ctx.over), None
 
 
+def holds_several(mesh: Any, group: Any) -> bool:
+    """Whether several processes of ``group`` are in ``mesh``, that of one ``DTensor``."""
+    ranks = {*mesh.mesh.flatten().tolist()}
+    return len(ranks.intersection(dist.get_process_group_ranks(group))) > 1
+
+
 def maximum(number: int, groups: Sequence[Any], device: torch.device) -> int:
     """The greatest of the numbers that the processes of all groups have."""
     x = torch.tensor(number, dtype=torch.int64, device=device)

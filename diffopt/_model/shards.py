@@ -7,7 +7,7 @@ module, ``grad_transform``, ``monitor`` and the caller, is shown the ``DTensor``
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
 import torch
@@ -20,26 +20,23 @@ from diffopt._values.state import State
 
 
 class Shards:
-    """The ``DTensor``s among the inner parameters.
+    """The ``DTensor``s among a model's parameters.
 
     Attributes:
-        layouts: how each lies on the processes, by the parameter's name.
+        layouts: how each that is trained lies on the processes, by its name.
+        meshes: all processes that hold any, mesh by mesh.
     """
 
-    def __init__(self, layouts: Mapping[str, Layout]) -> None:
+    def __init__(self, layouts: Mapping[str, Layout], meshes: Iterable[Any]) -> None:
         self.layouts = layouts
+        self.meshes = [Processes(mesh, tuple(range(mesh.ndim))) for mesh in dict.fromkeys(meshes)]
 
     @classmethod
-    def among(cls, params: Mapping[str, Tensor]) -> Self | None:
-        """Those among ``params``; None where there are none."""
-        layouts = {name: Layout.of(x) for name, x in params.items() if is_dtensor(x)}
-        return cls(layouts) if layouts else None
-
-    @property
-    def meshes(self) -> list[Processes]:
-        """All processes that hold parts, mesh by mesh."""
-        meshes = list(dict.fromkeys(layout.mesh for layout in self.layouts.values()))
-        return [Processes(mesh, tuple(range(mesh.ndim))) for mesh in meshes]
+    def among(cls, inner: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> Self | None:
+        """Those among parameters that are trained and others; None where there are none."""
+        layouts = {name: Layout.of(x) for name, x in inner.items() if is_dtensor(x)}
+        every: list[Any] = [x for x in (*inner.values(), *constants.values()) if is_dtensor(x)]
+        return cls(layouts, [x.device_mesh for x in every]) if every else None
 
     def standing(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Parts as ``DTensor``s; whatever else is there as it is."""

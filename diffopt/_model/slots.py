@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from operator import is_
 from types import MappingProxyType
 from typing import Any
@@ -42,7 +42,8 @@ class ModuleSlots:
         loaded: the parameters and buffers that stand in the module at present, if any do.
         changing: names of the buffers that calls of the module change; None until that is known.
         constants: the tensors that the module holds itself for further names that are loaded.
-        shards: the ``DTensor``s among the inner parameters, whose parts are loaded; or None.
+        shards: the ``DTensor``s among the parameters, or None. Of those that are trained, parts are
+            loaded.
     """
 
     loaded: tuple[Values, Values] | None = None
@@ -61,11 +62,9 @@ class ModuleSlots:
         self._model = model
         self._modules = list(model.modules())
         self.inner = dict(inner)
-        self.shards = Shards.among(inner)
+        self.shards = Shards.among(inner, constants)
         places = places_in(self._modules)
         self._params = [(name, places[id(x)]) for name, x in inner.items()]
-        sharded = any(map(is_dtensor, (*inner.values(), *constants.values())))
-        self._numbers: AbstractContextManager[Any] = Numbers() if sharded else nullcontext()
         self._constants = {n: (x, places[id(x)]) for n, x in constants.items() if id(x) in places}
         self._moving: dict[str, Tensor] = {}  # the constants that are state, as the module has them
         self._moving_since: dict[str, int] = {}  # the first step that changes them
@@ -211,7 +210,7 @@ class ModuleSlots:
         That also undoes what layers leave behind on their own, such as the computed ``weight`` of
         an old-style ``weight_norm`` or the flat weight list of an LSTM.
         """
-        with _alone(self._modules[0]), self._numbers:
+        with _alone(self._modules[0]), nullcontext() if self.shards is None else Numbers():
             before, loaded = _contents(self._modules), self.loaded
             try:
                 yield

@@ -6,9 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
-from torch import distributed as dist
 
-from diffopt._derivatives.sharded import Processes, spread
+from diffopt._derivatives.sharded import Processes, holds_several, spread
 from diffopt._loop.durable import Durable
 from diffopt._model.shards import Shards
 from diffopt._step.group import Group
@@ -32,10 +31,10 @@ def check_sharded(
     Raises:
         NotImplementedError: naming a parameter and what to leave out.
     """
-    shards = Shards.among(problem.inner)
+    shards = Shards.among(problem.inner, problem.constants)
     if shards is None:
         return
-    name = next(iter(shards.layouts))
+    name = next(name for name, x in problem.params.items() if is_dtensor(x))
     for reason in _reasons(problem, adjoint, tasks, compile):
         raise NotImplementedError(f"parameter {name!r} is a DTensor: {reason}")
     if group is not None:
@@ -58,7 +57,7 @@ def _reasons(
         "such as diffopt.Segmented()": any(isinstance(x, ForwardMode) for x in kinds),
         "diffopt.Implicit solves a linear system whose inner products would be of each process's "
         "part. Use another adjoint, such as diffopt.Segmented()": any(
-            isinstance(x, Implicit) for x in kinds
+            isinstance(x, Implicit) and any(map(is_dtensor, problem.inner.values())) for x in kinds
         ),
         "Durable could take up the processes at different steps. Use a folder as storage, or save "
         "the outer loop's state between unrolls": any(isinstance(x, Durable) for x in kinds),
@@ -71,9 +70,8 @@ def _reasons(
 
 def _check_apart(name: str, group: Group, shards: Shards) -> None:
     """Refuse a group whose processes hold different parts of the parameters."""
-    ours = set(dist.get_process_group_ranks(group.processes))
     for over in shards.meshes:
-        if len(ours & set(over.mesh.mesh.flatten().tolist())) > 1:
+        if holds_several(over.mesh, group.processes):
             raise NotImplementedError(
                 f"parameter {name!r} is a DTensor on {over.mesh}, and the processes of group hold "
                 "different parts of it, which have no mean: pass the process group of another "
@@ -90,7 +88,7 @@ def share_out(problem: InnerProblem) -> None:
     Raises:
         NotImplementedError: a rule does not act entry by entry, or an option has entries.
     """
-    shards = Shards.among(problem.inner)
+    shards = Shards.among(problem.inner, {})
     if shards is None:
         return
     over = {name: layout.over for name, layout in shards.layouts.items()}
