@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.utils import parametrize
 
+from diffopt._derivatives.sharded import Layout, holds_several, part_of, stand
 from diffopt._step.collectives import (
     ProcessGroup,
     check_group,
@@ -30,6 +31,7 @@ from diffopt._step.collectives import (
     sum_now,
     summed,
 )
+from diffopt._torch.dtensors import is_dtensor, stored
 
 __all__ = ["mean", "mean_grads", "shard"]
 
@@ -64,7 +66,8 @@ def mean_grads(
     """Replace the ``.grad`` of each of ``tensors`` by its mean over the group.
 
     All of one device and dtype go in one exchange. A ``.grad`` that is None counts as zero, and
-    stays None where it is so on all processes. Tensors kept by ``shard`` are left alone: every
+    stays None where it is so on all processes. Of a ``DTensor``, this process's part is averaged.
+    Tensors kept by ``shard`` are left alone: every
     process has another part of them, and its gradient is whole.
 
     Args:
@@ -104,6 +107,11 @@ def mean_grads(
         if not 0 <= weight < math.inf:
             wrong = f"weight={weight}: pass a finite number that is not negative"
     for i, x in enumerate(averaged):
+        if is_dtensor(x) and holds_several(Layout.of(x).mesh, group):
+            wrong = (
+                f"tensor {i}, a DTensor of which the processes of group hold different parts: pass "
+                "the group of another dimension of the mesh; its gradient is whole already"
+            )
         if x.grad is not None and x.grad.layout != torch.strided:
             wrong = f"tensor {i} has a .grad of layout {x.grad.layout}: make it dense first"
     weights = _compared(averaged, 1.0 if weight is None else float(weight), wrong, group)
@@ -139,18 +147,25 @@ def _compared(tensors: list[Tensor], weight: float, wrong: str, group: ProcessGr
 
 def _average(tensors: list[Tensor], share: float, group: ProcessGroup) -> None:
     """Average the gradients of tensors of one device and dtype, in one exchange."""
-    present = tensors[0].new_tensor([float(x.grad is not None) for x in tensors])
-    parts = [
-        x.new_zeros(x.numel()) if x.grad is None or not share else x.grad.flatten() * share
-        for x in tensors
-    ]
     with torch.no_grad():
+        held = [None if x.grad is None else _own_part(x.grad, x) for x in tensors]
+        like = [stored(x) for x in tensors]  # of a DTensor, this process's part
+        present = like[0].new_tensor([float(g is not None) for g in held])
+        parts = [
+            x.new_zeros(x.numel()) if g is None or not share else g.flatten() * share
+            for x, g in zip(like, held, strict=True)
+        ]
         flat = sum_now(torch.cat([present, *parts]), group)
         anywhere = flat[: len(tensors)].real.tolist()
-        rest = torch.split(flat[len(tensors) :], [x.numel() for x in tensors])
-        for x, found, g in zip(tensors, anywhere, rest, strict=True):
+        rest = torch.split(flat[len(tensors) :], [x.numel() for x in like])
+        for x, part, found, g in zip(tensors, like, anywhere, rest, strict=True):
             if found:
-                x.grad = g.view_as(x).clone()
+                mean = g.view_as(part).clone()
+                x.grad = stand(mean, Layout.of(x)) if is_dtensor(x) else mean
+
+
+def _own_part(grad: Tensor, x: Tensor) -> Tensor:
+    return part_of(grad, Layout.of(x)) if is_dtensor(x) else grad
 
 
 class Part(nn.Module):

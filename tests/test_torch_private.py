@@ -126,6 +126,8 @@ NAMES = [
     ("torch", "_fused_adam_"),
     ("torch", "_fused_adamw_"),
     ("torch._C._nn", "flatten_dense_tensors"),
+    ("torch.distributed.tensor._api", "_FromTorchTensor"),
+    ("torch.distributed.tensor._redistribute", "NestedRedistribute"),
 ]
 
 

@@ -21,8 +21,14 @@ from torch import Tensor
 
 from diffopt._torch.functions import Node, backward_of, cotangents_of, function_of, needed
 
-#: Functions of these modules are known, or raise by themselves when differentiated twice.
-_KNOWN = ("diffopt.", "torch._functorch._aot_autograd.", "torch.utils.checkpoint")
+#: Functions whose full names begin so are known, or raise by themselves when differentiated twice.
+_KNOWN = (
+    "diffopt.",
+    "torch._functorch._aot_autograd.",
+    "torch.distributed.tensor._api._ToTorchTensor",
+    "torch.distributed.tensor._redistribute.",
+    "torch.utils.checkpoint",
+)
 
 
 def refuse_unrecorded(nodes: Iterable[Node], step: int, recorded: set[type]) -> None:
@@ -43,7 +49,7 @@ def refuse_unrecorded(nodes: Iterable[Node], step: int, recorded: set[type]) -> 
     """
     for node in nodes:
         function = function_of(node)
-        if function is None or function in recorded or function.__module__.startswith(_KNOWN):
+        if function is None or function in recorded or _named(function).startswith(_KNOWN):
             continue
         is_recorded = _is_recorded(node)
         if is_recorded:

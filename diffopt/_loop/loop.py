@@ -394,16 +394,21 @@ class Loop:
 
         The parameters' part is scaled to at most ``max_cotangent_norm``.
         """
+        shards = self.step.loss.slots.shards
         if self.monitor is not None:
             shown = {p[1]: g.detach().clone() for p, g in cotangent.items() if p[0] == "params"}
             with torch.no_grad():
+                if shards is not None:
+                    shown = shards.standing(shown)
                 self.monitor(self.step.first_step + t, shown)
         if self.max_cotangent_norm is None:
             return cotangent
         params = {path: g for path, g in cotangent.items() if path[0] == "params"}
         whole = list(params.values())
-        if (group := self.step.group) is not None:
-            whole = list(group.mean({path[1]: g for path, g in params.items()}).values())
+        if (group := self.step.group) is not None or shards is not None:
+            named = {path[1]: g for path, g in params.items()}
+            named = named if group is None else group.mean(named)
+            whole = list(named.values()) if shards is None else shards.norms(named)
         if not params:
             return cotangent
         scaled = clip_norm(list(params.values()), self.max_cotangent_norm, self.tasks, whole)

@@ -13,6 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from diffopt._loop.kept import Begun
 from diffopt._loop.loop import Loop
 from diffopt._torch.dispatch import TorchDispatchMode
+from diffopt._torch.dtensors import stored
 from diffopt._torch.modes import unseen
 from diffopt._values.outputs import StepCotangents
 
@@ -202,7 +203,7 @@ class Meter(TorchDispatchMode):
     def _note(self, x: Tensor, counted: bool) -> None:
         if x.layout is not torch.strided:  # its parts have been seen
             return
-        storage = x.untyped_storage()
+        storage = stored(x).untyped_storage()
         key = storage._cdata
         if key in self._alive:
             return

@@ -12,6 +12,8 @@ from operator import itemgetter
 import torch
 from torch import Tensor
 
+from diffopt._torch.dtensors import stored
+
 
 def check_shared_memory(params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
     """Raise ``NotImplementedError`` where two tensors of a model overlap in memory.
@@ -35,10 +37,10 @@ def check_shared_memory(params: Mapping[str, Tensor], buffers: Mapping[str, Tens
             )
     kinds = ((params, "parameter"), (buffers, "buffer"))
     named = [
-        (f"{kind} {name!r}", x)
+        (f"{kind} {name!r}", stored(x))
         for tensors, kind in kinds
         for name, x in tensors.items()
-        if x.layout is torch.strided and x.numel() and _storage(x)
+        if x.layout is torch.strided and stored(x).numel() and _storage(stored(x))
     ]
     if len({_storage(x) for _, x in named}) == len(named):
         return
@@ -59,7 +61,7 @@ def check_shared_memory(params: Mapping[str, Tensor], buffers: Mapping[str, Tens
 
 
 def _storage(x: Tensor) -> int:
-    """Where its storage is; 0 where it has none of its own, as on ``meta`` and in a ``DTensor``."""
+    """Where its storage is; 0 where it has none of its own, as on ``meta``."""
     return x.untyped_storage().data_ptr()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from diffopt._model.memory import check_shared_memory
+from diffopt._torch.dtensors import can_redistribute_twice, has_plain_placements, is_dtensor
 
 _SHARDED = {"FullyShardedDataParallel", "FSDPModule"}
 
@@ -32,12 +34,8 @@ def check_model(model: nn.Module) -> None:
                     f"{where} has a {kind!r} on the meta device, which has no values to train: "
                     "call model.to_empty(device=...) and initialise it first"
                 )
-            if x is not None and any(base.__name__ == "DTensor" for base in type(x).__mro__):
-                raise NotImplementedError(
-                    f"{where} has a {kind!r} that is a DTensor, of whose memory no part can stand "
-                    "for the whole: pass the module before parallelize_module or "
-                    "distribute_module, and shard it with diffopt.distributed.shard"
-                )
+            if is_dtensor(x):
+                _check_dtensor(x, f"{where} has a {kind!r}", buffer=kind in module._buffers)
             if x is not None and x.is_inference():
                 raise NotImplementedError(
                     f"{where} has a {kind!r} that was made in torch.inference_mode(), which cannot "
@@ -48,6 +46,30 @@ def check_model(model: nn.Module) -> None:
         raise NotImplementedError(
             "torch.nn.utils.parametrize.cached() is active, which would keep the parametrized "
             "weights of the first step: enter it inside loss_fn"
+        )
+
+
+def _check_dtensor(x: Any, where: str, *, buffer: bool) -> None:
+    if buffer:
+        raise NotImplementedError(
+            f"{where} that is a DTensor and a buffer, and parameters alone may be sharded: make it "
+            "a plain tensor on every process, buffer.full_tensor()"
+        )
+    if not can_redistribute_twice():
+        raise NotImplementedError(
+            f"{where} that is a DTensor, whose changes of placement PyTorch {torch.__version__} "
+            "cannot differentiate twice: install a version that diffopt was tested with, or shard "
+            "the plain module with diffopt.distributed.shard"
+        )
+    if not has_plain_placements(x):
+        raise NotImplementedError(
+            f"{where} that is a DTensor placed as {tuple(x.placements)}: pass parameters whose "
+            "placements are Shard(dim) and Replicate()"
+        )
+    if x.device_mesh.get_coordinate() is None:
+        raise ValueError(
+            f"{where} that is a DTensor on {x.device_mesh}, to which this process does not belong: "
+            "call unroll on the processes of the mesh alone"
         )
 
 

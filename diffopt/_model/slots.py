@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from operator import is_
 from types import MappingProxyType
 from typing import Any
@@ -18,7 +18,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from diffopt._derivatives.sharded import Numbers
 from diffopt._model.held import holds_apart
+from diffopt._model.shards import Shards
+from diffopt._torch.dtensors import is_dtensor
 
 Slot = tuple[dict[str, Any], str]
 Values = Mapping[str, Tensor]
@@ -39,6 +42,8 @@ class ModuleSlots:
         loaded: the parameters and buffers that stand in the module at present, if any do.
         changing: names of the buffers that calls of the module change; None until that is known.
         constants: the tensors that the module holds itself for further names that are loaded.
+        shards: the ``DTensor``s among the parameters, or None. Of those that are trained, parts are
+            loaded.
     """
 
     loaded: tuple[Values, Values] | None = None
@@ -57,6 +62,7 @@ class ModuleSlots:
         self._model = model
         self._modules = list(model.modules())
         self.inner = dict(inner)
+        self.shards = Shards.among(inner, constants)
         places = places_in(self._modules)
         self._params = [(name, places[id(x)]) for name, x in inner.items()]
         self._constants = {n: (x, places[id(x)]) for n, x in constants.items() if id(x) in places}
@@ -94,11 +100,22 @@ class ModuleSlots:
 
     def load(self, params: Values, buffers: Values) -> None:
         """Stand the values in their places. Only inside ``unchanged()``."""
+        present = params if self.shards is None else self.shards.standing(params)
         for name, slots in self._params:
             for table, key in slots:
-                table[key] = params[name]
+                table[key] = present[name]
         self.write_buffers(buffers)
         self.loaded = params, buffers
+
+    def written_shards(self) -> list[str]:
+        """Names of the parts that were changed in place since they were loaded.
+
+        The whole has a count of its own for that; its part's stays where it is.
+        """
+        if self.shards is None:
+            return []
+        layouts = self.shards.layouts
+        return [n for n, ((table, key), *_) in self._params if n in layouts and table[key]._version]
 
     def write_buffers(self, buffers: Mapping[str, Tensor]) -> None:
         """Put other tensors in the places of the buffers; those that are missing are not there."""
@@ -139,7 +156,17 @@ class ModuleSlots:
         return found
 
     def move(self, name: str, x: Tensor, step: int) -> None:
-        """Step ``step`` changes the constant ``name``: ``x`` takes its place, as state."""
+        """Step ``step`` changes the constant ``name``: ``x`` takes its place, as state.
+
+        Raises:
+            NotImplementedError: it is a ``DTensor``, of which no state is made.
+        """
+        if is_dtensor(x):
+            raise NotImplementedError(
+                f"step {step} changes {name!r} in place, a DTensor that is not trained: such a "
+                "parameter can be no state. Make it a plain tensor, x.full_tensor(), or detach a "
+                "copy and return that in aux"
+            )
         self._add_moving(name)
         self._moving_since[name] = step
         for table, key in self._buffers[name]:
@@ -185,7 +212,7 @@ class ModuleSlots:
         That also undoes what layers leave behind on their own, such as the computed ``weight`` of
         an old-style ``weight_norm`` or the flat weight list of an LSTM.
         """
-        with _alone(self._modules[0]):
+        with _alone(self._modules[0]), nullcontext() if self.shards is None else Numbers():
             before, loaded = _contents(self._modules), self.loaded
             try:
                 yield

@@ -23,6 +23,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from diffopt._derivatives.table import beyond_second_derivatives, is_beyond_second
 from diffopt._model.modes import Modes
 from diffopt._model.slots import ModuleSlots, Values
+from diffopt._torch import dtensors
 from diffopt._torch.checkpoint import HAS_FRAME, CheckpointFrame, belongs_to_checkpoint
 from diffopt._torch.functions import function_of, run_backward_inside
 from diffopt._torch.replaced import Shared, replaced
@@ -140,6 +141,10 @@ def load_again(slots: ModuleSlots, loaded: tuple[Values, Values] | None) -> None
         slots.load(params, _copied(slots, buffers))
 
 
+#: Modules whose Functions read no module in their backward passes.
+_READING_NOTHING = ("diffopt._derivatives.", "diffopt._torch.", "torch.distributed.tensor.")
+
+
 def stand_again_in_backward(result: Any, inputs: Any, since: int) -> None:
     """Stand the present values in the module again where custom Functions run backward.
 
@@ -163,7 +168,7 @@ def stand_again_in_backward(result: Any, inputs: Any, since: int) -> None:
         passed.add(node)
         nodes.extend(following for following, _ in node.next_functions)
         function = function_of(node)
-        if function is not None and not function.__module__.startswith("diffopt._derivatives."):
+        if function is not None and not function.__module__.startswith(_READING_NOTHING):
             moment = _Moment() if moment is None else moment
             run_backward_inside(node, moment.again)
 
@@ -247,5 +252,6 @@ _as_now = Shared(
         (torch_checkpoint, "CheckpointFunction", _Reentrant),
         (torch.nn.modules.module, "BackwardHook", _BackwardHook),
         (torch.Tensor, "register_hook", _register_inner_hook),
+        *dtensors.as_now(),
     )
 )

@@ -81,6 +81,11 @@ class Group:
         self._broken = False
 
     @property
+    def processes(self) -> ProcessGroup:
+        """What it was made of."""
+        return self._group
+
+    @property
     def size(self) -> int:
         """How many processes there are."""
         return size_of(self._group)

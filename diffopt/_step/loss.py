@@ -13,11 +13,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from diffopt._derivatives.sharded import whole
 from diffopt._model.buffers import BufferStandIns, CopiedBuffers
 from diffopt._model.precision import Precision
 from diffopt._model.slots import ModuleSlots
 from diffopt._step.observe import changed_in_place
 from diffopt._step.tasks import check_leads, over_tasks
+from diffopt._torch.dtensors import is_dtensor
 from diffopt._values.tree import differ, tensors_in
 
 #: The loss, the user's extras, and the buffers as the evaluation left them.
@@ -117,6 +119,8 @@ class InnerLoss:
             out = self._call(params, stand_ins, self.item_at(t), step)
         loss, aux, left = self._taken(out, stand_ins, step)
         self._untouched.check(params, before, step)
+        for name in self.slots.written_shards():
+            raise changed_in_place(name, step)
         return loss, aux, self.buffers.after(buffers, stand_ins, left, step)
 
     def total(self, loss: Tensor) -> Tensor:
@@ -297,6 +301,13 @@ def loss_and_aux(out: Any, step: int) -> tuple[Tensor, Any]:
         out = out["loss"]
     elif isinstance(getattr(out, "loss", None), Tensor):
         out = out.loss  # the convention of models that compute their own loss
+    if is_dtensor(out):
+        out = whole(out)
+    if aux is not None and any(map(is_dtensor, tensors_in(aux))):
+        raise NotImplementedError(
+            f"the loss of step {step} returned a DTensor in aux, which may hold no other than "
+            "plain tensors: return its x.full_tensor()"
+        )
     if not isinstance(out, Tensor):
         raise TypeError(
             f"the loss of step {step} is a {type(out).__name__}: loss_fn has to return a scalar "

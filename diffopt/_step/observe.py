@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 from diffopt._derivatives.table import REPLACEMENTS
 from diffopt._step.generators import Generators
 from diffopt._torch.autograd import in_forward_mode, present_sequence
+from diffopt._torch.dtensors import has_own_memory, stored
 from diffopt._torch.functorch import is_wrapped
 from diffopt._torch.modes import opened
 from diffopt._values.tree import tensors_in
@@ -125,7 +126,7 @@ class Observer(TorchFunctionMode):
 
     def may_be_made(self, x: Tensor) -> bool:
         """Whether the step may have made the leaf ``x``, in a way that was not seen."""
-        return id(x) in self._plain or x.data_ptr() in self._fresh
+        return id(x) in self._plain or (_has_memory(x) and x.data_ptr() in self._fresh)
 
     def refuse_duals(self, tensors: Iterable[Tensor]) -> None:
         """Raise ``NotImplementedError`` where a tensor has a tangent, which would be lost."""
@@ -287,6 +288,7 @@ class Observer(TorchFunctionMode):
             self._move(found.name, self._copies[found.name], self._step)
 
     def _check_gradients(self, x: Tensor) -> None:
+        x = stored(x)
         name = self._gradients.get(x.untyped_storage().data_ptr()) if _has_memory(x) else None
         if name is not None:
             raise NotImplementedError(
@@ -342,13 +344,14 @@ class _Memory:
     def __init__(self, inner: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> None:
         self._owners: dict[int, list[_Owner]] = {}
         for values in (inner, constants):
-            for name, x in values.items():
+            for name, x in zip(values, map(stored, values.values()), strict=True):
                 if _has_memory(x):
                     owner = _Owner(name, values is inner, *_extent(x))
                     self._owners.setdefault(x.untyped_storage().data_ptr(), []).append(owner)
 
     def owner(self, x: Tensor) -> _Owner | None:
         """The parameter in whose memory ``x`` lies."""
+        x = stored(x)
         owners = self._owners.get(x.untyped_storage().data_ptr()) if _has_memory(x) else None
         if owners is None or not x.numel():
             return None
@@ -452,4 +455,4 @@ def _holds(refs: Mapping[int, _Ref], x: Tensor) -> bool:
 
 
 def _has_memory(x: Tensor) -> bool:
-    return x.layout is torch.strided and not is_wrapped(x)
+    return x.layout is torch.strided and not is_wrapped(x) and has_own_memory(x)

@@ -296,10 +296,15 @@ class InnerStep:
     ) -> Mapping[str, Tensor | None]:
         """The gradients as the update is given them."""
         assert self.grad_transform is not None
+        shards = self.loss.slots.shards
+        if shards is not None:
+            given = shards.standing(given)
         if self._takes_model:
             changed = self.loss.transform_with_model(self.grad_transform, given, params, buffers, t)
         else:
             changed = self.loss.transform_grads(self.grad_transform, given)
+        if shards is not None and isinstance(changed, Mapping):
+            changed = shards.parts(changed, "grad_transform's gradient of {name}")
         return _checked_grads(changed, params)
 
     @property

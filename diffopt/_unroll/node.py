@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffopt._derivatives.sharded import unsharded
 from diffopt._loop.executor import pass_through
 from diffopt._loop.extras import Place, connected
 from diffopt._loop.loop import Loop
@@ -157,4 +158,5 @@ class _Unrolling(torch.autograd.Function):
                     loop.settle()  # a step that is not what it was is the better reason
                 raise
             loop.settle()
-        return (*(None,) * 4, *(before.get(path) for path in loop.inputs), *captured)
+        found = [*(before.get(path) for path in loop.inputs), *captured]
+        return (*(None,) * 4, *unsharded(found, inputs))

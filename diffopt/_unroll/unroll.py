@@ -18,6 +18,7 @@ from diffopt._model.modes import Modes
 from diffopt._model.slots import ModuleSlots
 from diffopt._step.capture import Captured
 from diffopt._step.generators import Generators
+from diffopt._step.group import Group
 from diffopt._step.loss import InnerLoss, TaskLosses
 from diffopt._step.microbatches import Microbatches, parts_of
 from diffopt._step.observe import Observer
@@ -36,6 +37,7 @@ from diffopt._unroll.arguments import (
 )
 from diffopt._unroll.node import run_connected, run_detached
 from diffopt._unroll.problem import inner_problem
+from diffopt._unroll.sharded import check_sharded, share_out
 from diffopt._unroll.start import Initial, buffers_at_start, start_state, take_over
 from diffopt._unroll.together import agree, meeting
 from diffopt._unroll.unrolled import Unrolled
@@ -183,6 +185,8 @@ def unroll(
     parts = parts_of(microbatches, model, counted=counted, tasks=tasks, compile=compile)
     problem = inner_problem(model, opt, tasks)
     take_over(problem, initial, tasks)
+    check_sharded(problem, adjoint, group, tasks=tasks, compile=compile)
+    share_out(problem)
     steps = plain_int(steps)
     batches = batches_of(steps)
     count = steps if isinstance(steps, int) else len(batches)
@@ -201,6 +205,9 @@ def unroll(
 
     slots = problem.slots(initial.buffers if isinstance(initial, Unrolled) else ())
     start = start_state(problem, buffers_at_start(slots, initial), initial, tasks)
+    shards = slots.shards
+    if shards is not None:
+        start = shards.state_of_parts(start)
     constants = {n: x for n, x in problem.constants.items() if n not in slots.buffers}
     generators = Generators(devices)
     originals = {**problem.inner, **slots.constants}
@@ -243,10 +250,13 @@ def unroll(
         tasks=tasks,
         ledger=Ledger() if verify and connected else None,
     )
-    if group is not None:
+    agreeing = [] if group is None else [(group, start.params)]
+    if shards is not None:
+        agreeing += [(Group(g), problem.inner) for over in shards.meshes for g in over.groups]
+    for processes, params in agreeing:
         agree(
-            group,
-            start.params,
+            processes,
+            params,
             adjoint,
             numbers_of_steps=count,
             first_steps=first_step,
@@ -259,11 +269,16 @@ def unroll(
             ways_of_weighting_microbatches=parts and (parts.reduction, parts.weight is not None),
         )
     if connected:
-        final, losses, aux = run_connected(loop, adjoint, [*inputs, *hyper, *constants.values()])
+        guarded = [*inputs, *hyper, *constants.values()]
+        if shards is not None:  # of which the loop is given the parts, whose versions stay
+            guarded += problem.inner.values()
+        final, losses, aux = run_connected(loop, adjoint, guarded)
     else:
         final, losses, aux = run_detached(loop)
     opt_state = {**problem.carried, **final.opt}
     final = State(step.loss.precision.narrowed(final.params), opt_state, final.buffers)
+    if shards is not None:
+        final = shards.state_of_wholes(final)
     chosen = {*chain.from_iterable(problem.groups), *slots.constants}
     given = {name: x for name, x in problem.params.items() if name in chosen}
     if tasks is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Hashable, MutableMapping
+from collections.abc import Hashable, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -19,6 +19,7 @@ from diffopt._loop.free import free_bytes
 from diffopt._loop.kept import Begun
 from diffopt._loop.loop import Loop
 from diffopt._loop.measure import StepBytes, differentiate_first_step, take_first_step
+from diffopt._model.shards import Shards
 from diffopt._step.group import Group
 from diffopt._step.message import MOST
 from diffopt._values.state import State
@@ -148,30 +149,38 @@ class MemoryBudget(Checkpointed):
         generators, begun = loop.generators.get(), None
         if loop.steps == 0:
             plan = schedule.store_all(0)
-        elif loop.step.group is not None:
-            begun, plan = self._agreed(loop, loop.step.group)
+        elif together := [
+            x for x in (loop.step.group, loop.step.loss.slots.shards) if x is not None
+        ]:
+            begun, plan = self._agreed(loop, together)
         else:
             begun, measured = (None, self.step) if self.step is not None else self._seen(loop)
             plan = self._fitting(loop.steps, measured)
         state, kept = run_forward(loop, plan, self.new_snapshots(), begun)
         return state, FirstPass(plan, generators, kept)
 
-    def _agreed(self, loop: Loop, group: Group) -> tuple[Begun, Plan]:
+    def _agreed(self, loop: Loop, together: Sequence[Group | Shards]) -> tuple[Begun, Plan]:
         """The plan for the most that a step takes on any process, and the least that is free.
 
         Every process takes the first step, whatever it knows already. It is not differentiated to
         see more, so a plan that does not store all graphs is one on the safe side.
         """
         begun, step, _ = take_first_step(loop)
+
+        def maximum(number: int) -> int:
+            for processes in together:
+                number = processes.maximum(number)
+            return number
+
         step = replace(
             step,
-            state=group.maximum(step.state),
-            graph=group.maximum(step.graph),
-            workspace=group.maximum(step.workspace),
-            fixed=group.maximum(step.fixed),
+            state=maximum(step.state),
+            graph=maximum(step.graph),
+            workspace=maximum(step.workspace),
+            fixed=maximum(step.fixed),
         )
         available = min(self._available(_everything(loop.steps, step), step), MOST)
-        least = MOST - group.maximum(MOST - available)
+        least = MOST - maximum(MOST - available)
         return begun, replace(self, budget=least)._fitting(loop.steps, step)
 
     def _seen(self, loop: Loop) -> tuple[Begun | None, StepBytes]:

@@ -1,0 +1,144 @@
+"""Parameters that are ``DTensor``s: in the loop's state each is this process's part of it.
+
+A part is a plain tensor, and so are its gradient, what flows back to it, and its optimizer's state:
+a rule that acts entry by entry is given parts instead of wholes. Whoever is shown a value, the
+module, ``grad_transform``, ``monitor`` and the caller, is shown the ``DTensor``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from diffopt._derivatives.sharded import Layout, Processes, part_of, spread, stand, total, whole
+from diffopt._derivatives.sharded import maximum as maximum_over
+from diffopt._torch.dtensors import is_dtensor
+from diffopt._values.state import State
+
+
+class Shards:
+    """The ``DTensor``s among a model's parameters.
+
+    Attributes:
+        layouts: how each that is trained lies on the processes, by its name.
+        meshes: all processes that hold any, mesh by mesh.
+    """
+
+    def __init__(self, layouts: Mapping[str, Layout], meshes: Iterable[Any]) -> None:
+        self.layouts = layouts
+        self.meshes = [Processes(mesh, tuple(range(mesh.ndim))) for mesh in dict.fromkeys(meshes)]
+
+    @classmethod
+    def among(cls, inner: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> Self | None:
+        """Those among parameters that are trained and others; None where there are none."""
+        layouts = {name: Layout.of(x) for name, x in inner.items() if is_dtensor(x)}
+        every: list[Any] = [x for x in (*inner.values(), *constants.values()) if is_dtensor(x)]
+        return cls(layouts, [x.device_mesh for x in every]) if every else None
+
+    def standing(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Parts as ``DTensor``s; whatever else is there as it is."""
+        return {
+            name: x if (layout := self._of(name, x)) is None else stand(x, layout)
+            for name, x in values.items()
+        }
+
+    def parts(self, values: Mapping[str, Any], what: str) -> dict[str, Any]:
+        """This process's parts of ``DTensor``s.
+
+        Args:
+            what: ``{name}`` in it, as the subject of an error.
+
+        Raises:
+            ValueError: a value is no ``DTensor`` where the parameter is, or the other way round.
+        """
+        found = {}
+        for name, x in values.items():
+            layout, given = self.layouts.get(name), is_dtensor(x)
+            if layout is not None and given and x.device_mesh == layout.mesh:
+                x = part_of(x, layout) if x.shape == layout.shape else x
+            elif given or (layout is not None and isinstance(x, Tensor)):
+                kind = "another mesh's DTensor" if given and layout else "no DTensor"
+                raise ValueError(
+                    f"{what.format(name=repr(name))} is "
+                    + (
+                        f"{kind}, and the parameter is one on {layout.mesh}: pass "
+                        "torch.distributed.tensor.distribute_tensor(x, mesh, placements)"
+                        if layout is not None
+                        else "a DTensor, and the parameter or buffer is a plain tensor: pass "
+                        "x.full_tensor()"
+                    )
+                )
+            found[name] = x
+        return found
+
+    def state_of_parts(self, state: State) -> State:
+        """The state that the loop starts from, of one that the caller has."""
+        return State(
+            self.parts(state.params, "the initial value of {name}"),
+            {name: self._entries(name, entries) for name, entries in state.opt.items()},
+            self.parts(state.buffers, "the initial value of {name}"),
+        )
+
+    def state_of_wholes(self, state: State) -> State:
+        """The state that the caller is given, of one that the loop ends with."""
+        opt = {
+            name: {
+                key: self.standing({name: x})[name] if x.dim() else self._shared(name, x)
+                for key, x in entries.items()
+            }
+            for name, entries in state.opt.items()
+        }
+        return State(self.standing(state.params), opt, state.buffers)
+
+    def norms(self, values: Mapping[str, Tensor]) -> list[Tensor]:
+        """Numbers whose joint Euclidean norm is that of the wholes of ``values``, in float64."""
+        norms: list[Tensor] = []
+        squares: dict[Processes, list[Tensor]] = {}
+        for name, x in values.items():
+            over = self.layouts[name].over if name in self.layouts else None
+            norm = torch.linalg.vector_norm(x, dtype=torch.float64)
+            if over is None:
+                norms.append(norm)
+            else:
+                squares.setdefault(over, []).append(norm.square())
+        sums = [total(torch.stack(found).sum(), over) for over, found in squares.items()]
+        # At zero the root has no derivative, and there nothing is clipped.
+        tiny = torch.finfo(torch.float64).tiny
+        return [*norms, *(x.clamp(min=tiny).sqrt() for x in sums)]
+
+    def maximum(self, number: int) -> int:
+        """The greatest of the numbers of the processes that hold parts."""
+        for over in self.meshes:
+            number = maximum_over(number, over.groups, torch.device(over.mesh.device_type))
+        return number
+
+    def _of(self, name: str, x: Any) -> Layout | None:
+        """The layout of the ``DTensor`` that ``x`` is a part of."""
+        return self.layouts.get(name) if isinstance(x, Tensor) and not is_dtensor(x) else None
+
+    def _entries(self, name: str, entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        layout, found = self.layouts.get(name), {}
+        for key, x in entries.items():
+            if is_dtensor(x) and (layout is None or x.shape != layout.shape):
+                x = whole(x)
+            found[key] = x
+        if layout is None:
+            return found
+        for key, x in found.items():
+            if x.dim():
+                where = f"the optimizer's {key!r} of {{name}}"
+                found[key] = self.parts({name: x}, where)[name]
+            elif layout.over is not None and x.requires_grad:
+                found[key] = spread(x, layout.over)
+        return found
+
+    def _shared(self, name: str, x: Tensor) -> Tensor:
+        """A number that every process has beside its part: what flows back is shared among them."""
+        over = self.layouts[name].over if name in self.layouts else None
+        if over is None or not x.requires_grad:
+            return x
+        value = x.detach()
+        return value + (x - value) / over.size

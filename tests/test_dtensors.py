@@ -1,0 +1,730 @@
+"""Parameters that are ``DTensor``s, on two and four gloo processes, against one without them."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from adjoints import WITH_GROUP
+from helpers import close
+from optimizers import OPTIMIZERS
+from oracle import plain
+from processes import Processes
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+import diffopt
+from diffopt import Binomial, FirstOrder, Segmented, StoreAll, Truncated
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="without torch.distributed")
+
+STEPS = 4
+
+
+def whole(x: Tensor) -> Tensor:
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+class Net(nn.Module):
+    """Two pairs of linear layers, uneven parts, a replicated parameter and a plain one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 3)
+        self.c, self.d = nn.Linear(3, 4), nn.Linear(4, 2)
+        self.w = nn.Parameter(torch.randn(5, 2))
+        self.shift = nn.Parameter(torch.randn(5))
+        self.gain = nn.Parameter(torch.randn(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.d(self.c(self.b(self.a(x).tanh()).tanh()).tanh())
+        if isinstance(self.w, DTensor):
+            x = DTensor.from_local(x, self.w.device_mesh, [Replicate()])
+        return whole(F.linear(x, self.w) + self.shift) * self.gain
+
+
+def sharded(net: Net, mesh: Any) -> Net:
+    plan = {"a": ColwiseParallel(), "b": RowwiseParallel()}
+    parallelize_module(net, mesh, plan | {"c": ColwiseParallel(), "d": RowwiseParallel()})
+    for name, placement in (("w", Shard(0)), ("shift", Replicate())):
+        x = distribute_tensor(getattr(net, name).detach(), mesh, [placement])
+        setattr(net, name, nn.Parameter(x))
+    return net
+
+
+class Problem:
+    """What is learned beside the start: a rate, and a factor that the loss captures."""
+
+    def __init__(self, mesh: Any = None) -> None:
+        self.net = Net() if mesh is None else sharded(Net(), mesh)
+        self.lr = torch.tensor(0.1, requires_grad=True)
+        self.decay = torch.tensor(0.02, requires_grad=True)
+        data = torch.Generator().manual_seed(5)
+        self.x, self.y = torch.randn(6, 3, generator=data), torch.randn(6, 5, generator=data)
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        return [*self.net.parameters(), self.lr, self.decay]
+
+    def loss(self, model: Any, t: int) -> Tensor:
+        value = (model(self.x + 0.1 * t) - self.y).square().mean()
+        return value + self.decay * sum(whole(p.square().sum()) for p in model.parameters())
+
+    def outer(self, fast: Any) -> Tensor:
+        value: Tensor = (fast(self.x - 1) - self.y).square().mean() + fast.losses.sum()
+        return value + sum(whole(p.pow(3).sum()) for p in fast.params.values())
+
+    def unrolled(self, make: Any, **options: Any) -> diffopt.Unrolled:
+        opt = make(self.net.parameters(), self.lr)
+        return diffopt.unroll(self.net, opt, STEPS, self.loss, **options)
+
+    def gradient(self, make: Any, **options: Any) -> list[Tensor]:
+        """By ``backward()``; what it leaves at a parameter is placed as the parameter is."""
+        for x in self.inputs:
+            x.grad = None
+        self.outer(self.unrolled(make, **options)).backward()
+        return [grad_of(x) for x in self.inputs]
+
+
+def grad_of(x: Tensor) -> Tensor:
+    if x.grad is None:  # with FirstOrder, of what the loss captures
+        return torch.zeros_like(x)
+    assert type(x.grad) is type(x.data), (type(x.grad), type(x))
+    if isinstance(x, DTensor):
+        assert x.grad.placements == x.placements
+    return whole(x.grad)
+
+
+def assert_equal(found: list[Tensor], expected: list[Tensor]) -> None:
+    for a, b in zip(found, expected, strict=True):
+        close(whole(a), b)
+
+
+def mesh_of(world: int) -> Any:
+    return init_device_mesh("cpu", (world,))
+
+
+# The rules as their authors state them: of state s, by parameter, and of g and θ.
+
+
+def rule(update: Callable[..., Tensor]) -> Callable[[Tensor], Any]:
+    def of(lr: Tensor) -> Any:
+        state: dict[str, dict[str, Tensor]] = {}
+
+        def step(params: Mapping[str, Tensor], grads: Mapping[str, Tensor], t: int) -> Any:
+            return {
+                n: update(p, grads[n], state.setdefault(n, {}), lr, t) for n, p in params.items()
+            }
+
+        return step
+
+    return of
+
+
+def momentum(p: Tensor, g: Tensor, s: dict[str, Tensor], lr: Tensor, t: int) -> Tensor:
+    s["b"] = 0.9 * s["b"] + g if "b" in s else g
+    return p - lr * s["b"]
+
+
+def adam(p: Tensor, g: Tensor, s: dict[str, Tensor], lr: Tensor, t: int) -> Tensor:
+    s["m"] = 0.9 * s.get("m", torch.zeros_like(p)) + 0.1 * g
+    s["v"] = 0.999 * s.get("v", torch.zeros_like(p)) + 0.001 * g * g
+    mean, square = s["m"] / (1 - 0.9 ** (t + 1)), s["v"] / (1 - 0.999 ** (t + 1))
+    return p - lr * mean / (square.sqrt() + 1e-3)
+
+
+def adamw(p: Tensor, g: Tensor, s: dict[str, Tensor], lr: Tensor, t: int) -> Tensor:
+    return adam(p * (1 - lr * 0.2), g, s, lr, t)
+
+
+def rmsprop(p: Tensor, g: Tensor, s: dict[str, Tensor], lr: Tensor, t: int) -> Tensor:
+    s["v"] = 0.9 * s.get("v", torch.zeros_like(p)) + 0.1 * g * g
+    return p - lr * g / (s["v"].sqrt() + 1e-3)
+
+
+def adagrad(p: Tensor, g: Tensor, s: dict[str, Tensor], lr: Tensor, t: int) -> Tensor:
+    s["v"] = s.get("v", torch.zeros_like(p)) + g * g
+    return p - lr * g / (s["v"].sqrt() + 1e-3)
+
+
+RULES: dict[str, tuple[Any, Any]] = {
+    "sgd": (
+        lambda ps, lr: diffopt.SGD(ps, lr=lr),
+        rule(lambda p, g, s, lr, t: p - lr * g),
+    ),
+    "momentum": (lambda ps, lr: diffopt.Momentum(ps, lr=lr), rule(momentum)),
+    "adam": (lambda ps, lr: diffopt.Adam(ps, lr=lr, eps=1e-3), rule(adam)),
+    "adamw": (
+        lambda ps, lr: diffopt.AdamW(ps, lr=lambda t: lr, eps=1e-3, weight_decay=0.2),
+        rule(adamw),
+    ),
+    "rmsprop": (
+        lambda ps, lr: diffopt.RMSprop(ps, lr=lr, alpha=0.9, eps=1e-3),
+        rule(rmsprop),
+    ),
+    "adagrad": (
+        lambda ps, lr: diffopt.optim.Adagrad(ps, lr=lr, eps=1e-3),
+        rule(adagrad),
+    ),
+}
+ADJOINTS = [a for a in WITH_GROUP if not isinstance(a, (Truncated, FirstOrder))]
+APPROXIMATE = [a for a in WITH_GROUP if isinstance(a, (Truncated, FirstOrder))]
+
+
+def of_plain_loop(name: str) -> list[Tensor]:
+    """On one process, without ``DTensor``s and without diffopt."""
+    problem = Problem()
+    result = plain(problem.net, {}, STEPS, problem.loss, rule=RULES[name][1](problem.lr))
+    return list(torch.autograd.grad(problem.outer(result), problem.inputs))
+
+
+def as_a_plain_loop(rank: int, world: int) -> None:
+    problem = Problem(mesh_of(world))
+    for name in RULES if world == 2 else ("adam",):
+        make, expected = RULES[name][0], of_plain_loop(name)
+        for adjoint in ADJOINTS if (name, world) == ("adam", 2) else [Segmented(2)]:
+            assert_equal(problem.gradient(make, adjoint=adjoint), expected)
+
+
+def approximate_adjoints(rank: int, world: int) -> None:
+    problem, make = Problem(mesh_of(world)), RULES["adam"][0]
+    for adjoint in APPROXIMATE:
+        expected = Problem().gradient(make, adjoint=adjoint)
+        assert_equal(problem.gradient(make, adjoint=adjoint), expected)
+
+
+def every_optimizer(rank: int, world: int) -> None:
+    problem, one = Problem(mesh_of(world)), Problem()
+    for case in OPTIMIZERS.values():
+
+        def make(params: Any, lr: Tensor, case: Any = case) -> Any:
+            return case.ours(params, lr=lambda t: lr * (1 + 0.1 * t))
+
+        chosen = {"adjoint": Segmented(2)}
+        assert_equal(problem.gradient(make, **chosen), one.gradient(make, **chosen))
+
+
+def clip(grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    norm = sum(whole(g.square().sum()) for g in grads.values()).sqrt()  # type: ignore[union-attr]
+    return {n: g * (0.5 / norm) for n, g in grads.items()}
+
+
+def options(rank: int, world: int) -> None:
+    problem, one = Problem(mesh_of(world)), Problem()
+    make = RULES["momentum"][0]
+    with tempfile.TemporaryDirectory() as folder:
+        for chosen in (
+            {"grad_transform": clip},
+            {"grad_transform": lambda grads, model, batch: clip(grads)},
+            {"max_cotangent_norm": 0.05, "adjoint": Segmented(2)},
+            {"max_cotangent_norm": 0.05, "adjoint": StoreAll()},
+            {"verify": True},
+            {"adjoint": Segmented(2, storage="cpu")},
+            {"adjoint": Binomial(2, storage=folder)},
+        ):
+            assert_equal(problem.gradient(make, **chosen), one.gradient(make, **chosen))
+    shown: list[list[dict[str, Tensor]]] = [[], []]
+    for each, seen in zip((problem, one), shown, strict=True):
+        each.gradient(
+            make, monitor=lambda t, c, seen=seen: seen.append({n: whole(x) for n, x in c.items()})
+        )
+    assert len(shown[0]) == STEPS
+    for found, expected in zip(*shown, strict=True):
+        assert found.keys() == expected.keys()
+        for name, x in found.items():
+            close(x, expected[name])
+
+
+def microbatches(rank: int, world: int) -> None:
+    found = []
+    for each in (Problem(mesh_of(world)), Problem()):
+        fast = diffopt.unroll(
+            each.net,
+            RULES["adam"][0](each.net.parameters(), each.lr),
+            [(each.x, each.y)] * 3,
+            lambda model, pair: (model(pair[0]) - pair[1]).square().mean(),
+            microbatches=2,
+            grad_transform=clip,
+            adjoint=Segmented(2),
+        )
+        found.append(list(torch.autograd.grad(each.outer(fast), each.inputs[:-1])))
+    assert_equal(*found)
+
+
+def half(x: Tensor) -> Callable[[int], Tensor]:
+    return lambda t: 0.5 * x
+
+
+def near(x: Tensor) -> Callable[[int], Tensor]:
+    return lambda t: 0.9 + 0.01 * x
+
+
+def learned_options(rank: int, world: int) -> None:
+    """Also of parameters that each process has whole, whose share must count once."""
+    found = []
+    for each in (Problem(mesh_of(world)), Problem()):
+        beta, decay = torch.tensor(0.8, requires_grad=True), torch.tensor(0.1, requires_grad=True)
+        opt = diffopt.Adam(
+            [
+                {"params": [*each.net.a.parameters(), each.net.shift, each.net.gain]},
+                {"params": [each.net.w, *each.net.b.parameters()], "lr": half(each.lr)},
+            ],
+            lr=each.lr,
+            betas=(beta, near(decay)),
+            weight_decay=decay,
+            eps=1e-3,
+        )
+        fast = diffopt.unroll(each.net, opt, STEPS, each.loss, adjoint=Segmented(2))
+        value = (fast(each.x) - each.y).square().mean()
+        found.append(list(torch.autograd.grad(value, [*each.inputs, beta, decay])))
+    assert_equal(*found)
+    found = []
+    for each in (Problem(mesh_of(world)), Problem()):
+        nets = list(each.net.children())
+        rest = [each.net.w, each.net.shift, each.net.gain]
+        several = [
+            diffopt.SGD([p for m in nets for p in m.parameters()], lr=each.lr),
+            diffopt.RMSprop(rest, lr=each.lr),
+        ]
+        fast = diffopt.unroll(each.net, several, STEPS, each.loss)
+        found.append(list(torch.autograd.grad(each.outer(fast), each.inputs)))
+    assert_equal(*found)
+
+
+def state_that_learns(rank: int, world: int) -> None:
+    """Optimizer state with entries and without, given requiring grad and used by an outer loss."""
+    found = []
+    for each in (Problem(mesh_of(world)), Problem()):
+        beta = torch.tensor(0.8, requires_grad=True)
+        opt = diffopt.optim.NAdam(each.net.parameters(), lr=each.lr, betas=(beta, 0.9), eps=1e-3)
+        first = diffopt.unroll(each.net, opt, 2, each.loss)
+        fast = diffopt.unroll(each.net, opt, 2, each.loss, initial=first, adjoint=Segmented(1))
+        value = each.outer(fast)
+        for entries in (first.opt_state["w"], fast.opt_state["w"], fast.opt_state["shift"]):
+            value = value + whole(entries["exp_avg"].square().sum()) + entries["mu_product"] ** 2
+        found.append(list(torch.autograd.grad(value, [*each.inputs, beta])))
+    assert_equal(*found)
+
+
+def results(rank: int, world: int) -> None:
+    mesh = mesh_of(world)
+    problem, one = Problem(mesh), Problem()
+    kept = {n: p.detach().clone() for n, p in problem.net.named_parameters()}
+    opt = torch.optim.Adam(problem.net.parameters(), lr=0.1)
+    alone = torch.optim.Adam(one.net.parameters(), lr=0.1)
+    for o, each in ((opt, problem), (alone, one)):  # a state to start from
+        each.loss(each.net, 0).backward()
+        o.step()
+    fast = diffopt.unroll(problem.net, opt, 3, problem.loss)
+    expected = diffopt.unroll(one.net, alone, 3, one.loss)
+    own = dict(problem.net.named_parameters())
+    for name, x in fast.params.items():
+        assert type(x) is type(own[name].data)
+        assert getattr(x, "placements", None) == getattr(own[name], "placements", None)
+        close(whole(x), expected.params[name])
+        for key, entry in fast.opt_state[name].items():
+            assert isinstance(entry, DTensor) == (isinstance(x, DTensor) and entry.dim() > 0)
+            close(whole(entry), expected.opt_state[name][key])
+    assert type(fast.losses) is Tensor
+    found = torch.autograd.grad(problem.outer(fast), problem.inputs, allow_unused=True)
+    wanted = torch.autograd.grad(one.outer(expected), one.inputs, allow_unused=True)
+    assert_equal([x for x in found if x is not None], [x for x in wanted if x is not None])
+    # To another model and optimizer, through a state dict, and on from there.
+    again = diffopt.unroll(problem.net, opt, 0)
+    again.load_state_dict(fast.state_dict())
+    more = diffopt.unroll(problem.net, opt, 2, problem.loss, initial=again)
+    other = diffopt.unroll(one.net, alone, 2, one.loss, initial=expected)
+    assert more.step == 5
+    for name, x in more.params.items():
+        close(whole(x), other.params[name])
+    for each, o, result in ((problem, opt, more), (one, alone, other)):
+        result.detach().load_into(each.net, o)
+        o.zero_grad()
+        each.loss(each.net, 0).backward()
+        o.step()
+    for name, p in problem.net.named_parameters():
+        close(whole(p.detach()), dict(one.net.named_parameters())[name].detach())
+    assert any(not torch.equal(whole(p.detach()), whole(kept[n])) for n, p in own.items())
+
+
+def initial_values(rank: int, world: int) -> None:
+    """A hypernetwork's output, placed otherwise than the parameter."""
+    mesh = mesh_of(world)
+    found = []
+    for each in (Problem(mesh), Problem()):
+        given = torch.linspace(-1, 1, 10).view(5, 2)
+        w = distribute_tensor(given, mesh, [Replicate()]) if world_of(each) else given
+        z = w.requires_grad_()
+        fast = diffopt.unroll(
+            each.net,
+            diffopt.SGD([each.net.w], lr=each.lr),
+            STEPS,
+            each.loss,
+            initial={"w": z.sin()},
+        )
+        value = (fast(each.x) - each.y).square().mean()
+        found.append(list(torch.autograd.grad(value, [z, each.lr, *each.net.a.parameters()])))
+    assert_equal(*found)
+
+
+def world_of(problem: Problem) -> bool:
+    return isinstance(problem.net.w, DTensor)
+
+
+def losses_that_are_dtensors(rank: int, world: int) -> None:
+    mesh = mesh_of(world)
+    found = []
+    for each in (Problem(mesh), Problem()):
+
+        def loss(model: Any, t: int, each: Problem = each) -> Tensor:
+            value: Tensor = (model.w - 1).square().sum()  # on processes, parts of a sum
+            return value if t else value + model.shift.square().sum()
+
+        opt = diffopt.SGD([each.net.w, each.net.shift], lr=each.lr)
+        fast = diffopt.unroll(each.net, opt, STEPS, loss, adjoint=Segmented(2))
+        assert type(fast.losses) is Tensor
+        value = fast.losses.square().sum() + whole(fast.params["w"].pow(3).sum())
+        inputs = [each.net.w, each.net.shift, each.lr]
+        found.append([fast.losses, *torch.autograd.grad(value, inputs)])
+    assert_equal(*found)
+
+
+class Mixed(nn.Module):
+    """A plain number among the parameters, which is multiplied with a ``DTensor``."""
+
+    def __init__(self, w: Tensor) -> None:
+        super().__init__()
+        self.w, self.scale = nn.Parameter(w), nn.Parameter(torch.tensor(0.7))
+
+    def forward(self) -> Tensor:
+        return (self.scale * self.w).square().sum()
+
+
+def numbers_beside_dtensors(rank: int, world: int) -> None:
+    """A ``DTensor`` flows back to them: to a parameter, a captured number and one in between."""
+    mesh = mesh_of(world)
+    for adjoint in (StoreAll(), Segmented(2)):
+        found = []
+        for placed in (True, False):
+            w = torch.linspace(-1, 1, 10).view(5, 2)
+            model = Mixed(distribute_tensor(w, mesh, [Shard(0)]) if placed else w)
+            factor = torch.tensor(0.9, requires_grad=True)
+            lr = torch.tensor(0.1, requires_grad=True)
+
+            def loss(model: Any, t: int, factor: Tensor = factor) -> Tensor:
+                part: Tensor = factor * model()
+                return whole(part * whole(model.w.sin().sum())) + factor**2
+
+            opt = diffopt.Momentum(model.parameters(), lr=lr)
+            fast = diffopt.unroll(model, opt, 3, loss, adjoint=adjoint)
+            value = whole(fast.params["w"].pow(3).sum()) + fast.params["scale"]
+            inputs = [model.w, model.scale, factor, lr]
+            grads = torch.autograd.grad(value, inputs, create_graph=True)
+            assert [type(g) for g in grads[1:]] == [Tensor] * 3
+            again = torch.autograd.grad(sum(whole(g.square().sum()) for g in grads), inputs)
+            found.append([*grads, *again])
+        assert_equal(*found)
+
+
+def twice(rank: int, world: int) -> None:
+    """The gradient of a function of the gradient."""
+    found = []
+    for each in (Problem(mesh_of(world)), Problem()):
+        fast = each.unrolled(RULES["adam"][0], adjoint=Segmented(2), max_cotangent_norm=50.0)
+        grads = torch.autograd.grad(each.outer(fast), each.inputs, create_graph=True)
+        value = sum(whole(g.square().sum()) for g in grads)
+        found.append([*grads, *torch.autograd.grad(value, each.inputs)])
+    assert_equal(*found)
+
+
+def nested(rank: int, world: int) -> None:
+    """An unroll over the rate and the start of an unroll."""
+    found = []
+    for each in (Problem(mesh_of(world)), Problem()):
+
+        class Outer(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.log_lr = nn.Parameter(torch.tensor(-2.0))
+
+        outer = Outer()
+
+        def outer_loss(model: Any, t: int, each: Problem = each) -> Tensor:
+            opt = diffopt.SGD(each.net.parameters(), lr=lambda t: model.log_lr.exp())
+            return each.outer(diffopt.unroll(each.net, opt, 2, each.loss))
+
+        done = diffopt.unroll(outer, diffopt.SGD(outer.parameters(), lr=0.001), 2, outer_loss)
+        inputs = [outer.log_lr, each.net.w, each.net.shift, each.net.a.weight]
+        found.append(list(torch.autograd.grad(done.params["log_lr"], inputs)))
+    assert_equal(*found)
+
+
+def constants(rank: int, world: int) -> None:
+    """Those of the model's parameters that are not trained, and a captured ``DTensor``."""
+    mesh = mesh_of(world)
+    found = []
+    for each in (Problem(mesh), Problem()):
+        goal: Any = torch.linspace(-1, 1, 10).view(5, 2)
+        goal = distribute_tensor(goal, mesh, [Shard(0)]) if world_of(each) else goal
+        goal = goal.requires_grad_()
+
+        def loss(model: Any, t: int, each: Problem = each, goal: Tensor = goal) -> Tensor:
+            return each.loss(model, t) + whole((model.w - goal).square().sum())
+
+        opt = diffopt.Adam([each.net.w, each.net.gain, each.net.b.weight], lr=each.lr)
+        fast = diffopt.unroll(each.net, opt, STEPS, loss, adjoint=Segmented(2))
+        inputs = [*each.inputs, goal]
+        found.append(list(torch.autograd.grad(each.outer(fast), inputs)))
+    assert_equal(*found)
+    found = []
+    for each in (Problem(mesh), Problem()):  # no DTensor is trained
+        opt = diffopt.Adam([each.net.gain], lr=each.lr)
+        fast = diffopt.unroll(each.net, opt, STEPS, each.loss)
+        found.append(list(torch.autograd.grad(each.outer(fast), each.inputs)))
+    assert_equal(*found)
+
+
+def with_a_group(rank: int, world: int) -> None:
+    """Tensor parallel in one dimension of a mesh, and batches shared out in the other."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    group = mesh["data"].get_group()
+    problem, one = Problem(mesh["tensor"]), Problem()
+    share = dist.get_rank(group)
+
+    def of(each: Problem, rows: slice) -> Callable[[Any, int], Tensor]:
+        return lambda model, t: (model(each.x[rows] + t) - each.y[rows]).square().mean()
+
+    rows = [slice(0, 3), slice(3, 6)]
+    make = RULES["adam"][0]
+    for chosen in ({}, {"max_cotangent_norm": 0.05, "adjoint": Segmented(2)}):
+        fast = diffopt.unroll(
+            problem.net,
+            make(problem.net.parameters(), problem.lr),
+            STEPS,
+            of(problem, rows[share]),
+            group=group,
+            **chosen,
+        )
+        value = (fast(problem.x[rows[share]]) - problem.y[rows[share]]).square().mean()
+        for x in problem.inputs:
+            x.grad = None
+        value.backward()
+        diffopt.distributed.mean_grads(problem.inputs, group)
+        averaged = [grad_of(x) for x in problem.inputs[:-1]]
+        both = [of(one, part) for part in rows]
+        fast = diffopt.unroll(
+            one.net,
+            make(one.net.parameters(), one.lr),
+            STEPS,
+            lambda model, t, both=both: (both[0](model, t) + both[1](model, t)) / 2,
+            **chosen,
+        )
+        value = (fast(one.x) - one.y).square().mean()
+        assert_equal(averaged, list(torch.autograd.grad(value, one.inputs[:-1])))
+    with pytest.raises(NotImplementedError, match="hold different parts of it"):
+        problem.unrolled(make, group=dist.group.WORLD)
+    with pytest.raises(ValueError, match="of which the processes of group hold different parts"):
+        diffopt.distributed.mean_grads(problem.inputs)
+
+
+def blocks_in_turn(rank: int, world: int) -> None:
+    """What an earlier unroll trained stands in the model as a constant."""
+    found = []
+    for each in (Problem(mesh_of(world)), Problem()):
+        one = [each.net.w, *each.net.a.parameters()]
+        first = diffopt.unroll(each.net, diffopt.Adam(one, lr=each.lr), 2, each.loss)
+        two = [each.net.shift, *each.net.b.parameters()]
+        fast = diffopt.unroll(
+            each.net, diffopt.SGD(two, lr=each.lr), 2, each.loss, initial=first, adjoint=Segmented()
+        )
+        found.append(list(torch.autograd.grad(each.outer(fast), each.inputs)))
+    assert_equal(*found)
+
+
+def changed_in_place(rank: int, world: int) -> None:
+    problem = Problem(mesh_of(world))
+    fast = problem.unrolled(RULES["sgd"][0], adjoint=Segmented(2))
+    value = problem.outer(fast)
+    with torch.no_grad():
+        problem.net.w.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.backward()
+    for written in (0, 2):
+
+        def loss(model: Any, t: int, written: int = written) -> Tensor:
+            value = problem.loss(model, t)
+            if t == written:
+                with torch.no_grad():
+                    model.w.mul_(0.5)
+            return value
+
+        before = whole(problem.net.w.detach()).clone()
+        with pytest.raises(NotImplementedError, match=f"step {written} changes parameter 'w'"):
+            diffopt.unroll(problem.net, diffopt.SGD(problem.net.parameters(), 0.1), 3, loss)
+        close(whole(problem.net.w.detach()), before)
+
+
+def others_differ(rank: int, world: int) -> None:
+    """What the processes are about to do, and what they do again."""
+    problem = Problem(mesh_of(world))
+    with pytest.raises(RuntimeError, match="adjoints differ between the processes"):
+        problem.unrolled(RULES["sgd"][0], adjoint=Segmented(2 + rank))
+    factor = [1.0]
+
+    def loss(model: Any, t: int) -> Tensor:
+        return factor[0] * problem.loss(model, t)
+
+    opt = diffopt.SGD(problem.net.parameters(), lr=0.1)
+    fast = diffopt.unroll(problem.net, opt, STEPS, loss, adjoint=Segmented(2))
+    factor[0] = 2.0
+    with pytest.raises(RuntimeError, match="computed again, gives another loss"):
+        (fast(problem.x) - problem.y).square().mean().backward()
+
+
+class Normed(diffopt.Optimizer):
+    """A step of a given length: it reads the norm of the parameter's gradient."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr})
+
+    def _init(self, hyper: Any, param: Tensor) -> dict[str, Tensor]:
+        return {}
+
+    def _update(self, hyper: Any, params: Any, grads: Any, states: Any) -> Any:
+        pairs = zip(params, grads, strict=True)
+        return [p - hyper["lr"] * g / g.norm() for p, g in pairs], states
+
+
+class LikeSGD(diffopt.SGD):
+    """A rule of the user's that does act entry by entry."""
+
+    elementwise = True
+
+    def _update(self, hyper: Any, params: Any, grads: Any, states: Any) -> Any:
+        pairs = zip(params, grads, strict=True)
+        return [p - hyper["lr"] * g for p, g in pairs], states
+
+
+def rules_of_other_kinds(rank: int, world: int) -> None:
+    problem, one = Problem(mesh_of(world)), Problem()
+
+    def mine(params: Any, lr: Tensor) -> Any:
+        return LikeSGD(params, lr=lr)
+
+    assert_equal(problem.gradient(mine), one.gradient(mine))
+    w = problem.net.w
+    for opt, name in ((Normed([w]), "Normed"), (diffopt.optim.Muon([w]), "Muon")):
+        with pytest.raises(NotImplementedError, match=f"'w' is a DTensor .* rule of {name} is not"):
+            diffopt.unroll(problem.net, opt, 2, problem.loss)
+    # A parameter that every process has whole is as good as a plain one.
+    found = []
+    for each in (problem, one):
+        fast = diffopt.unroll(each.net, Normed([each.net.shift, each.net.gain]), 3, each.loss)
+        found.append(list(torch.autograd.grad(each.outer(fast), each.inputs, allow_unused=True)))
+    for a, b in zip(*found, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            close(whole(a), b)
+
+
+def refused(rank: int, world: int) -> None:
+    mesh = mesh_of(world)
+    problem = Problem(mesh)
+    make = RULES["sgd"][0]
+    rates = torch.full((5, 2), 0.1, requires_grad=True)
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"compile": True}, "compile=True would have to compile"),
+        ({"tasks": 2}, "tasks maps the loss by torch.vmap"),
+        ({"adjoint": diffopt.ForwardMode([problem.lr])}, "ForwardMode carries dual numbers"),
+        ({"adjoint": diffopt.Implicit()}, "Implicit solves a linear system"),
+        ({"adjoint": Segmented(2, storage=diffopt.Durable("runs"))}, "Durable could take up"),
+        (
+            {"adjoint": Truncated(2, inner=Segmented(2, storage=diffopt.Durable("runs")))},
+            "Durable could take up",
+        ),
+    ]
+    for options, message in cases:
+        with pytest.raises(NotImplementedError, match=f"'w' is a DTensor: .*{message}"):
+            problem.unrolled(make, **options)
+    with pytest.raises(NotImplementedError, match=r"SGD: lr is a Tensor of shape \(5, 2\)"):
+        diffopt.unroll(problem.net, diffopt.SGD([problem.net.w], lr=rates), 2, problem.loss)
+    with pytest.raises(NotImplementedError, match="returned a DTensor in aux"):
+        diffopt.unroll(
+            problem.net,
+            make(problem.net.parameters(), problem.lr),
+            2,
+            lambda model, t: (problem.loss(model, t), model.w),
+        )
+    with pytest.raises(ValueError, match="initial value of 'w' is no DTensor"):
+        problem.unrolled(make, initial={"w": torch.zeros(5, 2)})
+    given = distribute_tensor(torch.zeros(5), mesh, [Replicate()])
+    with pytest.raises(ValueError, match="initial value of 'gain' is a DTensor"):
+        problem.unrolled(make, initial={"gain": given})
+    with pytest.raises(ValueError, match="grad_transform's gradient of 'w' is no DTensor"):
+        problem.unrolled(make, grad_transform=lambda gs: {n: whole(g) for n, g in gs.items()})
+    buffered = Net()
+    buffered.register_buffer("seen", distribute_tensor(torch.zeros(3), mesh, [Replicate()]))
+    with pytest.raises(NotImplementedError, match="'seen' that is a DTensor and a buffer"):
+        diffopt.unroll(buffered, diffopt.SGD(buffered.parameters(), 0.1), 2, problem.loss)
+
+    def moved(model: Any, t: int) -> Tensor:
+        with torch.no_grad():
+            model.shift.mul_(0.9)
+        return problem.loss(model, t)
+
+    with pytest.raises(NotImplementedError, match="'shift' in place, a DTensor that is not"):
+        diffopt.unroll(problem.net, diffopt.SGD([problem.net.w], lr=0.1), 2, moved)
+    from torch.distributed.fsdp import fully_shard
+
+    net: Any = fully_shard(Net(), mesh=mesh)
+    with pytest.raises(NotImplementedError, match="sharded by FSDP, whose gathering"):
+        diffopt.unroll(net, diffopt.SGD(net.parameters(), 0.1), 2, problem.loss)
+
+
+def pytorch_alone(rank: int, world: int) -> None:
+    """Why ``DTensor.from_local`` is replaced while a step is evaluated."""
+    problem, expected = Problem(mesh_of(world)), of_plain_loop("sgd")
+    result = plain(problem.net, {}, STEPS, problem.loss, rule=RULES["sgd"][1](problem.lr))
+    found = torch.autograd.grad(problem.outer(result), problem.inputs[:2])
+    assert any(not torch.allclose(whole(a), b) for a, b in zip(found, expected[:2], strict=True))
+
+
+TWO = [
+    as_a_plain_loop,
+    approximate_adjoints,
+    every_optimizer,
+    options,
+    microbatches,
+    learned_options,
+    state_that_learns,
+    results,
+    initial_values,
+    losses_that_are_dtensors,
+    numbers_beside_dtensors,
+    twice,
+    nested,
+    constants,
+    blocks_in_turn,
+    changed_in_place,
+    others_differ,
+    rules_of_other_kinds,
+    refused,
+    pytorch_alone,
+]
+
+
+@pytest.mark.parametrize("case", TWO, ids=lambda case: case.__name__)
+def test_two_processes(pools: Callable[[int], Processes], case: Any) -> None:
+    pools(2).run(case)
+
+
+@pytest.mark.parametrize("case", [as_a_plain_loop, with_a_group], ids=lambda case: case.__name__)
+def test_four_processes(pools: Callable[[int], Processes], case: Any) -> None:
+    pools(4).run(case)
