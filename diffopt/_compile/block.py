@@ -14,7 +14,7 @@ from diffopt._compile.loops import Block, Cotangents
 from diffopt._compile.specialise import Call, end_of
 from diffopt._compile.step_inputs import StepInputs
 from diffopt._compile.trace import Untraceable
-from diffopt._step.capture import Graph
+from diffopt._step.graph import Graph
 from diffopt._step.linearization import Linearization
 from diffopt._step.result import Checked, StepResult
 from diffopt._torch.batched import any_batched

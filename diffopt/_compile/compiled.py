@@ -36,8 +36,8 @@ from diffopt._derivatives.table import with_second_derivatives
 from diffopt._step.generators import Generators
 from diffopt._step.linearization import Linearization
 from diffopt._step.observe import Observer
-from diffopt._step.result import Checked, StepResult
-from diffopt._step.step import InnerStep, small
+from diffopt._step.result import Checked, StepResult, small
+from diffopt._step.step import InnerStep
 from diffopt._torch.autograd import in_forward_mode
 from diffopt._torch.inductor import operations_are_watched
 from diffopt._values.state import State

@@ -13,8 +13,9 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from diffopt._compile.environment import PLAIN
 from diffopt._compile.trace import Draw, Untraceable, trace
-from diffopt._step.capture import Captured, Graph, Part
+from diffopt._step.capture import Captured
 from diffopt._step.generators import Generators
+from diffopt._step.graph import Graph, Part
 from diffopt._step.observe import Observer
 from diffopt._step.result import Checked, StepResult, present
 from diffopt._step.step import InnerStep

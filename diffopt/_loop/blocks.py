@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffopt._loop.loop import Loop
 from diffopt._loop.snapshots import Snapshot
-from diffopt._step.capture import Graph
+from diffopt._step.graph import Graph
 from diffopt._step.observe import Observer
 from diffopt._step.result import Checked, StepResult
 from diffopt._torch.autograd import present_sequence

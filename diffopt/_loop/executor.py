@@ -13,9 +13,10 @@ from torch import Tensor
 from diffopt._loop import journaled
 from diffopt._loop.blocks import Block, InBlock, block_again, block_vjp, first_block
 from diffopt._loop.kept import AHEAD, Begun, Kept
-from diffopt._loop.loop import CapturedSum, Loop
+from diffopt._loop.loop import Loop
 from diffopt._loop.snapshots import Layer, Snapshots
 from diffopt._loop.stretches import Stretch, of_plan
+from diffopt._loop.way_back import CapturedSum
 from diffopt._step.linearization import Linearization
 from diffopt._torch.batched import any_batched, not_batched
 from diffopt._values.outputs import OutputCotangents

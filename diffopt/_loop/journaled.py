@@ -10,7 +10,8 @@ from torch import Tensor
 
 from diffopt._loop.journal import Way, WayBack
 from diffopt._loop.kept import AHEAD, Begun, Kept
-from diffopt._loop.loop import CapturedSum, Loop
+from diffopt._loop.loop import Loop
+from diffopt._loop.way_back import CapturedSum
 from diffopt._step.linearization import Linearization
 from diffopt._torch.batched import not_batched
 from diffopt._values.outputs import OutputCotangents

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffopt._loop.loop import CapturedSum, Loop
+from diffopt._loop.loop import Loop
 from diffopt._loop.recompute import Seen, recomputed
+from diffopt._loop.way_back import CapturedSum
 from diffopt._step.result import StepResult, other_extras
 from diffopt._values.outputs import OutputCotangents, StepCotangents
 from diffopt._values.state import Cotangent, State

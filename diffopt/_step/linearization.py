@@ -17,7 +17,7 @@ from torch.autograd.graph import GradientEdge
 
 from diffopt._derivatives.table import refuse_missing
 from diffopt._model.standing import load_again
-from diffopt._step.capture import Graph
+from diffopt._step.graph import Graph
 from diffopt._step.result import Checked, Evaluated, StepResult, other_extras, present
 from diffopt._torch.autograd import gradient_edge
 from diffopt._torch.engine import pulled_back
@@ -51,22 +51,22 @@ class Linearization(ABC):
         number: int,
         state: State,
         leaves: dict[Path, Tensor],
-        found: Evaluated,
+        evaluated: Evaluated,
     ) -> None:
         self._step = step
         self._number = number
         self._state = state
         self._leaves = leaves
-        self._loss = found.loss
-        self._buffers = found.buffers
-        self._aux, self._attached = found.aux, found.attached
+        self._loss = evaluated.loss
+        self._buffers = evaluated.buffers
+        self._aux, self._attached = evaluated.aux, evaluated.attached
         self._loaded = step.loss.slots.loaded
-        self.hyper = found.hyper
-        self.raw = found.raw
-        self.grads = found.grads
-        self.checked: Checked | None = found.checked
-        self.graph = found.graph
-        self._token = found.token
+        self.hyper = evaluated.hyper
+        self.raw = evaluated.raw
+        self.grads = evaluated.grads
+        self.checked: Checked | None = evaluated.checked
+        self.graph = evaluated.graph
+        self._token = evaluated.token
 
     @abstractmethod
     def advance(self) -> StepResult:
@@ -164,10 +164,10 @@ class Split(Linearization):
         number: int,
         state: State,
         leaves: dict[Path, Tensor],
-        found: Evaluated,
+        evaluated: Evaluated,
     ) -> None:
-        super().__init__(step, number, state, leaves, found)
-        self._ends: Mapping[str, _Root] = found.grads
+        super().__init__(step, number, state, leaves, evaluated)
+        self._ends: Mapping[str, _Root] = evaluated.grads
 
     def advance(self) -> StepResult:
         params = {name: x.detach() for name, x in self._state.params.items()}
@@ -244,12 +244,12 @@ class Whole(Linearization):
         number: int,
         state: State,
         leaves: dict[Path, Tensor],
-        found: Evaluated,
+        evaluated: Evaluated,
     ) -> None:
-        super().__init__(step, number, state, leaves, found)
+        super().__init__(step, number, state, leaves, evaluated)
         with torch.enable_grad():
-            params, opt = step.update(found.hyper, state.params, found.grads, state.opt)
-        self.after = State(params, opt, found.buffers)
+            params, opt = step.update(evaluated.hyper, state.params, evaluated.grads, state.opt)
+        self.after = State(params, opt, evaluated.buffers)
 
     def advance(self) -> StepResult:
         return self._result(self.after)

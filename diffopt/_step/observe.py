@@ -13,27 +13,22 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from types import FunctionType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.graph import Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from diffopt._derivatives.table import REPLACEMENTS
 from diffopt._step.generators import Generators
+from diffopt._step.graph import Edge, edge_of
+from diffopt._step.kinds import PLAIN, kind_of
+from diffopt._step.owners import Owners, has_memory
+from diffopt._step.unchanged import Ref, Unchanged
 from diffopt._torch.autograd import in_forward_mode, present_sequence
-from diffopt._torch.dtensors import has_own_memory, stored
+from diffopt._torch.dtensors import stored
 from diffopt._torch.functorch import is_wrapped
-from diffopt._torch.modes import opened
 from diffopt._values.tree import tensors_in
 from diffopt.optim.scalars import has_tangent
-
-Edge = tuple[Node, int]
-_Ref = weakref.ref[Tensor]
 
 
 class Observer(TorchFunctionMode):
@@ -67,7 +62,7 @@ class Observer(TorchFunctionMode):
         self.replaced = False
         self.originals_used: dict[str, Tensor] = {}
         self._generators = generators
-        self._memory = _Memory(originals, constants)
+        self._owners = Owners(originals, constants)
         self._constants, self._move = constants, move
         self._copies: dict[str, Tensor] = {}  # of the constants that the step changes
         self._moving: set[str] = set()
@@ -83,10 +78,10 @@ class Observer(TorchFunctionMode):
         self._known: dict[int, Tensor] = {}  # used by the step; held, so that no id is used again
         self._before_gradient = self._known
         self._plain: set[int] = set()  # those that did not require grad when they were met
-        self._made: dict[int, _Ref] = {}  # by the step
-        self._earlier: dict[int, _Ref] = {}  # by a step before, and still there
+        self._made: dict[int, Ref] = {}  # by the step
+        self._earlier: dict[int, Ref] = {}  # by a step before, and still there
         self._fresh: set[int] = set()  # addresses of memory that the step took
-        self._used: dict[int, tuple[_Ref, int]] = {}  # by any step, and how it was then
+        self._used: dict[int, tuple[Ref, int]] = {}  # by any step, and how it was then
 
     def begin(self, step: int, own: Iterable[Tensor], since: int) -> None:
         """Step ``step`` begins, on its ``own`` tensors.
@@ -106,7 +101,7 @@ class Observer(TorchFunctionMode):
     def transforms(self, grads: Mapping[str, Tensor]) -> None:
         """The gradients, by parameter name, are given to a function that may change them."""
         self._gradients = {
-            x.untyped_storage().data_ptr(): name for name, x in grads.items() if _has_memory(x)
+            x.untyped_storage().data_ptr(): name for name, x in grads.items() if has_memory(x)
         }
 
     def begin_gradient(self) -> None:
@@ -126,7 +121,7 @@ class Observer(TorchFunctionMode):
 
     def may_be_made(self, x: Tensor) -> bool:
         """Whether the step may have made the leaf ``x``, in a way that was not seen."""
-        return id(x) in self._plain or (_has_memory(x) and x.data_ptr() in self._fresh)
+        return id(x) in self._plain or (has_memory(x) and x.data_ptr() in self._fresh)
 
     def refuse_duals(self, tensors: Iterable[Tensor]) -> None:
         """Raise ``NotImplementedError`` where a tensor has a tangent, which would be lost."""
@@ -171,9 +166,7 @@ class Observer(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        kind = _KINDS.get(func)
-        if kind is None:
-            kind = _KINDS[func] = _Kind(func)
+        kind = kind_of(func)
         if kind.inspects:
             return func(*args, **kwargs)
         if kind.writes or "out" in kwargs:
@@ -213,7 +206,7 @@ class Observer(TorchFunctionMode):
                     ref = self._made.get(key)
                     if ref is None or ref() is not x:
                         self._meet(x)
-            elif type(x) in _PLAIN:
+            elif type(x) in PLAIN:
                 continue
             elif isinstance(x, (list, tuple)):
                 self.see(x)
@@ -247,7 +240,7 @@ class Observer(TorchFunctionMode):
             self._plain.add(key)
         elif self._in_gradient is not None:
             self._in_gradient[key] = x
-        owner = self._memory.owner(x)
+        owner = self._owners.of(x)
         # A custom backward pass reads the step's own tensors; they are aliases at the start.
         if owner is not None and owner.inner and key not in self._own:
             self.originals_used[owner.name] = x
@@ -262,16 +255,16 @@ class Observer(TorchFunctionMode):
         if key in self._known:
             return
         self._made[key] = weakref.ref(x)
-        if not x.requires_grad and self._in_gradient is None and _has_memory(x):
+        if not x.requires_grad and self._in_gradient is None and has_memory(x):
             address = x.data_ptr()
-            if all(y.data_ptr() != address for y in _flat(args) if _has_memory(y)):
+            if all(y.data_ptr() != address for y in _flat(args) if has_memory(y)):
                 self._fresh.add(address)
 
     def _check_writing(self, target: Any) -> None:
         for x in tensors_in(target):
             if self._gradients and not (torch.is_grad_enabled() and x.requires_grad):
                 self._check_gradients(x)
-            found = self._memory.owner(x)
+            found = self._owners.of(x)
             if found is None or found.name in self._copies:
                 continue
             if found.inner:
@@ -289,7 +282,7 @@ class Observer(TorchFunctionMode):
 
     def _check_gradients(self, x: Tensor) -> None:
         x = stored(x)
-        name = self._gradients.get(x.untyped_storage().data_ptr()) if _has_memory(x) else None
+        name = self._gradients.get(x.untyped_storage().data_ptr()) if has_memory(x) else None
         if name is not None:
             raise NotImplementedError(
                 f"grad_transform changes the gradient of {name!r} in place where that is not "
@@ -301,7 +294,7 @@ class Observer(TorchFunctionMode):
         """``x`` with the copies for the memory of the parameters that the step changes."""
         if isinstance(x, (list, tuple)) and type(x) in (list, tuple):
             return type(x)(map(self._copied, x))
-        owner = self._memory.owner(x) if isinstance(x, Tensor) else None
+        owner = self._owners.of(x) if isinstance(x, Tensor) else None
         copy = None if owner is None else self._copies.get(owner.name)
         if owner is None or copy is None:
             return x
@@ -322,125 +315,6 @@ def changed_in_place(name: str, step: int) -> NotImplementedError:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Owner:
-    """A parameter of the module.
-
-    Attributes:
-        name: as ``named_parameters()`` gives it.
-        inner: whether it is trained.
-        start, stop: the addresses between which its memory lies.
-    """
-
-    name: str
-    inner: bool
-    start: int
-    stop: int
-
-
-class _Memory:
-    """Which memory belongs to which parameter of the module."""
-
-    def __init__(self, inner: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> None:
-        self._owners: dict[int, list[_Owner]] = {}
-        for values in (inner, constants):
-            for name, x in zip(values, map(stored, values.values()), strict=True):
-                if _has_memory(x):
-                    owner = _Owner(name, values is inner, *_extent(x))
-                    self._owners.setdefault(x.untyped_storage().data_ptr(), []).append(owner)
-
-    def owner(self, x: Tensor) -> _Owner | None:
-        """The parameter in whose memory ``x`` lies."""
-        x = stored(x)
-        owners = self._owners.get(x.untyped_storage().data_ptr()) if _has_memory(x) else None
-        if owners is None or not x.numel():
-            return None
-        start, stop = _extent(x)
-        return next((o for o in owners if o.start < stop and start < o.stop), None)
-
-
-class Unchanged:
-    """Watches tensors for changes in place, of which autograd keeps count, without holding them.
-
-    Args:
-        seen: the tensors and the count at which each was seen; what has changed since is left out.
-    """
-
-    def __init__(self, seen: Iterable[tuple[_Ref, int]]) -> None:
-        self._seen = [(r, v) for r, v in seen if (x := r()) is not None and x._version == v]
-
-    def check(self) -> None:
-        """Raise where one of them has been changed since."""
-        for ref, version in self._seen:
-            x = ref()
-            if x is not None and x._version != version:
-                raise RuntimeError(
-                    f"a tensor of shape {tuple(x.shape)} that the steps of this unroll use has "
-                    "been changed in place since, and now they are computed again: call backward "
-                    "before that, or put a new tensor in its place"
-                )
-
-
-class _Kind:
-    """What an observer has to know of a function.
-
-    Attributes:
-        inspects: whether it only says something about a tensor, such as its shape.
-        writes: whether it may change its first argument in place, going by its name.
-        replacement: what has the right derivatives, where it has not; see ``_derivatives``.
-        opened: a function in Python, without its handing itself over to a mode.
-    """
-
-    __slots__ = ("inspects", "opened", "replacement", "writes")
-
-    def __init__(self, function: Any) -> None:
-        name = getattr(function, "__name__", "")
-        attribute = getattr(function, "__self__", None)
-        self.inspects = name in _INSPECTING or (name == "__get__" and attribute not in _VIEWS)
-        self.writes = (
-            (name.endswith("_") and not name.startswith("__") and name not in _HARMLESS)
-            or name in ("__setitem__", "__setstate__")
-            or (name == "__set__" and attribute is Tensor.data)
-        )
-        self.replacement = REPLACEMENTS.get(function)
-        opens = type(function) is FunctionType and function not in _OF_ONE
-        self.opened = opened(function) if opens else None
-
-
-_VIEWS = [Tensor.data, Tensor.grad, Tensor.T, Tensor.mT, Tensor.H, Tensor.mH, Tensor.real]
-_VIEWS += [Tensor.imag]
-_INSPECTING = {"dim", "ndimension", "size", "numel", "nelement", "stride", "is_contiguous"}
-_INSPECTING |= {"element_size", "storage_offset", "data_ptr", "get_device", "is_floating_point"}
-_INSPECTING |= {"is_complex", "is_signed", "is_inference", "__len__", "__hash__", "has_names"}
-_INSPECTING |= {"untyped_storage", "is_pinned", "is_shared", "_is_view", "is_same_size"}
-_PLAIN = {type(None), bool, int, float, str, torch.Size, torch.dtype, torch.device}
-_HARMLESS = {"requires_grad_", "detach_"}
-#: Functions in Python of which nothing has to be seen but what they are given and what they give.
-_OF_ONE: set[Any] = {
-    F.cross_entropy,
-    F.nll_loss,
-    F.mse_loss,
-    F.l1_loss,
-    F.binary_cross_entropy_with_logits,
-}
-_OF_ONE |= {F.softmax, F.log_softmax, F.relu, F.dropout}
-_KINDS: dict[Any, _Kind] = {}
-
-
-def edge_of(x: Tensor) -> Edge:
-    """Where the graph behind ``x`` begins."""
-    if x.grad_fn is not None:
-        return x.grad_fn, x.output_nr
-    edge = get_gradient_edge(x)
-    return edge.node, edge.output_nr
-
-
-def _extent(x: Tensor) -> tuple[int, int]:
-    """The addresses between which the entries of ``x`` lie."""
-    last = sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
-    return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
-
-
 def _flat(values: Iterable[Any]) -> Iterator[Tensor]:
     for x in values:
         if isinstance(x, Tensor):
@@ -449,10 +323,6 @@ def _flat(values: Iterable[Any]) -> Iterator[Tensor]:
             yield from _flat(x)
 
 
-def _holds(refs: Mapping[int, _Ref], x: Tensor) -> bool:
+def _holds(refs: Mapping[int, Ref], x: Tensor) -> bool:
     ref = refs.get(id(x))
     return ref is not None and ref() is x
-
-
-def _has_memory(x: Tensor) -> bool:
-    return x.layout is torch.strided and not is_wrapped(x) and has_own_memory(x)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffopt._step.capture import Graph
 from diffopt._step.generators import Generators
+from diffopt._step.graph import Graph
 from diffopt._step.linearization import Linearization
 from diffopt._step.loss import InnerLoss
 from diffopt._step.microbatches import Coefficient

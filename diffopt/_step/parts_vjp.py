@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from diffopt._step.capture import Graph
+from diffopt._step.graph import Graph
 from diffopt._step.linearization import Linearization, Split
 from diffopt._step.observe import Observer
 from diffopt._step.parts import Total, attached_values

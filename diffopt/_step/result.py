@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffopt._step.capture import Graph
+from diffopt._step.graph import Graph
 from diffopt._torch.operations import flattened
 from diffopt._values.state import State
 from diffopt.optim.terms import Hyper
@@ -109,3 +109,13 @@ def other_extras(step: int) -> RuntimeError:
         "that no gradient can be delivered through them: let loss_fn return the same ones whenever "
         "it is called with the same model and batch"
     )
+
+
+def small(value: Any) -> Any:
+    """A hyperparameter, or its norm where it is a large tensor, to be kept for every step."""
+    if isinstance(value, tuple):
+        return tuple(map(small, value))
+    if not isinstance(value, Tensor):
+        return value
+    value = value.detach()
+    return value if value.numel() == 1 else torch.linalg.vector_norm(value)

@@ -11,8 +11,7 @@ values of ``s``. Its derivative is a ``Linearization``.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import replace
@@ -23,12 +22,18 @@ from torch import Tensor
 
 from diffopt._derivatives.table import beyond_second_derivatives, refuse_missing
 from diffopt._model.standing import InnerHooks
-from diffopt._step.capture import Graph, comes_to
+from diffopt._step.graph import Graph, comes_to
 from diffopt._step.group import Group
 from diffopt._step.linearization import Linearization, Split, Whole
 from diffopt._step.loss import InnerLoss
 from diffopt._step.observe import Observer
-from diffopt._step.result import Checked, Evaluated, StepResult, norms_of, present
+from diffopt._step.result import Checked, Evaluated, StepResult, norms_of, present, small
+from diffopt._step.transform import (
+    GradTransform,
+    arguments_of,
+    check_transformed,
+    given_to_transform,
+)
 from diffopt._torch.autograd import in_forward_mode, present_sequence
 from diffopt._torch.collectives import no_collectives
 from diffopt._torch.engine import gradient
@@ -40,9 +45,6 @@ from diffopt.optim.mapped import update_over_tasks
 from diffopt.optim.options import is_scheduled
 from diffopt.optim.terms import Hyper, tensors_of
 from diffopt.optim.vjp import is_known
-
-#: ``f(grads)``, or ``f(grads, model, batch)``, to the gradients that the update is given.
-GradTransform = Callable[..., Mapping[str, Tensor]]
 
 _NOTHING = nullcontext()
 
@@ -117,28 +119,30 @@ class InnerStep:
         own = list(params.values())
         if connected:
             own += [x for x in state.each() if x.requires_grad]
-        given = state.params
+        values = state.params
         state = State(params, state.opt, state.buffers)
         with beyond_second_derivatives(connected):
-            found = self.evaluate(state, t, own, connected, observer)
-        grads = found.grads
+            evaluated = self.evaluate(state, t, own, connected, observer)
+        grads = evaluated.grads
         if not connected:
-            params = {n: x.detach() if x.requires_grad else x for n, x in given.items()}
+            params = {n: x.detach() if x.requires_grad else x for n, x in values.items()}
             grads = {
                 n: g.detach() if g is not None and g.requires_grad else g for n, g in grads.items()
             }
-        seen = None if self._is_pure else observer  # a pure rule uses nothing but its arguments
-        shown = seen is not None and not self.is_known(found.hyper)
-        with torch.set_grad_enabled(connected or shown), seen or _NOTHING:
-            new_params, new_opt = self.update(found.hyper, params, grads, state.opt)
-        new = State(new_params, new_opt, found.buffers)
+        within = None if self._is_pure else observer  # a pure rule uses its arguments alone
+        shown = within is not None and not self.is_known(evaluated.hyper)
+        with torch.set_grad_enabled(connected or shown), within or _NOTHING:
+            new_params, new_opt = self.update(evaluated.hyper, params, grads, state.opt)
+        new = State(new_params, new_opt, evaluated.buffers)
         if shown:
-            found.graph.roots["update"] = _learning(new.tensors().values())
-        checked = self._with_update(found.checked, new)
+            evaluated.graph.roots["update"] = _learning(new.tensors().values())
+        checked = self._with_update(evaluated.checked, new)
         if connected:
-            return StepResult(new, found.loss, found.aux, checked, found.graph, [*found.attached])
-        new, loss = new.detach(), found.loss.detach()
-        return StepResult(new, loss, found.aux, checked, found.graph, [*found.attached])
+            return StepResult(
+                new, evaluated.loss, evaluated.aux, checked, evaluated.graph, [*evaluated.attached]
+            )
+        new, loss = new.detach(), evaluated.loss.detach()
+        return StepResult(new, loss, evaluated.aux, checked, evaluated.graph, [*evaluated.attached])
 
     def evaluate(
         self,
@@ -190,7 +194,7 @@ class InnerStep:
         grads: Mapping[str, Tensor | None] = raw
         if self.grad_transform is not None:
             with self.hooks, torch.enable_grad(), no_collectives(), within:
-                leaves, given = _given(raw, connected)
+                leaves, given = given_to_transform(raw, connected)
                 if observer is not None:
                     observer.transforms(given)
                 grads = self._transformed(given, state.params, left, t)
@@ -234,12 +238,12 @@ class InnerStep:
         connected: bool,
         within: AbstractContextManager[Any],
     ) -> dict[str, Tensor | None]:
-        found: Sequence[Tensor | None] = ()
+        grads: Sequence[Tensor | None] = ()
         if loss.requires_grad:
             try:
                 total = self.loss.total(loss)
                 with within:
-                    found = gradient(
+                    grads = gradient(
                         total,
                         list(params.values()),
                         create_graph=connected and not self.first_order,
@@ -255,7 +259,7 @@ class InnerStep:
                         "the loss, whose gradient diffopt.unroll takes itself"
                     ) from error
                 raise
-        raw = dict(zip(params, found or [None] * len(params), strict=True))
+        raw = dict(zip(params, grads or [None] * len(params), strict=True))
         if not self.only_gradient:
             self.check_gradient(raw, number)
         return raw
@@ -280,8 +284,8 @@ class InnerStep:
         assert self.group is not None
         own = next(iter(params.values())) if connected and not self.first_order else None
         with torch.set_grad_enabled(own is not None):
-            found = self.group.averaged(grads, number, own, weight=self.share_at(number))
-        return found.grads, found.token
+            averaged = self.group.averaged(grads, number, own, weight=self.share_at(number))
+        return averaged.grads, averaged.token
 
     def share_at(self, number: int) -> float | Tensor | None:
         """The weight of this process's share of a step's batch; None: gradients are added up."""
@@ -305,7 +309,7 @@ class InnerStep:
             changed = self.loss.transform_grads(self.grad_transform, given)
         if shards is not None and isinstance(changed, Mapping):
             changed = shards.parts(changed, "grad_transform's gradient of {name}")
-        return _checked_grads(changed, params)
+        return check_transformed(changed, params)
 
     @property
     def kind(self) -> Any:
@@ -369,8 +373,8 @@ class InnerStep:
         """Evaluate step ``t`` and keep its graph, for vector-Jacobian products."""
         state, leaves = self.on_leaves(state)
         since = present_sequence()
-        found = self.evaluate(state, t, [*leaves.values()], True, observer)
-        return self.linearized(state, t, leaves, found, since, observer)
+        evaluated = self.evaluate(state, t, [*leaves.values()], True, observer)
+        return self.linearized(state, t, leaves, evaluated, since, observer)
 
     def on_leaves(self, state: State) -> tuple[State, dict[Path, Tensor]]:
         """``state`` with leaves in it to differentiate with respect to, the optimizer's apart."""
@@ -389,47 +393,24 @@ class InnerStep:
         state: State,
         t: int,
         leaves: dict[Path, Tensor],
-        found: Evaluated,
+        evaluated: Evaluated,
         since: int,
         observer: Observer | None,
     ) -> Linearization:
         """The linearization of an evaluation, whose nodes are numbered from ``since`` on."""
         number, own = self.first_step + t, list(leaves.values())
-        known = self.is_known(found.hyper)
-        if known and not comes_to(found.graph.roots["hyper"], own, since):
-            return Split(self, number, state, leaves, found)
+        known = self.is_known(evaluated.hyper)
+        if known and not comes_to(evaluated.graph.roots["hyper"], own, since):
+            return Split(self, number, state, leaves, evaluated)
         flowing = self.differentiable(State({}, state.opt, {}))
         opt = {path: _leaf(x) for path, x in flowing.items()}
-        found.graph.own = [*found.graph.own, *opt.values()]
+        evaluated.graph.own = [*evaluated.graph.own, *opt.values()]
         with observer or _NOTHING:
-            whole = Whole(self, number, state.replace(opt), leaves | opt, found)
-        whole.checked = self._with_update(found.checked, whole.after)
+            whole = Whole(self, number, state.replace(opt), leaves | opt, evaluated)
+        whole.checked = self._with_update(evaluated.checked, whole.after)
         if not known:
-            found.graph.roots["update"] = _learning(whole.after.tensors().values())
+            evaluated.graph.roots["update"] = _learning(whole.after.tensors().values())
         return whole
-
-
-def arguments_of(function: Callable[..., Any]) -> int:
-    """How many arguments a function has to be given; 1 where there is no telling."""
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):
-        return 1
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return sum(p.kind in positional and p.default is p.empty for p in parameters)
-
-
-def _given(
-    raw: Mapping[str, Tensor | None], connected: bool
-) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """The gradients that a transform is given, and the leaves that they come from if any.
-
-    Without their graph, too, a transform may differentiate them and change them in place.
-    """
-    if connected:
-        return [], present(raw)
-    leaves = {name: _leaf(g) for name, g in present(raw).items()}
-    return [*leaves.values()], {name: x.clone() for name, x in leaves.items()}
 
 
 def _leaf(x: Tensor) -> Tensor:
@@ -438,45 +419,3 @@ def _leaf(x: Tensor) -> Tensor:
 
 def _learning(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [x for x in tensors if x.requires_grad]
-
-
-def small(value: Any) -> Any:
-    """A hyperparameter, or its norm where it is a large tensor, to be kept for every step."""
-    if isinstance(value, tuple):
-        return tuple(map(small, value))
-    if not isinstance(value, Tensor):
-        return value
-    value = value.detach()
-    return value if value.numel() == 1 else torch.linalg.vector_norm(value)
-
-
-def _checked_grads(
-    grads: Mapping[str, Tensor], params: Mapping[str, Tensor]
-) -> Mapping[str, Tensor | None]:
-    if not isinstance(grads, Mapping):
-        raise TypeError(
-            f"grad_transform returned a {type(grads).__name__}: it has to return a dict of "
-            "gradients by parameter name, as it was given"
-        )
-    for name, g in grads.items():
-        if name not in params:
-            raise ValueError(
-                f"grad_transform returned a gradient for {name!r}, which is not an inner "
-                f"variable: keep the names it was given"
-            )
-        if g is not None and not isinstance(g, Tensor):
-            raise TypeError(
-                f"grad_transform returned a {type(g).__name__} for {name!r}: return a tensor, or "
-                "leave the name out where the parameter is to stay as it is"
-            )
-        if g is not None and g.shape != params[name].shape:
-            raise ValueError(
-                f"grad_transform returned a gradient of shape {tuple(g.shape)} for {name!r}, "
-                f"which has shape {tuple(params[name].shape)}: keep the shapes it was given"
-            )
-        if g is not None and g.dtype != params[name].dtype:
-            raise ValueError(
-                f"grad_transform returned a gradient of {g.dtype} for {name!r}, which was given in "
-                f"{params[name].dtype}: convert it back with .to({params[name].dtype})"
-            )
-    return grads

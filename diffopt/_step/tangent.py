@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
-from diffopt._step.capture import Captured, end_of
+from diffopt._step.capture import Captured
+from diffopt._step.graph import end_of
 from diffopt._step.step import InnerStep
 from diffopt._torch.autograd import load_decompositions
 from diffopt._values.outputs import attached

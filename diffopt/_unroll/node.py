@@ -14,7 +14,7 @@ from diffopt._loop.executor import pass_through
 from diffopt._loop.extras import Place, connected
 from diffopt._loop.loop import Loop
 from diffopt._loop.warned import Warned
-from diffopt._step.observe import Unchanged
+from diffopt._step.unchanged import Unchanged
 from diffopt._torch.engine import keeps_graph, shielded
 from diffopt._values.outputs import OutputCotangents
 from diffopt._values.state import State

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from diffopt._model.refused import check_model
 from diffopt._model.slots import ModuleSlots, Values, places_in
-from diffopt._step.step import GradTransform
+from diffopt._step.transform import GradTransform
 from diffopt._unroll.unrolled import Unrolled
 from diffopt.optim import Optimizer, convert
 from diffopt.optim.base import as_tensors

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from diffopt._compile.compiled import CompiledStep
 from diffopt._loop import progress as _progress
-from diffopt._loop.loop import Loop, Monitor
+from diffopt._loop.loop import Loop
+from diffopt._loop.setting import Monitor
 from diffopt._loop.verify import Ledger
 from diffopt._model.modes import Modes
 from diffopt._model.slots import ModuleSlots
@@ -24,7 +25,8 @@ from diffopt._step.microbatches import Microbatches, parts_of
 from diffopt._step.observe import Observer
 from diffopt._step.parts import PartsLoss
 from diffopt._step.parts_step import PartsStep
-from diffopt._step.step import GradTransform, InnerStep
+from diffopt._step.step import InnerStep
+from diffopt._step.transform import GradTransform
 from diffopt._unroll.arguments import (
     LossFn,
     batches_of,

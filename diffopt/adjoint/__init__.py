@@ -1,7 +1,8 @@
 """How the derivative is computed: one file an adjoint."""
 
-from diffopt._loop.loop import CapturedSum, Loop
+from diffopt._loop.loop import Loop
 from diffopt._loop.measure import StepBytes
+from diffopt._loop.way_back import CapturedSum
 from diffopt._values.state import Cotangent, State
 from diffopt.adjoint._base import Adjoint, Checkpointed
 from diffopt.adjoint._binomial import Binomial

@@ -14,9 +14,10 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_
 from diffopt import schedule
 from diffopt._loop.executor import run_backward
 from diffopt._loop.kept import Kept
-from diffopt._loop.loop import Loop, clip_norm
+from diffopt._loop.loop import Loop
 from diffopt._loop.replay import differentiable_backward
 from diffopt._loop.snapshots import Snapshots
+from diffopt._loop.way_back import clip_norm
 from diffopt._step.linearization import Linearization
 from diffopt._torch.batched import not_batched
 from diffopt._values.outputs import OutputCotangents

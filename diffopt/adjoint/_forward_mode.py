@@ -13,7 +13,7 @@ from diffopt import schedule
 from diffopt._derivatives.table import with_second_derivatives
 from diffopt._loop.loop import Loop
 from diffopt._loop.replay import differentiable_backward
-from diffopt._step.capture import end_of, first_behind, is_same
+from diffopt._step.graph import end_of, first_behind, is_same
 from diffopt._step.tangent import (
     Pushed,
     Tangent,

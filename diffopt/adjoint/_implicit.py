@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from diffopt import schedule
-from diffopt._loop.loop import CapturedSum, Loop
+from diffopt._loop.loop import Loop
 from diffopt._loop.snapshots import Snapshot
+from diffopt._loop.way_back import CapturedSum
 from diffopt._torch.batched import any_batched
 from diffopt._values.outputs import OutputCotangents
 from diffopt._values.state import Cotangent, State
