@@ -1,1 +1,1 @@
-"""The loop as a value; snapshots; the first pass and the way back."""
+"""The loop, its first pass and its way back; snapshots; running a plan."""
