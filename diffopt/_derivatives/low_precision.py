@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from diffopt._derivatives.conditions import reversed_only
+from diffopt._values.tree import vjp
 
 Operation = Callable[..., Tensor]
 
@@ -90,16 +91,7 @@ class _KernelBackward(torch.autograd.Function):
             flowing = zip(first, compress(cotangents, ctx.needed), strict=True)
             pairs = [(g, c) for g, c in flowing if c is not None]
             inputs = [x for x in (grad, *operands) if x is not None]
-            second: Sequence[Tensor | None] = [None] * len(inputs)
-            if pairs:
-                second = torch.autograd.grad(
-                    [g for g, _ in pairs],
-                    inputs,
-                    [c for _, c in pairs],
-                    create_graph=again,
-                    allow_unused=True,
-                )
-        results = iter(second)
+            results = iter(vjp(pairs, inputs, create_graph=again))
         return (None, None, None, *(x if x is None else next(results) for x in (grad, *operands)))
 
 

@@ -22,7 +22,7 @@ from diffopt._step.linearization import Linearization
 from diffopt._torch.batched import not_batched
 from diffopt._values.outputs import OutputCotangents
 from diffopt._values.state import Cotangent, State
-from diffopt._values.tree import Path
+from diffopt._values.tree import Path, vjp
 from diffopt.adjoint._base import Adjoint, FirstPass
 from diffopt.optim.lists import one_by_one
 from diffopt.schedule import Plan
@@ -178,15 +178,7 @@ class _Chain:
     def vjp(self, cotangent: Cotangent, keep: bool) -> Cotangent:
         """The cotangent of the start."""
         pairs = [(end, cotangent[path]) for path, end in self._ends.items() if path in cotangent]
-        if not pairs:
-            return {}
-        cotangents = torch.autograd.grad(
-            [end for end, _ in pairs],
-            list(self._leaves.values()),
-            [c for _, c in pairs],
-            retain_graph=keep,
-            allow_unused=True,
-        )
+        cotangents = vjp(pairs, list(self._leaves.values()), retain_graph=keep)
         return {p: c for p, c in zip(self._leaves, cotangents, strict=True) if c is not None}
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from diffopt._values.tree import vjp
 from diffopt.optim.base import Grads, Groups, Optimizer, OptState, Params, States
 from diffopt.optim.mapped import is_elementwise, update_over_tasks
 from diffopt.optim.terms import Hyper, Pullback, tensors_of, zeros
@@ -164,23 +165,14 @@ def _by_autograd(
     for name, entries in new_state.items():
         cot_entries = update.cot_state.get(name, {})
         pairs.extend((x, cot_entries[key]) for key, x in entries.items() if key in cot_entries)
-    pairs = [(x, c) for x, c in pairs if x.requires_grad]
     inputs: list[Any] = [
         *params.values(),
         *grads.values(),
         *(x for _, _, x in _flowing(state)),
         *seen,
     ]
-    found: Sequence[Tensor | None] = [None] * len(inputs)
-    if pairs:
-        found = torch.autograd.grad(
-            [x for x, _ in pairs],
-            inputs,
-            [c for _, c in pairs],
-            retain_graph=retain_graph,
-            allow_unused=True,
-        )
-    cots = iter(found)
+    flowing = ((x, c) for x, c in pairs if x.requires_grad)
+    cots = iter(vjp(flowing, inputs, retain_graph=retain_graph))
     to_params = {n: c for n in params if (c := next(cots)) is not None}
     to_grads = {n: c for n in grads if (c := next(cots)) is not None}
     to_state: OptState = {name: {} for name in state}
