@@ -1,8 +1,8 @@
 """Normalisations in low precision and under autocast.
 
-The value and the first derivative are those of PyTorch's kernel, the derivatives of the first one
-those of the operation in single precision. So derivatives of all orders are right to
-rounding; PyTorch takes the statistics for constants from the third on.
+PyTorch's kernel gives the value and the first derivative. The operation in single precision gives
+the derivatives of the first derivative. So derivatives of all orders are right to rounding; PyTorch
+takes the statistics for constants from the third derivative on.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class _KernelBackward(torch.autograd.Function):
 
 
 def _under_present_autocast(kernel: Operation, operands: Sequence[Tensor | None]) -> Operation:
-    """``kernel`` under the autocast of now, also where the gradient is taken outside of it."""
+    """``kernel`` under the present autocast, also in a backward pass outside of autocast."""
     kind = next(x.device.type for x in operands if x is not None)
     if not torch.amp.is_autocast_available(kind):
         return kernel

@@ -60,8 +60,8 @@ class Adjoint(ABC):
             kept: what ``forward`` returned; to be left intact if ``keep``.
 
         Returns:
-            the cotangent of the start, and those of ``loop.captured.tensors`` in order, None
-            standing for no influence.
+            the cotangent of the start, and the cotangents of ``loop.captured.tensors`` in order;
+            None stands for no influence.
         """
 
     def differentiable_backward(

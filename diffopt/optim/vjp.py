@@ -1,8 +1,8 @@
 """The vector-Jacobian product of an optimizer's update.
 
-A rule may state its own (``Optimizer._vjp``): a dozen passes over the parameters instead of the
-graph of the update, which has twice as many nodes. It counts for param groups whose options are all
-plain numbers; autograd differentiates the update of the others, and of rules that state none.
+A rule may state the product by hand (``Optimizer._vjp``): a dozen passes over the parameters,
+where the graph of the update has twice as many nodes. The product by hand serves param groups whose
+options are all numbers. Autograd differentiates the update of other groups and of other rules.
 """
 
 from __future__ import annotations
