@@ -83,7 +83,8 @@ def test_equals_the_derivative_that_autograd_takes(
     cotangents = _cotangents(params, after)
     want = _by_autograd(opt, params, grads, state, *cotangents, groups, steps)
     if case.name in BY_HAND and not any(case.options.get(option) for option in NOT_COVERED):
-        monkeypatch.setattr(vjp, "_by_autograd", None)  # not called where a rule states its own
+        owner = next(cls for cls in type(opt).__mro__ if "_update" in vars(cls))
+        monkeypatch.setattr(owner, "_update", None)  # not called where a rule states its derivative
     found = vjp.update_vjp(
         opt, params, grads, state, *cotangents, hyper=opt.hyperparameters(steps), groups=groups
     )
