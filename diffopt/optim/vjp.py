@@ -27,7 +27,7 @@ class UpdateCotangents(NamedTuple):
     params: dict[str, Tensor]
     grads: dict[str, Tensor]
     state: OptState
-    seen: list[Tensor | None]
+    captured: list[Tensor | None]
 
 
 def update_vjp(
@@ -41,7 +41,7 @@ def update_vjp(
     hyper: Sequence[Hyper],
     groups: Groups,
     tasks: int | None = None,
-    seen: Sequence[Any] = (),
+    captured: Sequence[Any] = (),
     retain_graph: bool = False,
 ) -> UpdateCotangents:
     """Carry cotangents of ``update_over_tasks``'s results back to its arguments.
@@ -51,16 +51,16 @@ def update_vjp(
         params, grads, state: the arguments of the update; their graphs are not looked at.
         cot_params, cot_state: cotangents of its results, by name.
         hyper, groups, tasks: as for ``update_over_tasks``.
-        seen: further tensors or gradient edges to differentiate with respect to, those that
+        captured: further tensors or gradient edges to differentiate with respect to, those that
             hyperparameters are made of.
-        retain_graph: keep the graphs behind ``seen``.
+        retain_graph: keep the graphs behind ``captured``.
     """
     update = _Update(opt, tasks, params, grads, state, cot_params, cot_state)
     cotangents = UpdateCotangents(
         dict(cot_params),
         {},
         {name: dict(entries) for name, entries in cot_state.items()},
-        [None] * len(seen),
+        [None] * len(captured),
     )
     remaining: list[list[str]] = []  # of each group, the names that autograd has to see to
     for rule, names, options in zip(opt.rules, groups, hyper, strict=True):
@@ -75,14 +75,14 @@ def update_vjp(
             cotangents.grads.update(zip(flowing, result.grads, strict=True))
             cotangents.state.update(zip(flowing, result.states, strict=True))
     if any(remaining):
-        rest = _by_autograd(update, hyper, remaining, seen, retain_graph)
+        rest = _by_autograd(update, hyper, remaining, captured, retain_graph)
         for name in chain.from_iterable(remaining):
             cotangents.params.pop(name, None)
             cotangents.state.pop(name, None)
         cotangents.params.update(rest.params)
         cotangents.grads.update(rest.grads)
         cotangents.state.update(rest.state)
-        cotangents.seen[:] = rest.seen
+        cotangents.captured[:] = rest.captured
     return cotangents
 
 
@@ -147,7 +147,7 @@ def _by_autograd(
     update: _Update,
     hyper: Sequence[Hyper],
     groups: Groups,
-    seen: Sequence[Any],
+    captured: Sequence[Any],
     retain_graph: bool,
 ) -> UpdateCotangents:
     """``update_vjp`` by the graph of the update, for the names in ``groups``, with gradients."""
@@ -169,7 +169,7 @@ def _by_autograd(
         *params.values(),
         *grads.values(),
         *(x for _, _, x in _flowing(state)),
-        *seen,
+        *captured,
     ]
     flowing = ((x, c) for x, c in pairs if x.requires_grad)
     cots = iter(vjp(flowing, inputs, retain_graph=retain_graph))
