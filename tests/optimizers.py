@@ -108,8 +108,27 @@ OPTIMIZERS = {case.name: case for case in CASES}
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 every_optimizer = pytest.mark.parametrize("case", OPTIMIZERS.values(), ids=OPTIMIZERS)
+# PyTorch's forward mode compiles its decompositions with torch.jit.script, and warns of it.
+forward_mode = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 
 Named = dict[str, Tensor]
+
+
+class Lars(diffopt.Optimizer):
+    """θ ← θ − γ ‖θ‖ / (‖g‖ + 10⁻³) g (You et al., 2017): a norm for each parameter."""
+
+    def __init__(self, params: Any, lr: Any = 0.05) -> None:
+        super().__init__(params, {"lr": lr})
+
+    def _init(self, hyper: Any, param: Tensor) -> Any:
+        return {}
+
+    def _update(self, hyper: Any, params: Any, grads: Any, states: Any) -> Any:
+        moved = [
+            p - hyper["lr"] * (p * p).sum().sqrt() / ((g * g).sum().sqrt() + 1e-3) * g
+            for p, g in zip(params, grads, strict=True)
+        ]
+        return moved, states
 
 
 def some_params(dtype: torch.dtype = torch.float64) -> Named:

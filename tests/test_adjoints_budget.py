@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from collections.abc import Callable, Iterator
@@ -19,11 +20,6 @@ from diffopt import MemoryBudget, StoreAll
 from diffopt.adjoint import _budget
 
 MIB = 2**20
-
-
-@pytest.fixture(autouse=True)
-def _nothing_known() -> None:
-    _budget._known.clear()
 
 
 @pytest.fixture
@@ -329,15 +325,27 @@ def test_a_loss_that_has_no_hash() -> None:
     fast.losses.sum().backward()
 
 
-def test_losses_made_anew_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_measured_does_not_pile_up(
+    monkeypatch: pytest.MonkeyPatch, measured: list[int]
+) -> None:
+    """The sizes of the functions used last are known, and no others."""
     monkeypatch.setattr(_budget, "_MOST_KNOWN", 3)
     model, x = mlp()
     inner = diffopt.SGD(model.parameters(), lr=0.1)
-    for _ in range(5):
-        diffopt.unroll(
-            model, inner, [x], lambda m, batch: loss_fn(m, batch), adjoint=MemoryBudget("1GiB")
-        )
-    assert len(_budget._known[model]) == 3
+
+    def measure(loss: Callable[..., Tensor]) -> int:
+        before = len(measured)
+        diffopt.unroll(model, inner, [x], loss, adjoint=MemoryBudget("1GiB"))
+        return len(measured) - before
+
+    losses = [
+        lambda m, batch: loss_fn(m, batch),
+        lambda m, batch: 2 * loss_fn(m, batch),
+        lambda m, batch: 3 * loss_fn(m, batch),
+        lambda m, batch: 4 * loss_fn(m, batch),
+    ]
+    assert [measure(loss) for loss in losses] == [1, 1, 1, 1]
+    assert [measure(losses[i]) for i in (1, 2, 3, 0, 2, 3, 1)] == [0, 0, 0, 1, 0, 0, 1]
 
 
 def test_what_was_measured_goes_with_the_model() -> None:
@@ -347,7 +355,6 @@ def test_what_was_measured_goes_with_the_model() -> None:
     del model
     gc.collect()
     assert gone() is None
-    assert not _budget._known
 
 
 def test_the_first_steps_graph_goes_where_the_plan_does_not_hold_it(
@@ -468,8 +475,7 @@ def test_another_models_unroll_changes_no_answer(measured: list[int]) -> None:
     assert adjoint.measured(large).plan(50) != first
     assert measured == [3, 4]
     gradients(small, x, 5, known)
-    _budget._known.clear()
-    gradients(small, x, 5, known)
+    gradients(copy.deepcopy(small), x, 5, known)
     assert measured == [3, 4]
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from adjoints import every_adjoint
 from helpers import assert_all_close, batch, batches, called, mse, new_objects_only, tiny
-from oracle import Plain, plain
+from oracle import plain
 from torch import Tensor, nn
 
 import diffopt
@@ -398,12 +398,8 @@ def test_an_unroll_within_an_unroll(adjoint: diffopt.Adjoint) -> None:
         )
 
     def adapt_plainly(m: Any, pair: Any) -> Any:
-        params = dict(m.named_parameters())
-        for _ in range(2):
-            loss = called(learner, params, scaled, pair)
-            grads = torch.autograd.grad(loss, list(params.values()), create_graph=True)
-            params = {n: p - lr * g for (n, p), g in zip(params.items(), grads, strict=True)}
-        return Plain(learner, params, {})
+        start = dict(m.named_parameters())
+        return plain(learner, {"lr": lr}, [pair] * 2, scaled, initial=start)
 
     def scaled(m: Any, pair: Any) -> Tensor:
         return mse(m, pair) * log_scale.exp()

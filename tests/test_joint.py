@@ -11,6 +11,7 @@ import pytest
 import torch
 from adjoints import EXACT, every_adjoint
 from helpers import assert_all_close, batch, batches, differences, mse
+from optimizers import Lars
 from torch import Tensor, nn
 
 import diffopt
@@ -30,20 +31,6 @@ def matrices(model: nn.Module) -> list[Tensor]:
 
 def others(model: nn.Module) -> list[Tensor]:
     return [p for p in model.parameters() if p.dim() != 2]
-
-
-class Lars(diffopt.Optimizer):
-    """θ ← θ − γ ‖θ‖ g: not elementwise, and with no derivative by hand."""
-
-    def __init__(self, params: Any, lr: Any = 0.05) -> None:
-        super().__init__(params, {"lr": lr})
-
-    def _init(self, hyper: Any, param: Tensor) -> Any:
-        return {}
-
-    def _update(self, hyper: Any, params: Any, grads: Any, states: Any) -> Any:
-        pairs = zip(params, grads, strict=True)
-        return [p - hyper["lr"] * (p * p).sum().sqrt() * g for p, g in pairs], states
 
 
 Make = Callable[[nn.Module], list[torch.optim.Optimizer]]

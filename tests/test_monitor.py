@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 import torch
 from adjoints import EXACT
 from helpers import assert_all_close, batches, mse, tiny
-from oracle import bounded
+from oracle import plain
 from torch import Tensor
 
 import diffopt
@@ -24,24 +25,31 @@ def problem() -> tuple[Any, list[Any]]:
 
 def expected(model: Any, data: list[Any], most: float | None, constant: bool) -> list[Any]:
     """What flows to the weights after each step of a plain loop, as hooks see it."""
-    names = [name for name, _ in model.named_parameters()]
-    params = [p.clone() for p in model.parameters()]
-    found: dict[int, dict[str, Tensor]] = {}
-    for t, pair in enumerate(data):
-        values = dict(zip(names, params, strict=True))
-        loss = torch.nn.functional.mse_loss(
-            torch.func.functional_call(model, values, (pair[0],)), pair[1]
-        )
-        grads = torch.autograd.grad(loss, params, create_graph=True)
-        grads = tuple(g.detach() for g in grads) if constant else grads
-        params = [p - 0.3 * g for p, g in zip(params, grads, strict=True)]
-        if most is not None:
-            params = list(bounded(most, params))
-        for name, p in zip(names, params, strict=True):
-            # Hooks of a tensor run before its node's: what comes in is not bounded yet.
-            p.register_hook(lambda g, t=t, name=name: found.setdefault(t, {}).update({name: g}))
-    sum((t + 1) * p.sin().sum() for t, p in enumerate(params)).backward()  # type: ignore[union-attr]
-    return [(t, found[t]) for t in reversed(range(T))]
+    shown: dict[int, dict[str, Tensor]] = {}
+
+    def show(t: int, params: Iterable[tuple[str, Tensor]]) -> None:
+        # Hooks of a tensor run before its node's: what comes in is not bounded yet.
+        for name, p in params:
+            p.register_hook(lambda g, name=name: shown.setdefault(t, {}).update({name: g}))
+
+    def loss_fn(m: Any, item: tuple[int, Any]) -> Tensor:
+        t, pair = item
+        if t:
+            show(t - 1, m.named_parameters())
+        return mse(m, pair)
+
+    fast = plain(
+        model,
+        {"lr": 0.3},
+        list(enumerate(data)),
+        loss_fn,
+        grad_transform=lambda grads: {n: g.detach() if constant else g for n, g in grads.items()},
+        max_cotangent_norm=most,
+    )
+    show(T - 1, fast.params.items())
+    shown.clear()  # of the inner gradients
+    sum((t + 1) * p.sin().sum() for t, p in enumerate(fast.params.values())).backward()  # type: ignore[union-attr]
+    return [(t, shown[t]) for t in reversed(range(T))]
 
 
 @pytest.mark.parametrize("most", [None, 0.5])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from adjoints import EXACT
 from helpers import assert_all_close, differences, mse
+from optimizers import forward_mode
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -24,8 +25,6 @@ OPTIONS: list[dict[str, Any]] = [
     {"adjust_lr_fn": "original", "ns_coefficients": (2.0, -1.5, 0.5), "weight_decay": 0.5},
 ]
 every_options = pytest.mark.parametrize("options", OPTIONS, ids=str)
-# PyTorch's forward mode compiles its decompositions with torch.jit.script, and warns of it.
-forward_mode = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 
 
 class Smooth(optim.Muon):

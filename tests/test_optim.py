@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from optimizers import CASES, Case
+from optimizers import CASES, Case, forward_mode
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -95,9 +95,6 @@ def test_options_of_torch_optim_are_the_options(case: Case) -> None:
 
 # Derivatives.
 
-
-# PyTorch's forward mode compiles its decompositions with torch.jit.script, and warns of it.
-forward_mode = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 
 Slot = tuple[str, int | None]
 

@@ -8,30 +8,13 @@ import pytest
 import torch
 from adjoints import EXACT, every_adjoint
 from helpers import assert_all_close, differences, mse
-from optimizers import CASES, OPTIMIZERS, Case
+from optimizers import CASES, OPTIMIZERS, Case, Lars, forward_mode
 from torch import Tensor, nn
 
 import diffopt
 from diffopt.optim.mapped import init_over_tasks, is_elementwise, update_over_tasks
 
 N, STEPS = 3, 4
-
-
-class Lars(diffopt.Optimizer):
-    """θ ← θ − γ ‖θ‖ / (‖g‖ + 10⁻³) g (You et al., 2017): a norm for each parameter."""
-
-    def __init__(self, params: Any, lr: Any = 0.05) -> None:
-        super().__init__(params, {"lr": lr})
-
-    def _init(self, hyper: Any, param: Tensor) -> Any:
-        return {}
-
-    def _update(self, hyper: Any, params: Any, grads: Any, states: Any) -> Any:
-        moved = [
-            p - hyper["lr"] * (p * p).sum().sqrt() / ((g * g).sum().sqrt() + 1e-3) * g
-            for p, g in zip(params, grads, strict=True)
-        ]
-        return moved, states
 
 
 class Centralised(diffopt.Adam):
@@ -410,8 +393,7 @@ def test_random_numbers_of_a_mapped_rule_are_drawn_again() -> None:
         assert_all_close(result, results[0], rtol=1e-10, atol=1e-13)
 
 
-# PyTorch's forward mode compiles its decompositions with torch.jit.script, and warns of it.
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+@forward_mode
 @pytest.mark.parametrize("rule", [Lars, Centralised, Factored, diffopt.Adam])
 def test_forward_mode_carries_tangents_through_a_mapped_rule(rule: Any) -> None:
     model, data = small(), some_batches()

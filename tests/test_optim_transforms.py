@@ -4,22 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 from optimizers import (
     Case,
     Named,
     assert_same,
     every_case,
+    forward_mode,
     grads_at,
     some_params,
     step_purely,
 )
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
-
-# PyTorch's forward mode compiles its decompositions with torch.jit.script, and warns of it.
-forward_mode = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 
 
 @every_case

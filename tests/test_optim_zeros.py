@@ -8,19 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from optimizers import (
-    Case,
-    assert_same,
-    every_case,
-    every_optimizer,
-)
+from optimizers import Case, assert_same, every_case, every_optimizer, forward_mode
 from torch import Tensor
 from torch.autograd import forward_ad as fwAD
 
 from diffopt import optim
-
-# PyTorch's forward mode compiles its decompositions with torch.jit.script, and warns of it.
-forward_mode = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 
 
 @pytest.mark.parametrize("anomaly", [False, True], ids=["", "anomaly"])

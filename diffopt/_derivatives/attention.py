@@ -23,7 +23,8 @@ def scaled_dot_product_attention(
     """``torch.nn.functional.scaled_dot_product_attention``.
 
     A model may choose ways of its own by ``sdpa_kernel([...])``, inside of ``math_attention``. If
-    ``MATH`` is one of them, it is taken. If not, PyTorch says that there is no second derivative.
+    the model allows ``MATH``, attention is computed so. If not, PyTorch says that there is no
+    second derivative.
     """
     enabled: Any = torch.backends.cuda
     others = (

@@ -65,7 +65,7 @@ def refuse_unrecorded(nodes: Iterable[Node], step: int, recorded: set[type]) -> 
 
 
 def _is_recorded(node: Node) -> bool | None:
-    """Whether the results depend on the cotangents; None where all of them are zero."""
+    """Whether the results depend on the cotangents; None where every result is zero."""
     cotangents = cotangents_of(node)
     if cotangents is None:
         return False

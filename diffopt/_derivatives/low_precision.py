@@ -1,8 +1,8 @@
 """Normalisations in low precision and under autocast.
 
-The value and the first derivative are those of PyTorch's kernel, the derivatives of the first one
-those of the operation in single precision. So derivatives of all orders are right to
-rounding; PyTorch takes the statistics for constants from the third on.
+PyTorch's kernel gives the value and the first derivative. The operation in single precision gives
+the derivatives of the first derivative. So derivatives of all orders are right to rounding; PyTorch
+takes the statistics for constants from the third derivative on.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from diffopt._derivatives.conditions import reversed_only
+from diffopt._values.tree import vjp
 
 Operation = Callable[..., Tensor]
 
@@ -90,21 +91,12 @@ class _KernelBackward(torch.autograd.Function):
             flowing = zip(first, compress(cotangents, ctx.needed), strict=True)
             pairs = [(g, c) for g, c in flowing if c is not None]
             inputs = [x for x in (grad, *operands) if x is not None]
-            second: Sequence[Tensor | None] = [None] * len(inputs)
-            if pairs:
-                second = torch.autograd.grad(
-                    [g for g, _ in pairs],
-                    inputs,
-                    [c for _, c in pairs],
-                    create_graph=again,
-                    allow_unused=True,
-                )
-        results = iter(second)
+            results = iter(vjp(pairs, inputs, create_graph=again))
         return (None, None, None, *(x if x is None else next(results) for x in (grad, *operands)))
 
 
 def _under_present_autocast(kernel: Operation, operands: Sequence[Tensor | None]) -> Operation:
-    """``kernel`` under the autocast of now, also where the gradient is taken outside of it."""
+    """``kernel`` under the present autocast, also in a backward pass outside of autocast."""
     kind = next(x.device.type for x in operands if x is not None)
     if not torch.amp.is_autocast_available(kind):
         return kernel

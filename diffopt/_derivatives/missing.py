@@ -59,8 +59,8 @@ WRONG = {
     ),
 }
 
-#: The nodes whose second derivatives are silently wrong: those of the first derivatives of
-#: operations whose third derivatives are wrong.
+#: The nodes whose second derivatives are silently wrong. A node is the first derivative of the
+#: operation, whose third derivative is then wrong.
 WRONG_BEYOND = {
     "NativeBatchNormBackwardBackward0": "batch_norm",
     "CudnnBatchNormBackwardBackward0": "batch_norm",

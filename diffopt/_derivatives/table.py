@@ -1,12 +1,12 @@
 """Second derivatives, of which an unroll takes one in every step: {operation: replacement}.
 
-Those that PyTorch does not have or has wrong (``missing``), and those that it has but puts
-together from many operations, derived by hand here instead (``gelu``, ``batch_norm``,
-``layer_norm``): much of a step's time goes there. Values and first derivatives come from PyTorch's
-own kernels, and are the same to the last bit.
+``missing`` has second derivatives that PyTorch lacks or has wrong. ``gelu``, ``batch_norm`` and
+``layer_norm`` derive by hand what PyTorch puts together from many operations: much of a step's time
+goes there. Values and first derivatives come from PyTorch's kernels, and are the same to the last
+bit.
 
-An operation has several names. Each is a row: that of ``torch.nn.functional``, that of ``torch``
-and those of ``torch.ops.aten``, whose arguments come in another order (``aliases``).
+An operation has several names, and each name is a row: in ``torch.nn.functional``, in ``torch``
+and in ``torch.ops.aten``, whose arguments come in another order (``aliases``).
 """
 
 from __future__ import annotations

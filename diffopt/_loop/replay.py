@@ -22,7 +22,7 @@ from diffopt._loop.way_back import CapturedSum
 from diffopt._step.result import StepResult, other_extras
 from diffopt._values.outputs import OutputCotangents, StepCotangents
 from diffopt._values.state import Cotangent, State
-from diffopt._values.tree import Path, tensors_in
+from diffopt._values.tree import Path, tensors_in, vjp
 
 
 @dataclass(frozen=True)
@@ -155,15 +155,6 @@ def _vjp(
     pairs += [(step.aux[i], c) for i, c in given.aux.items()]
     pairs = [(x, c) for x, c in pairs if x.requires_grad]
     sources = [x for x in (*step.inputs.values(), *step.captured) if x.requires_grad]
-    found: dict[Tensor, Tensor | None] = {}
-    if pairs and sources:
-        grads = torch.autograd.grad(
-            [x for x, _ in pairs],
-            sources,
-            [c for _, c in pairs],
-            create_graph=True,
-            allow_unused=True,
-        )
-        found = dict(zip(sources, grads, strict=True))
+    found = dict(zip(sources, vjp(pairs, sources, create_graph=True), strict=True))
     before = {path: g for path, x in step.inputs.items() if (g := found.get(x)) is not None}
     return before, [found.get(x) for x in step.captured]

@@ -14,10 +14,10 @@ from diffopt._values.tree import differ
 class BufferStandIns:
     """Copies of the buffers for the layers to work on.
 
-    Layers change buffers in place, so one that was seen to change is copied before every step.
-    The others (masks, position ids) share one copy for the whole unroll. Which is which is found
-    by value, the first time each step is taken: version counters do not tell, since batch
-    normalization updates its statistics, and old code writes through ``.data``, without them.
+    Layers change buffers in place, so a buffer that was seen to change is copied before every step.
+    A buffer that does not change (masks, position ids) has one copy for the whole unroll. Values
+    tell the two apart, the first time each step is taken: version counters do not tell, since batch
+    normalization updates its statistics without them, and old code writes through ``.data``.
 
     Attributes:
         tracked: names of the buffers that derivatives flow through: given requiring grad, or

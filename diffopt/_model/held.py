@@ -46,7 +46,7 @@ def holds_apart(modules: Iterable[nn.Module], tensor: Tensor, but: Collection[st
 def reaches(
     start: Iterable[Any], wanted: Collection[int], apart: tuple[type, ...] = (*APART, nn.Module)
 ) -> bool:
-    """Whether an object with one of the ids ``wanted`` is behind those of ``start``.
+    """Whether an object with one of the ids ``wanted`` is behind the objects of ``start``.
 
     Followed is what Python's garbage collector knows, and weak references; of a function what it
     captured, and not its globals; of a class the tensors and containers among its attributes; and

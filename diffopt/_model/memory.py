@@ -45,7 +45,7 @@ def check_shared_memory(params: Mapping[str, Tensor], buffers: Mapping[str, Tens
     if len({_storage(x) for _, x in named}) == len(named):
         return
     ranges = sorted([(_storage(x), *_range(x), name, x) for name, x in named], key=itemgetter(0, 1))
-    active: list[tuple[int, int, int, str, Tensor]] = []  # those that reach into the next range
+    active: list[tuple[int, int, int, str, Tensor]] = []  # entries that reach into the next range
     for entry in ranges:
         storage, start, _, name, x = entry
         active = [other for other in active if other[0] == storage and other[2] > start]

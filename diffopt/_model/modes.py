@@ -19,7 +19,7 @@ from diffopt._torch.replaced import Shared, replaced
 
 
 class Modes:
-    """The settings present at construction, and those that second derivatives need."""
+    """The settings present at construction, and the settings that second derivatives need."""
 
     def __init__(self, model: nn.Module, devices: Iterable[torch.device]) -> None:
         kinds = {"cpu", *(device.type for device in devices)} - {"meta"}
@@ -41,7 +41,7 @@ class Modes:
 
     @contextmanager
     def active(self, *, routed: bool = True) -> Iterator[None]:
-        """Enter them: autocast as it was, and kernels that can be differentiated twice.
+        """Enter the settings: autocast as it was, and kernels that can be differentiated twice.
 
         Args:
             routed: False where another mode calls the replacements of operations, or none is used.

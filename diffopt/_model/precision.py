@@ -1,10 +1,10 @@
-"""Parameters of low precision: the model computes in them, the loop around it in float32.
+"""Parameters of low precision: the model computes in low precision, the loop in float32.
 
-A bfloat16 number has 8 significant bits: a cotangent that gathers T small terms in it loses most of
-them. Adam's second moment underflows in float16. So of a parameter in either the state holds the
-same number in float32, and the optimizer's state and all cotangents are float32. The loss sees the
-parameter in its own dtype, and every update is rounded to it, as ``torch.optim`` would leave it;
-the derivative takes that rounding for the identity.
+A bfloat16 number has 8 significant bits: a cotangent that gathers T small terms in bfloat16 loses
+most of the terms. Adam's second moment underflows in float16. So the state holds a parameter of
+either dtype as the same number in float32, and the optimizer's state and all cotangents are
+float32. The loss sees the parameter in its own dtype, and every update is rounded to this dtype, as
+by ``torch.optim``; the derivative takes the rounding for the identity.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Precision:
         """Updated parameters with values that the model can have, and the derivative they had.
 
         Args:
-            grads: those that were updated have one.
+            grads: every parameter that was updated has one.
         """
         for name, dtype in self._low.items():
             if grads.get(name) is None:

@@ -35,9 +35,9 @@ Hook = Callable[..., Any]
 class InnerHooks:
     """The hooks that the loss of a step registers: on tensors, or a module's backward hooks.
 
-    They are part of how the inner gradient is computed, and act only then. Its derivative is taken
-    by another backward pass over the same graph, where PyTorch would call them again. A step is
-    evaluated inside ``with``.
+    The hooks are part of how the inner gradient is computed, and act only then. Another backward
+    pass over the same graph takes the gradient's derivative, where PyTorch would call the hooks
+    again. A step is evaluated inside ``with``.
     """
 
     def __init__(self) -> None:
@@ -63,7 +63,7 @@ class _Standing(threading.local):
         self.stack: list[tuple[ModuleSlots, Modes, InnerHooks | None]] = []
 
     def hooks(self) -> InnerHooks | None:
-        """Those of the innermost step that is being evaluated."""
+        """The hooks of the innermost step that is being evaluated."""
         return next((hooks for *_, hooks in reversed(self.stack) if hooks is not None), None)
 
 

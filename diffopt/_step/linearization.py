@@ -214,7 +214,7 @@ class Split(Linearization):
             hyper=self.hyper,
             groups=self._step.groups,
             tasks=self._step.loss.tasks,
-            seen=captured,
+            captured=captured,
             retain_graph=retain_graph,
         )
         before: Cotangent = {("params", name): c for name, c in update.params.items()}
@@ -232,7 +232,7 @@ class Split(Linearization):
             sums = L.add([before[path] for path in both], [found[path] for path in both])
         before.update(found)
         before.update(zip(both, sums, strict=True))
-        return before, add_each(update.seen, others)
+        return before, add_each(update.captured, others)
 
 
 class Whole(Linearization):

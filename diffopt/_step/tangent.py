@@ -23,7 +23,7 @@ from diffopt._step.step import InnerStep
 from diffopt._torch.autograd import load_decompositions
 from diffopt._values.outputs import attached
 from diffopt._values.state import Cotangent, State
-from diffopt._values.tree import Path, map_tensors, tensors_in
+from diffopt._values.tree import Path, map_tensors, tensors_in, vjp
 
 #: Tangents of a state, by path; a missing one is zero.
 Tangent = Cotangent
@@ -121,16 +121,7 @@ def pushed_by_transposition(
             for g, dx in zip(pulled, directions, strict=True)
             if g is not None and dx is not None and g.requires_grad
         ]
-        found: Sequence[Tensor | None] = [None] * len(dummies)
-        if pairs:
-            found = torch.autograd.grad(
-                [g for g, _ in pairs],
-                dummies,
-                [dx for _, dx in pairs],
-                retain_graph=True,
-                allow_unused=True,
-            )
-        given_back = iter(found)
+        given_back = iter(vjp(pairs, dummies, retain_graph=True))
         after = {path: dx for path in outputs if (dx := next(given_back)) is not None}
         extras = {i: dx for i in aux if (dx := next(given_back)) is not None}
         pushed.append(Pushed(after, next(given_back), extras))

@@ -19,7 +19,7 @@ _sequence = private("torch._C._autograd", "_get_sequence_nr", "unroll")
 
 
 def in_forward_mode() -> bool:
-    """Whether dual numbers may exist. Where PyTorch cannot tell, yes, which costs time alone."""
+    """Whether dual numbers may exist. True where PyTorch cannot tell, which costs time alone."""
     return bool(getattr(_forward_ad, "_current_level", 0) >= 0)
 
 
@@ -38,7 +38,7 @@ def gradient_edge(x: Tensor) -> GradientEdge:
 
 @cache
 def load_decompositions() -> None:
-    """What ``make_dual`` does at its first call, without the deprecation warnings of doing it."""
+    """Do what ``make_dual`` does at its first call, without the deprecation warnings."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.simplefilter("ignore", FutureWarning)
@@ -49,5 +49,5 @@ def load_decompositions() -> None:
 
 
 def saved(node: Any, name: str) -> Any:
-    """What a node of PyTorch's saved under ``name``, None if it has nothing of the name."""
+    """What a node of PyTorch's saved under ``name``; None if the node saved nothing so."""
     return getattr(node, f"_saved_{name}", None)

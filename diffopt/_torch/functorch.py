@@ -27,7 +27,7 @@ Level = int
 def in_functorch() -> bool:
     """Whether a ``torch.func`` transform is being applied.
 
-    Where PyTorch cannot tell, no. PyTorch then refuses what is not made for transforms.
+    False where PyTorch cannot tell. PyTorch then refuses what is not made for transforms.
     """
     return _peek is not None and _peek() is not None
 

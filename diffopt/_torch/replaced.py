@@ -12,7 +12,7 @@ class Shared:
     """A context that is entered once, for as long as any thread is inside.
 
     Were each thread to save and restore a setting on its own, the last to leave would restore what
-    another had set. What is set is seen by all threads, so it has to do no harm to the others.
+    another had set. All threads see the setting, so the setting has to do no harm to any of them.
 
     Args:
         make: makes the context.

@@ -1,4 +1,4 @@
-"""What flows back to what steps give beside the next state: their losses and extras."""
+"""Cotangents of what steps give beside the next state: losses and extras."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from diffopt._values.tree import is_differentiable, tensors_in
 
 @dataclass(frozen=True, slots=True)
 class StepCotangents:
-    """Of one step.
+    """The cotangents of one step.
 
     Attributes:
         loss: of its loss; None stands for zero.
@@ -24,13 +24,13 @@ class StepCotangents:
     aux: Mapping[int, Tensor] = field(default_factory=dict)
 
     def tensors(self) -> list[Tensor]:
-        """All of them, the loss's first."""
+        """All cotangents, the loss's first."""
         return [*([] if self.loss is None else [self.loss]), *self.aux.values()]
 
 
 @dataclass(frozen=True, slots=True)
 class OutputCotangents:
-    """Of the steps of a loop.
+    """The cotangents of the steps of a loop.
 
     Attributes:
         losses: of the losses, shape (T,) (or (T, N) for tasks); None stands for zero.
@@ -45,27 +45,27 @@ class OutputCotangents:
         return self.losses is not None or bool(self.aux)
 
     def at(self, t: int) -> StepCotangents:
-        """Those of the step at position ``t``."""
+        """The cotangents of the step at position ``t``."""
         return StepCotangents(
             None if self.losses is None else self.losses[t], self.aux.get(t, _NOTHING)
         )
 
     def later(self, by: int) -> OutputCotangents:
-        """Those of the steps from position ``by`` on, counted from there."""
+        """The cotangents of the steps from position ``by`` on, counted from there."""
         return OutputCotangents(
             None if self.losses is None else self.losses[by:],
             {t - by: cotangents for t, cotangents in self.aux.items() if t >= by},
         )
 
     def until(self, count: int) -> OutputCotangents:
-        """Those of the first ``count`` steps."""
+        """The cotangents of the first ``count`` steps."""
         return OutputCotangents(
             None if self.losses is None else self.losses[:count],
             {t: cotangents for t, cotangents in self.aux.items() if t < count},
         )
 
     def tensors(self) -> Iterator[Tensor]:
-        """All of them."""
+        """All cotangents."""
         if self.losses is not None:
             yield self.losses
         for cotangents in self.aux.values():

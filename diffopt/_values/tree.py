@@ -41,6 +41,30 @@ def is_differentiable(x: Tensor) -> bool:
     return x.is_floating_point() or x.is_complex()
 
 
+def vjp(
+    pairs: Iterable[tuple[Any, Tensor]],
+    inputs: Sequence[Any],
+    *,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+) -> Sequence[Tensor | None]:
+    """The cotangents of ``inputs``, from pairs of a result and the result's cotangent.
+
+    Results and inputs are tensors or gradient edges. None stands for no influence.
+    """
+    results = list(pairs)
+    if not results or not inputs:
+        return [None] * len(inputs)
+    return torch.autograd.grad(
+        [x for x, _ in results],
+        inputs,
+        [c for _, c in results],
+        retain_graph=retain_graph,
+        create_graph=create_graph,
+        allow_unused=True,
+    )
+
+
 def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     """The sum of two cotangents, where None stands for zero."""
     if a is None or b is None:

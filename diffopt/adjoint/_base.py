@@ -20,6 +20,7 @@ from diffopt._loop.kept import Kept
 from diffopt._loop.loop import Loop
 from diffopt._loop.replay import differentiable_backward
 from diffopt._loop.snapshots import Snapshots
+from diffopt._loop.storage import Storage, check_storage, open_storage
 from diffopt._values.outputs import OutputCotangents
 from diffopt._values.state import Cotangent, State
 from diffopt._values.tree import Path
@@ -60,8 +61,8 @@ class Adjoint(ABC):
             kept: what ``forward`` returned; to be left intact if ``keep``.
 
         Returns:
-            the cotangent of the start, and those of ``loop.captured.tensors`` in order, None
-            standing for no influence.
+            the cotangent of the start, and the cotangents of ``loop.captured.tensors`` in order;
+            None stands for no influence.
         """
 
     def differentiable_backward(
@@ -142,6 +143,19 @@ class Checkpointed(Adjoint):
         outputs: OutputCotangents,
     ) -> tuple[Cotangent, list[Tensor | None]]:
         return differentiable_backward(loop, kept.generators, start, captured, cotangent, outputs)
+
+
+class Stored(Checkpointed):
+    """An adjoint that follows a plan and keeps its states in ``storage``, a field of a subclass."""
+
+    storage: Storage
+
+    def __post_init__(self) -> None:
+        self.plan(0)  # refuses what is no positive int
+        check_storage(self.storage)
+
+    def new_snapshots(self) -> Snapshots:
+        return open_storage(self.storage)
 
 
 @lru_cache(maxsize=32)

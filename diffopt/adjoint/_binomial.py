@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from diffopt import schedule
-from diffopt._loop.snapshots import Snapshots
-from diffopt._loop.storage import Storage, check_storage, open_storage
-from diffopt.adjoint._base import Checkpointed
+from diffopt._loop.storage import Storage
+from diffopt.adjoint._base import Stored
 from diffopt.schedule import Plan
 
 
 @dataclass(frozen=True)
-class Binomial(Checkpointed):
+class Binomial(Stored):
     """Keep ``snapshots`` states, and recompute as few steps as that allows.
 
     c states reverse up to (c + r choose c) steps where each is computed at most r times more: with
@@ -41,12 +40,5 @@ class Binomial(Checkpointed):
     snapshots: int
     storage: Storage = None
 
-    def __post_init__(self) -> None:
-        self.plan(0)  # refuses a number that is not a positive int
-        check_storage(self.storage)
-
     def plan(self, steps: int) -> Plan:
         return schedule.binomial(steps, self.snapshots)
-
-    def new_snapshots(self) -> Snapshots:
-        return open_storage(self.storage)

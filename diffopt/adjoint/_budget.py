@@ -50,15 +50,15 @@ _known: MutableMapping[nn.Module, dict[Hashable, StepBytes]] = WeakKeyDictionary
 class MemoryBudget(Checkpointed):
     """The fastest way back whose predicted peak fits into a memory budget: the default.
 
-    As many whole graphs are held as fit, since a step whose graph is held is never computed again,
-    those of the last steps first; of the steps before, as many states as fit, and where not even √T
-    states do, as in ``Binomial``. So a short loop is as ``StoreAll``, and a long one fits. The
-    gradient is exact and does not depend on the budget.
+    The unroll holds as many whole graphs as fit, those of the last steps first, since a step whose
+    graph is held is never computed again. Of the steps before, the unroll holds as many states as
+    fit, and where not even √T states do, as in ``Binomial``. So a short loop is as ``StoreAll``,
+    and a long loop fits. The gradient is exact and does not depend on the budget.
 
-    How many bytes a state and a step's graph take is seen when the first step is taken, which is
-    not taken twice. What was seen is kept with the model, for later calls with the same function
-    and shapes of the batches; of a function that is made anew, or that is given the step number
-    alone, it is seen in every call. All steps are taken to be like the first.
+    The first step shows how many bytes a state and a step's graph take; the first step is not taken
+    twice. The sizes stay with the model, for later calls with the same function and shapes of the
+    batches. A function that is made anew, or that is given the step number alone, is measured in
+    every call. All steps count as the first.
 
     What counts is what the unroll allocates beyond what was alive at the call: not the model, the
     batches, or what the caller's own loss of the result takes. A quarter is added for kernels'
@@ -117,8 +117,8 @@ class MemoryBudget(Checkpointed):
     def measured(self, model: nn.Module) -> MemoryBudget:
         """This budget for steps like those of ``model`` in its last unroll with a ``MemoryBudget``.
 
-        Its ``plan(T)`` says how T such steps are done, and what that takes. Given to ``unroll``, it
-        measures nothing, and takes the steps to be like those. After an unroll whose graphs all
+        Its ``plan(T)`` says how T such steps are done, and in how many bytes. Given to ``unroll``,
+        it measures nothing, and takes the steps for such ones. After an unroll whose graphs all
         fitted, what differentiating a step takes is a prediction, on the safe side.
 
         Raises:

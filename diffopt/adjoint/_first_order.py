@@ -22,7 +22,7 @@ from diffopt._step.linearization import Linearization
 from diffopt._torch.batched import not_batched
 from diffopt._values.outputs import OutputCotangents
 from diffopt._values.state import Cotangent, State
-from diffopt._values.tree import Path
+from diffopt._values.tree import Path, vjp
 from diffopt.adjoint._base import Adjoint, FirstPass
 from diffopt.optim.lists import one_by_one
 from diffopt.schedule import Plan
@@ -40,11 +40,11 @@ class FirstOrder(Adjoint):
     differentiated as ever. What only the loss uses gets nothing through the weights. Approximate,
     by the terms with second derivatives of the loss.
 
-    No second-order graph is built. Where only the weights learn, and the rule is linear in them, as
-    all are without coupled weight decay, one state is kept, and of each step the few nodes of its
-    update's graph, without a tensor. Else states are kept as ``Segmented`` does. Where that turns
-    out on the way back, because the gradient of ``losses`` or ``aux`` is wanted, the steps are
-    computed once more.
+    No second-order graph is built. Where only the weights learn, and the rule is linear in the
+    weights, as every rule is without coupled weight decay, one state is kept, and of each step the
+    few nodes of the update's graph, without a tensor. Otherwise states are kept as ``Segmented``
+    does. Where the way back shows that states are needed, because the gradient of ``losses`` or
+    ``aux`` is wanted, the steps are computed once more.
 
     Cost: one evaluation a step and its update twice; with states, as ``Segmented``, at a gradient
     less for each step.
@@ -178,15 +178,7 @@ class _Chain:
     def vjp(self, cotangent: Cotangent, keep: bool) -> Cotangent:
         """The cotangent of the start."""
         pairs = [(end, cotangent[path]) for path, end in self._ends.items() if path in cotangent]
-        if not pairs:
-            return {}
-        cotangents = torch.autograd.grad(
-            [end for end, _ in pairs],
-            list(self._leaves.values()),
-            [c for _, c in pairs],
-            retain_graph=keep,
-            allow_unused=True,
-        )
+        cotangents = vjp(pairs, list(self._leaves.values()), retain_graph=keep)
         return {p: c for p, c in zip(self._leaves, cotangents, strict=True) if c is not None}
 
 
@@ -207,7 +199,7 @@ class _Saved:
 def _bounded(
     params: Mapping[str, Tensor], max_norm: float | None, tasks: int | None
 ) -> Mapping[str, Tensor]:
-    """``params``, with a bound on what flows back to them. Once only: of first order."""
+    """``params``, with a bound on what flows back to ``params`` in a first backward pass."""
     if max_norm is None:
         return params
     clipped = _ClipCotangent.apply((max_norm, tasks), *params.values())  # type: ignore[no-untyped-call]

@@ -48,9 +48,9 @@ class ForwardMode(Adjoint):
 
     Raises:
         TypeError: ``wrt`` is not made of tensors.
-        ValueError: one of them does not require grad; or one has an influence through a tensor
-            computed from it before the call; or ``max_cotangent_norm`` or ``monitor`` is given.
-        NotImplementedError: one of them is a parameter in bfloat16 or float16.
+        ValueError: a tensor does not require grad, or has an influence through another tensor
+            computed before the call; or ``max_cotangent_norm`` or ``monitor`` is given.
+        NotImplementedError: a tensor is a parameter in bfloat16 or float16.
 
     Cost: for n elements n tangents, each as large as the state; each step is evaluated n + 1 times,
     the n at about three times the price. Differentiating the result again runs all steps once more
@@ -186,7 +186,7 @@ class _Inputs:
         state, t: the state before the step, and its position.
         generators: their states before the step.
         tangents: of the state, one for each direction.
-        captured: those of captured tensors, by index, for each direction.
+        captured: of the captured tensors, by index, for each direction.
     """
 
     state: State
@@ -305,7 +305,7 @@ class _Tangents:
     def _check_by_differences(self, inputs: _Inputs, by_duals: Pushed, reverse: Exception) -> None:
         """Raise where forward mode cannot be compared with reverse mode, and is wrong.
 
-        That is seen by central differences. In less than double precision these are too coarse.
+        Central differences show it. In less than double precision they are too coarse.
         """
         step, state, t = self._loop.step, inputs.state, inputs.t
         (tangent,), (captured,) = inputs.tangents, inputs.captured
@@ -364,7 +364,7 @@ def _close(
     b: Mapping[Path, Tensor | None],
     tolerance: float | None = None,
 ) -> bool:
-    """Whether tangents agree: as well as their precision lets them, or to ``tolerance``."""
+    """Whether tangents agree: to the square root of their precision, or to ``tolerance``."""
     for path in a.keys() | b.keys():
         x, y = a.get(path), b.get(path)
         x = torch.zeros_like(y) if x is None and y is not None else x

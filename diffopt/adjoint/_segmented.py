@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from diffopt import schedule
-from diffopt._loop.snapshots import Snapshots
-from diffopt._loop.storage import Storage, check_storage, open_storage
-from diffopt.adjoint._base import Checkpointed
+from diffopt._loop.storage import Storage
+from diffopt.adjoint._base import Stored
 from diffopt.schedule import Plan
 
 
 @dataclass(frozen=True)
-class Segmented(Checkpointed):
+class Segmented(Stored):
     """Keep the state at the start of every segment; on the way back recompute a segment's states.
 
     At any time about T/k + k states are held and the graph of *one* step, since a state is all
@@ -40,12 +39,5 @@ class Segmented(Checkpointed):
     segment: int | None = None
     storage: Storage = None
 
-    def __post_init__(self) -> None:
-        self.plan(0)  # refuses a segment that is not a positive int
-        check_storage(self.storage)
-
     def plan(self, steps: int) -> Plan:
         return schedule.segmented(steps, self.segment)
-
-    def new_snapshots(self) -> Snapshots:
-        return open_storage(self.storage)

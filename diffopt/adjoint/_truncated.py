@@ -22,12 +22,13 @@ from diffopt.schedule import Plan, check_int
 class Truncated(Adjoint):
     """Backpropagation through the last ``window`` steps: the state before them is a constant.
 
-    That state is everything which a step hands to the next: parameters, optimizer state and
-    buffers. So nothing is delivered to the start, and to any other tensor only what it contributes
-    in the window, the losses and ``aux`` of the window included. Approximate: the terms left out
-    are small where the inner problem forgets its past, as close to a minimum, and lead astray where
-    it does not (Shaban et al., "Truncated back-propagation for bilevel optimization", AISTATS 2019;
-    Wu et al., "Understanding short-horizon bias in stochastic meta-optimization", ICLR 2018).
+    The state is everything which a step hands to the next: parameters, optimizer state and
+    buffers. So nothing is delivered to the start, and any other tensor gets what the tensor
+    contributes in the window, the losses and ``aux`` of the window included. Approximate: the terms
+    left out are small where the inner problem forgets its past, as close to a minimum, and lead
+    astray where the problem does not (Shaban et al., "Truncated back-propagation for bilevel
+    optimization", AISTATS 2019; Wu et al., "Understanding short-horizon bias in stochastic
+    meta-optimization", ICLR 2018).
 
     Args:
         window: how many steps to go back through. With as many as there are, only the start goes
@@ -38,8 +39,7 @@ class Truncated(Adjoint):
         TypeError: ``window`` is not an int, or ``inner`` not an adjoint.
         ValueError: ``window`` is below 1.
 
-    Cost: that of ``inner`` for the window; the steps before are evaluated once and nothing of them
-    is kept.
+    Cost: ``inner``'s for the window; each step before is evaluated once, and leaves nothing.
     """
 
     window: int

@@ -59,10 +59,10 @@ class FastSlots(ModuleSlots):
 
     def load(self, params: Values, buffers: Values) -> None:
         super().load(params, buffers)
-        self._weights[:] = [*self._past, self._present(params, buffers)]
+        self._weights[:] = [*self._past, self._fast_weights(params, buffers)]
         self._box[0] = None
 
-    def _present(self, params: Values, buffers: Values) -> list[Tensor]:
+    def _fast_weights(self, params: Values, buffers: Values) -> list[Tensor]:
         moved = {name: x for name, x in buffers.items() if name in self._newest}
         return list({**self._newest, **moved, **params}.values())
 

@@ -1,4 +1,4 @@
-"""Differentiable optimizers: those of ``torch.optim``, each as one pure rule."""
+"""The optimizers of ``torch.optim``, differentiable: each states one pure rule."""
 
 from diffopt.optim.adadelta import Adadelta
 from diffopt.optim.adagrad import Adagrad

@@ -40,7 +40,7 @@ class Adadelta(Optimizer):
     State: ``step`` (0-d, on the CPU), ``square_avg`` v and ``acc_delta`` u, of the parameter's
     shape and dtype.
 
-    Cost: about ten passes over the parameters; two copies of them as state.
+    Cost: about ten passes over the parameters; two copies of the parameters as state.
 
     Args:
         lr: γ.

@@ -39,7 +39,7 @@ class Adagrad(Optimizer):
     State: ``step`` (0-d, on the CPU) and ``sum`` v, of the parameter's shape and dtype. ``sum``
     starts at ``initial_accumulator_value``, and is where that option's derivative flows.
 
-    Cost: about four passes over the parameters; one copy of them as state.
+    Cost: about four passes over the parameters; one copy of the parameters as state.
 
     Args:
         lr: γ.

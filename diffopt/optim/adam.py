@@ -53,7 +53,8 @@ class Adam(Optimizer):
     State: ``step`` (0-d, on the CPU), ``exp_avg`` m and ``exp_avg_sq`` v, with amsgrad
     ``max_exp_avg_sq`` w; each but the first of the parameter's shape and dtype.
 
-    Cost: about ten passes over the parameters; two (amsgrad: three) copies of them as state.
+    Cost: about ten passes over the parameters; two (amsgrad: three) copies of the parameters as
+    state.
 
     Args:
         lr: γ.

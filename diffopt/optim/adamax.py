@@ -42,7 +42,7 @@ class Adamax(Optimizer):
     State: ``step`` (0-d, on the CPU), ``exp_avg`` m and ``exp_inf`` u, of the parameter's shape and
     dtype.
 
-    Cost: about six passes over the parameters; two copies of them as state.
+    Cost: about six passes over the parameters; two copies of the parameters as state.
 
     Args:
         lr: γ.

@@ -66,7 +66,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         self._steps = 0
-        self._continued = False  # whether an unroll has counted them: `load_state_into`
+        self._continued = False  # whether an unroll has counted the steps: `load_state_into`
         super().__init__(params, defaults)
 
     # The rule, to be stated by each subclass.
@@ -84,8 +84,8 @@ class Optimizer(torch.optim.Optimizer):
     def _vjp(self, pullback: Pullback) -> Cotangents | None:
         """Carry cotangents of ``_update``'s results back to params, grads and states.
 
-        Optional: a rule that is differentiated often states it by hand, for options that are plain
-        numbers, and returns None for those it does not cover.
+        Optional: a rule that is differentiated often states its derivative by hand, for options
+        that are numbers, and returns None for options that the derivative does not cover.
         """
         return None
 
@@ -131,7 +131,7 @@ class Optimizer(torch.optim.Optimizer):
 
         Raises:
             TypeError: a callable returned no number or tensor.
-            ValueError: a value is out of its range; of tensors only those on the CPU are looked at.
+            ValueError: a value is out of its range; no tensor on an accelerator is looked at.
         """
         return [
             rule._options_at(group, step)
@@ -440,7 +440,7 @@ def _restored(mine: Any, loaded: Any) -> Any:
 
 
 def as_tensors(entries: Mapping[str, Any]) -> Entries:
-    """State entries as tensors; PyTorch has kept None and numbers among them."""
+    """State entries as tensors; PyTorch keeps None and numbers among the entries, too."""
     return {
         key: x if isinstance(x, Tensor) else torch.tensor(float(x))
         for key, x in entries.items()

@@ -50,7 +50,8 @@ def adam(
 
 
 def _serves(hyper: Hyper, params: Tensors, grads: Tensors, states: list[Entries]) -> bool:
-    if tensors_of([hyper]) or values_unknown() or in_forward_mode():
+    one_eps = isinstance(hyper["eps"], (float, int))  # and not one for each parameter
+    if not one_eps or tensors_of([hyper]) or values_unknown() or in_forward_mode():
         return False
     recording = torch.is_grad_enabled()
     moments = [x for s in states for key, x in s.items() if key != "step"]

@@ -16,15 +16,15 @@ class Joint(Optimizer):
     """Several optimizers, each of which updates its own parameters.
 
     What ``unroll`` makes of a list of optimizers, such as Muon for matrices and AdamW for the rest.
-    The param groups are theirs, one after the other, and so are the rules: the options, state and
-    derivative of a parameter are those of the optimizer that holds it.
+    The param groups and rules of the optimizers follow one another: the optimizer that holds a
+    parameter gives the parameter's options, state and derivative.
 
     Args:
         optimizers: over disjoint parameters.
         names: of the parameters, for messages.
 
     Raises:
-        ValueError: two of them hold the same parameter, or there are none.
+        ValueError: two optimizers hold the same parameter, or the list is empty.
     """
 
     def __init__(

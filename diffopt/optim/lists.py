@@ -1,13 +1,13 @@
 """The vocabulary that the rules are written in: arithmetic on lists of tensors.
 
 Every operation returns new tensors and can be differentiated to any order, in reverse and in
-forward mode. Coefficients are scalars in the sense of ``diffopt.optim.scalars``. Where all of them
-are numbers, one ``torch._foreach_*`` call serves the whole list; where a coefficient is a tensor,
-or under a ``torch.func`` transform (``vmap`` knows no ``_foreach`` operation), each tensor gets its
-own. That choice is made here and nowhere else.
+forward mode. Coefficients are scalars in the sense of ``diffopt.optim.scalars``. Where every
+coefficient is a number, one ``torch._foreach_*`` call serves the whole list. Where a coefficient is
+a tensor, or under a ``torch.func`` transform (``vmap`` knows no ``_foreach`` operation), each
+tensor gets an operation of its own. This file alone makes the choice.
 
-``give_up=True`` says that x is not needed any more: its memory is then reused where nothing records
-the operation. What is left of a rule without a graph is memory traffic, which that halves.
+``give_up=True`` says that x is not needed any more: the result then takes x's memory where nothing
+records the operation. Without a graph a rule is memory traffic, and reuse halves the traffic.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Rules for the parameters of several tasks at once, which lead with a task dimension.
 
-An elementwise rule, which updates each number by itself, takes those parameters as they are. Any
-other would mix the tasks (a norm of the parameter, a mean over its rows), and so would options that
-differ between the tasks; ``torch.vmap`` then maps the rule, which sees one task. State with a
-dimension leads with the tasks, too; 0-dimensional state, such as step counts, is the same for all.
+An elementwise rule updates each number by itself, and takes such parameters as they are. Any other
+rule would mix the tasks (a norm of the parameter, a mean over its rows), and so would options that
+differ between the tasks: ``torch.vmap`` then maps the rule, which sees one task. State with a
+dimension leads with the tasks, too; all tasks share 0-dimensional state, such as step counts.
 
 Limits: what ``torch.vmap`` cannot map (control flow by a tensor's value, ``.item()``) is an error.
 """
@@ -94,7 +94,7 @@ def update_over_tasks(
 
 
 class _Part:
-    """The param groups of one rule, in the order in which the rule has them."""
+    """The param groups of one rule, in the rule's order."""
 
     def __init__(self, rule: Optimizer, groups: Groups, hyper: Sequence[Hyper]) -> None:
         self.rule, self.groups, self.hyper = rule, groups, hyper

@@ -63,7 +63,7 @@ class Muon(Optimizer):
         ValueError: a parameter is no matrix.
     """
 
-    # It reads the last two dimensions alone: those of tasks before them do not mix.
+    # The rule reads the last two dimensions alone: tasks, which lead, do not mix.
     elementwise = True
     ranges = within(
         lr=LR, weight_decay=WEIGHT_DECAY, momentum=MOMENTUM, ns_coefficients=(ANY,) * 3, eps=EPS

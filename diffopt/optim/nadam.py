@@ -36,7 +36,7 @@ class NAdam(Optimizer):
     State: ``step`` and ``mu_product`` Π (0-d, on the CPU), ``exp_avg`` m and ``exp_avg_sq`` v, of
     the parameter's shape and dtype. An elementwise β₁ or ψ makes ``mu_product`` elementwise, too.
 
-    Cost: about ten passes over the parameters; two copies of them as state.
+    Cost: about ten passes over the parameters; two copies of the parameters as state.
 
     Args:
         lr: γ.

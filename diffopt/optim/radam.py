@@ -35,7 +35,7 @@ class RAdam(Optimizer):
     State: ``step`` (0-d, on the CPU), ``exp_avg`` m and ``exp_avg_sq`` v, of the parameter's shape
     and dtype.
 
-    Cost: about ten passes over the parameters; two copies of them as state.
+    Cost: about ten passes over the parameters; two copies of the parameters as state.
 
     Args:
         lr: γ.

@@ -51,7 +51,7 @@ class RMSprop(Optimizer):
     State: ``step`` (0-d, on the CPU), ``square_avg`` v, with momentum ``momentum_buffer`` b,
     centered ``grad_avg`` a; each but the first of the parameter's shape and dtype.
 
-    Cost: six to ten passes over the parameters; one to three copies of them as state.
+    Cost: six to ten passes over the parameters; one to three copies of the parameters as state.
 
     Args:
         lr: γ.

@@ -41,7 +41,7 @@ class Rprop(Optimizer):
     State: ``step`` (0-d, on the CPU), ``prev`` p and ``step_size`` s, of the parameter's shape and
     dtype. ``step_size`` is absent before the first step, which starts it at the ``lr`` given to it.
 
-    Cost: about eight passes over the parameters; two copies of them as state.
+    Cost: about eight passes over the parameters; two copies of the parameters as state.
 
     Args:
         lr: s before the first step.

@@ -1,4 +1,4 @@
-"""Numbers that enter a rule: hyperparameters, step counts and what is computed from them.
+"""Numbers that enter a rule: hyperparameters, step counts and what a rule computes from both.
 
 A ``Scalar`` is a Python number where it can be and a tensor where it must be: a tensor that a
 gradient flows to, or one whose value is not known because the step is being traced. Formulas such

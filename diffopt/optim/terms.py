@@ -52,7 +52,7 @@ class Options(dict[str, Any]):
 
     @cached_property
     def tensors(self) -> list[Tensor]:
-        """The tensors among them."""
+        """The tensors among the options."""
         return _tensors_among(self)
 
 
@@ -144,7 +144,7 @@ def decayed_vjp(hyper: Hyper, cot_params: Tensors, cot_grads: Tensors) -> tuple[
 
 
 def cotangents(cot_states: Sequence[Entries], key: str, params: Tensors) -> Tensors | None:
-    """One entry of every state's cotangent, or None where none of them has it."""
+    """One entry of every state's cotangent, or None where no cotangent has the entry."""
     return column(cot_states, key, params) if any(key in c for c in cot_states) else None
 
 

@@ -1,8 +1,8 @@
 """The vector-Jacobian product of an optimizer's update.
 
-A rule may state its own (``Optimizer._vjp``): a dozen passes over the parameters instead of the
-graph of the update, which has twice as many nodes. It counts for param groups whose options are all
-plain numbers; autograd differentiates the update of the others, and of rules that state none.
+A rule may state the product by hand (``Optimizer._vjp``): a dozen passes over the parameters,
+where the graph of the update has twice as many nodes. The product by hand serves param groups whose
+options are all numbers. Autograd differentiates the update of other groups and of other rules.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from diffopt._values.tree import vjp
 from diffopt.optim.base import Grads, Groups, Optimizer, OptState, Params, States
 from diffopt.optim.mapped import is_elementwise, update_over_tasks
 from diffopt.optim.terms import Hyper, Pullback, tensors_of, zeros
@@ -26,7 +27,7 @@ class UpdateCotangents(NamedTuple):
     params: dict[str, Tensor]
     grads: dict[str, Tensor]
     state: OptState
-    seen: list[Tensor | None]
+    captured: list[Tensor | None]
 
 
 def update_vjp(
@@ -40,7 +41,7 @@ def update_vjp(
     hyper: Sequence[Hyper],
     groups: Groups,
     tasks: int | None = None,
-    seen: Sequence[Any] = (),
+    captured: Sequence[Any] = (),
     retain_graph: bool = False,
 ) -> UpdateCotangents:
     """Carry cotangents of ``update_over_tasks``'s results back to its arguments.
@@ -50,16 +51,16 @@ def update_vjp(
         params, grads, state: the arguments of the update; their graphs are not looked at.
         cot_params, cot_state: cotangents of its results, by name.
         hyper, groups, tasks: as for ``update_over_tasks``.
-        seen: further tensors or gradient edges to differentiate with respect to, those that
+        captured: further tensors or gradient edges to differentiate with respect to, those that
             hyperparameters are made of.
-        retain_graph: keep the graphs behind ``seen``.
+        retain_graph: keep the graphs behind ``captured``.
     """
     update = _Update(opt, tasks, params, grads, state, cot_params, cot_state)
     cotangents = UpdateCotangents(
         dict(cot_params),
         {},
         {name: dict(entries) for name, entries in cot_state.items()},
-        [None] * len(seen),
+        [None] * len(captured),
     )
     remaining: list[list[str]] = []  # of each group, the names that autograd has to see to
     for rule, names, options in zip(opt.rules, groups, hyper, strict=True):
@@ -74,14 +75,14 @@ def update_vjp(
             cotangents.grads.update(zip(flowing, result.grads, strict=True))
             cotangents.state.update(zip(flowing, result.states, strict=True))
     if any(remaining):
-        rest = _by_autograd(update, hyper, remaining, seen, retain_graph)
+        rest = _by_autograd(update, hyper, remaining, captured, retain_graph)
         for name in chain.from_iterable(remaining):
             cotangents.params.pop(name, None)
             cotangents.state.pop(name, None)
         cotangents.params.update(rest.params)
         cotangents.grads.update(rest.grads)
         cotangents.state.update(rest.state)
-        cotangents.seen[:] = rest.seen
+        cotangents.captured[:] = rest.captured
     return cotangents
 
 
@@ -146,7 +147,7 @@ def _by_autograd(
     update: _Update,
     hyper: Sequence[Hyper],
     groups: Groups,
-    seen: Sequence[Any],
+    captured: Sequence[Any],
     retain_graph: bool,
 ) -> UpdateCotangents:
     """``update_vjp`` by the graph of the update, for the names in ``groups``, with gradients."""
@@ -164,23 +165,14 @@ def _by_autograd(
     for name, entries in new_state.items():
         cot_entries = update.cot_state.get(name, {})
         pairs.extend((x, cot_entries[key]) for key, x in entries.items() if key in cot_entries)
-    pairs = [(x, c) for x, c in pairs if x.requires_grad]
     inputs: list[Any] = [
         *params.values(),
         *grads.values(),
         *(x for _, _, x in _flowing(state)),
-        *seen,
+        *captured,
     ]
-    found: Sequence[Tensor | None] = [None] * len(inputs)
-    if pairs:
-        found = torch.autograd.grad(
-            [x for x, _ in pairs],
-            inputs,
-            [c for _, c in pairs],
-            retain_graph=retain_graph,
-            allow_unused=True,
-        )
-    cots = iter(found)
+    flowing = ((x, c) for x, c in pairs if x.requires_grad)
+    cots = iter(vjp(flowing, inputs, retain_graph=retain_graph))
     to_params = {n: c for n in params if (c := next(cots)) is not None}
     to_grads = {n: c for n in grads if (c := next(cots)) is not None}
     to_state: OptState = {name: {} for name in state}
