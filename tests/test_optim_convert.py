@@ -18,9 +18,6 @@ import diffopt
 from diffopt import optim
 from diffopt.optim.convert import load_state_into
 
-# PyTorch's forward mode compiles its decompositions with torch.jit.script, and warns of it.
-forward_mode = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
-
 
 @every_case
 def test_conversion_in_the_middle_of_training(case: Case) -> None:

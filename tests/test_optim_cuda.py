@@ -11,9 +11,6 @@ from optimizers import (
     some_params,
 )
 
-# PyTorch's forward mode compiles its decompositions with torch.jit.script, and warns of it.
-forward_mode = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
-
 
 @pytest.mark.cuda
 @every_case

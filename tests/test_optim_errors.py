@@ -17,9 +17,6 @@ from torch import nn
 
 from diffopt import optim
 
-# PyTorch's forward mode compiles its decompositions with torch.jit.script, and warns of it.
-forward_mode = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
-
 
 @pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "Momentum"])
 def test_constructors_are_those_of_torch_optim(name: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import torch
 from optimizers import (
     OPTIMIZERS,
@@ -16,9 +15,6 @@ from optimizers import (
 )
 
 from diffopt import optim
-
-# PyTorch's forward mode compiles its decompositions with torch.jit.script, and warns of it.
-forward_mode = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 
 
 @every_optimizer

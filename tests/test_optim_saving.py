@@ -22,9 +22,6 @@ from torch import Tensor, nn
 
 from diffopt import optim
 
-# PyTorch's forward mode compiles its decompositions with torch.jit.script, and warns of it.
-forward_mode = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
-
 
 def test_step_returns_the_loss_of_a_closure_with_gradients() -> None:
     w = nn.Parameter(torch.tensor([2.0]))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 from optimizers import (
     Case,
@@ -17,9 +16,6 @@ from optimizers import (
 )
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
-
-# PyTorch's forward mode compiles its decompositions with torch.jit.script, and warns of it.
-forward_mode = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 
 
 @every_case
@@ -80,7 +76,6 @@ def test_vmap_with_numbers_is_a_loop(case: Case) -> None:
     assert_same(torch.vmap(lambda x: run(x)[0]["w"])(batch), expected)
 
 
-@forward_mode
 @every_case
 def test_functional_derivatives_in_the_learning_rate_from_the_first_step_on(case: Case) -> None:
     torch.set_default_dtype(torch.float64)  # the dtype of 0-d state
