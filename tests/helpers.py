@@ -7,6 +7,7 @@ the plain loop of ``oracle.py``.
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +21,13 @@ import diffopt
 
 #: ``train(model, options, steps, loss_fn, **more)`` gives something like an ``Unrolled``.
 Train = Callable[..., Any]
+
+
+def scripted(what: Any) -> Any:
+    """A module or function as TorchScript, of which PyTorch warns in ways of its version."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.jit.script(what)
 
 
 def tiny() -> nn.Sequential:

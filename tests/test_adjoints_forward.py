@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import live_bytes, new_objects_only
+from helpers import live_bytes, new_objects_only, scripted
 from optimizers import CASES, Case
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -239,10 +239,9 @@ class Scale(nn.Module):
         return self.scale * x
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_falls_back_where_a_captured_tensor_is_out_of_sight(ways: list[str]) -> None:
     """A scripted module uses its parameters without going through Python."""
-    model, x, scale = small(), torch.randn(5, 2), torch.jit.script(Scale())
+    model, x, scale = small(), torch.randn(5, 2), scripted(Scale())
 
     def unroll(adjoint: diffopt.Adjoint) -> diffopt.Unrolled:
         opt = diffopt.SGD(model.parameters(), lr=0.1)

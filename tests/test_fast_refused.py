@@ -141,8 +141,6 @@ def test_a_forgotten_loss() -> None:
 
 
 MODEL = tiny()
-#: PyTorch scripts some of its derivatives with the first dual number, and warns of that itself.
-first_dual = pytest.mark.filterwarnings("ignore:.*torch.jit.script")
 
 
 def through(lr: Tensor, model: nn.Module = MODEL) -> Tensor:
@@ -150,7 +148,6 @@ def through(lr: Tensor, model: nn.Module = MODEL) -> Tensor:
     return diffopt.unroll(model, diffopt.SGD(model.parameters(), lr=lr), data, mse).losses[-1]
 
 
-@first_dual
 def test_transforms_around_an_unroll() -> None:
     lr = torch.tensor(0.1).double()
     func: dict[str, Callable[[], Any]] = {
@@ -168,9 +165,6 @@ def test_transforms_around_an_unroll() -> None:
     assert torch.autograd.functional.jacobian(through, lr).shape == ()
 
 
-@pytest.mark.filterwarnings(
-    "ignore:.*torch.jit.script"
-)  # PyTorch's own, with its first dual number
 def test_dual_numbers_are_refused() -> None:
     tangent = torch.ones(()).double()
     with forward_ad.dual_level():

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import itertools
 import threading
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from helpers import scripted
 from observed import (
     ADJOINTS,
     ByHand,
@@ -32,12 +32,6 @@ import diffopt
 
 STEPS = 3
 recomputing = pytest.mark.parametrize("adjoint", ["segmented-1", "segmented", "binomial-2"])
-
-
-def scripted(function: Callable[..., Any]) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        return torch.jit.script(function)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import scripted
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
@@ -45,11 +46,8 @@ def sharded() -> None:
     train(nn.Sequential(FullyShardedDataParallel(nn.Linear(3, 2))))
 
 
-def scripted() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        scripted = torch.jit.script(nn.Linear(3, 2))
-    train(nn.Sequential(scripted))
+def torch_script() -> None:
+    train(nn.Sequential(scripted(nn.Linear(3, 2))))
 
 
 def not_built_yet() -> None:
@@ -152,7 +150,7 @@ REFUSED: dict[str, tuple[Callable[[], None], type[Exception], str]] = {
         "twice: pass it unsharded, or shard it with diffopt.distributed.shard",
     ),
     "TorchScript": (
-        scripted,
+        torch_script,
         NotImplementedError,
         "submodule '0' is a RecursiveScriptModule, which holds its parameters where no others can "
         "stand: pass the module it was scripted from",

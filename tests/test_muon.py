@@ -195,7 +195,6 @@ def test_the_rounded_and_the_smooth_derivative_point_the_same_way() -> None:
     assert torch.cosine_similarity(found[0].flatten(), found[1].flatten(), 0) > 0.99
 
 
-@forward_mode
 @pytest.mark.parametrize(
     ("shape", "options"),
     [((2, 3), OPTIONS[0]), *zip([(3, 2), (2, 3), (3, 2), (3, 2)], OPTIONS, strict=True)],
@@ -365,7 +364,6 @@ def test_a_coefficient_for_each_entry_has_no_meaning() -> None:
         opt.update({"w": w}, {"w": w}, opt.init({"w": w}))
 
 
-@forward_mode
 @pytest.mark.parametrize("rule", [optim.Muon, Smooth])
 def test_forward_mode(rule: type[optim.Muon]) -> None:
     model, data = matrices(), some_batches(STEPS)

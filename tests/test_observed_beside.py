@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import scripted
 from observed import (
     Inputs,
     Train,
@@ -147,12 +148,6 @@ def test_odd_objects_are_no_fault(adjoint: str, where: str, make: Any) -> None:
     outcome(experiment, adjoint)
 
 
-def _scripted(module: nn.Module) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return torch.jit.script(module)
-
-
 def _traced(module: nn.Module) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -160,9 +155,9 @@ def _traced(module: nn.Module) -> Any:
 
 
 SCRIPTED: dict[str, Any] = {
-    "scripted Tanh": lambda: _scripted(nn.Tanh()),
-    "scripted Flatten": lambda: _scripted(nn.Flatten()),
-    "scripted Sequential": lambda: _scripted(nn.Sequential(nn.Tanh(), nn.Identity())),
+    "scripted Tanh": lambda: scripted(nn.Tanh()),
+    "scripted Flatten": lambda: scripted(nn.Flatten()),
+    "scripted Sequential": lambda: scripted(nn.Sequential(nn.Tanh(), nn.Identity())),
     "traced Softplus": lambda: _traced(nn.Softplus()),
 }
 

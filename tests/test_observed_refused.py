@@ -216,7 +216,6 @@ def _dual_attribute(m: Any, x: Tensor) -> Any:
     return _unrolled(m, STEPS, lambda m, t: squares(m(x) - m.shift))
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
 @cases("call", DUALS)
 @stored_or_again
 def test_dual_numbers_are_refused(adjoint: str, call: Any) -> None:
@@ -265,7 +264,6 @@ TRANSFORMS: dict[str, Any] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
 @cases("transform", TRANSFORMS)
 @stored_or_again
 def test_transforms_around_an_unroll_are_refused(adjoint: str, transform: Any) -> None:

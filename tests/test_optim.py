@@ -182,21 +182,18 @@ def one_step(case: Case, *, elementwise: bool) -> tuple[Callable[..., Any], list
     return function, inputs
 
 
-@forward_mode
 @every_case
 def test_derivative_in_params_grads_state_and_every_hyperparameter(case: Case) -> None:
     torch.set_default_dtype(torch.float64)
     assert_differentiable(*one_step(case, elementwise=False))
 
 
-@forward_mode
 @every_optimizer
 def test_derivative_where_hyperparameters_are_elementwise(case: Case) -> None:
     torch.set_default_dtype(torch.float64)
     assert_differentiable(*one_step(case, elementwise=True))
 
 
-@forward_mode
 @every_case
 def test_derivative_where_hyperparameters_are_numbers(case: Case) -> None:
     torch.set_default_dtype(torch.float64)

@@ -393,7 +393,6 @@ def test_random_numbers_of_a_mapped_rule_are_drawn_again() -> None:
         assert_all_close(result, results[0], rtol=1e-10, atol=1e-13)
 
 
-@forward_mode
 @pytest.mark.parametrize("rule", [Lars, Centralised, Factored, diffopt.Adam])
 def test_forward_mode_carries_tangents_through_a_mapped_rule(rule: Any) -> None:
     model, data = small(), some_batches()

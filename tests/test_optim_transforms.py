@@ -77,7 +77,6 @@ def test_vmap_with_numbers_is_a_loop(case: Case) -> None:
     assert_same(torch.vmap(lambda x: run(x)[0]["w"])(batch), expected)
 
 
-@forward_mode
 @every_case
 def test_functional_derivatives_in_the_learning_rate_from_the_first_step_on(case: Case) -> None:
     torch.set_default_dtype(torch.float64)  # the dtype of 0-d state

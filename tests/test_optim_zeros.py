@@ -91,7 +91,6 @@ def test_a_nan_gradient_is_treated_as_in_torch_optim(case: Case) -> None:
     assert new["w"].isnan().tolist() == w.isnan().tolist() == [case.name != "Rprop", False]
 
 
-@forward_mode
 @every_case
 def test_forward_mode_agrees_at_a_zero_second_moment(case: Case) -> None:
     w = torch.zeros(1, dtype=torch.float64)

@@ -3,7 +3,8 @@
 Over all layers of ``torch.nn`` and PyTorch's own table of operations (2.13, CPU, float64), a few of
 the second derivatives do not exist and two are silently wrong: that of the fused
 ``torch._weight_norm`` in the direction, and that of the chunked ``linear_cross_entropy``, which is
-taken for zero.
+taken for zero. 2.14 has that of ``cdist``. ``tests/test_pytorch_derivatives.py`` says what each
+version has.
 """
 
 from __future__ import annotations

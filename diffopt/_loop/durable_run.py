@@ -21,48 +21,26 @@ import json
 import os
 import weakref
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from diffopt._loop.background import Background
 from diffopt._loop.durable import Durable
+from diffopt._loop.entries import Entry, file_of, name_of, newest
 from diffopt._loop.files import is_address
 from diffopt._loop.journal import Journal, Way, WayBack
 from diffopt._loop.loop import Loop
 from diffopt._loop.passed import Passed, meet_again
-from diffopt._loop.run_terms import differences, digest, terms_of
+from diffopt._loop.run_terms import digest, terms_of
 from diffopt._loop.shelf import Damaged, File, Shelf
 from diffopt._loop.snapshots import Snapshot, Snapshots
 from diffopt._loop.transfer import Copier
 from diffopt._loop.written import Read, Written, of_snapshot, of_way_back, snapshot_of, way_back_of
-from diffopt._step.message import MOST
 from diffopt._values.outputs import OutputCotangents
 from diffopt._values.state import Cotangent, State
 from diffopt.schedule import Plan
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """An entry of the journal, of which everything that is needed at once has been read.
-
-    Attributes:
-        number: how many entries there were before, and one.
-        note: the entry as it was written.
-        reached: the state that the forward pass had come to.
-        back: what the backward pass had come back with; None before that had begun.
-        again: the state it had come to in computing steps again, if it was.
-        first: the earliest state that is kept, if one is.
-    """
-
-    number: int
-    note: Mapping[str, Any]
-    passed: Passed
-    reached: Read
-    back: Read | None
-    again: Read | None
-    first: Read | None
 
 
 class DurableSnapshots(Snapshots, Journal):
@@ -159,84 +137,18 @@ class DurableSnapshots(Snapshots, Journal):
     def begin(self, loop: Loop, plan: Plan) -> Way:
         self._loop, self._plan = loop, plan
         self._terms = json.loads(json.dumps(terms_of(loop, plan)))
-        entry = self._newest(loop)
+        entry = newest(self._shelf, self._terms, loop.step.group)
         if entry is None:
             self._shelf.clear()
             return Way(0, 0, loop.start)
         return self._taken_up(loop, entry)
 
-    def _newest(self, loop: Loop) -> _Entry | None:
-        """The newest entry that is whole, also on the other processes of a group."""
-        damage: list[str] = []
-        entries = self._whole(damage)
-        entry = next(entries, None)
-        if entry is None and self._shelf.has_manifests():
-            raise RuntimeError(
-                f"the folder {self._shelf.name!r} holds a run of which no entry is whole: "
-                f"{'; '.join(damage) or 'its manifests are damaged'}. Empty it to begin anew"
-            )
-        if (group := loop.step.group) is None:
-            return entry
-        newest = MOST - group.maximum(MOST - (0 if entry is None else entry.number))
-        if not newest:
-            return None
-        while entry is not None and entry.number > newest:
-            entry = next(entries, None)
-        if entry is None or entry.number < newest:
-            raise RuntimeError(
-                f"the folder {self._shelf.name!r} has no whole entry in common with those of the "
-                "other processes: empty the folders of all of them to begin anew"
-            )
-        return entry
-
-    def _whole(self, damage: list[str]) -> Iterator[_Entry]:
-        """The entries that are whole, the newest first; what is the matter with others."""
-        for note in self._shelf.manifests():
-            different = list(differences(note["run"], self._terms))
-            if different:
-                more = f", and {len(different) - 1} more" if len(different) > 1 else ""
-                raise ValueError(
-                    f"the folder {self._shelf.name!r} holds another run, which differs in "
-                    f"{different[0]}{more}: give every run a folder of its own, or empty this one"
-                )
-            try:
-                entry = self._read(note)
-            except Damaged as error:
-                damage.append(str(error))
-            else:
-                yield entry
-
-    def _read(self, note: Mapping[str, Any]) -> _Entry:
-        """Read an entry.
-
-        Raises:
-            Damaged: a file that is needed for it is not whole.
-        """
-        states = {int(t): File(*file) for t, file in note["states"].items()}
-        records = [File(*file) for file in note["records"]]
-        for file in (*states.values(), *records):
-            if not self._shelf.is_there(file):
-                raise Damaged(f"the file {self._shelf.path(file)!r} is gone")
-        final, back, here = (_file(note[key]) for key in ("final", "back", "here"))
-        reached = final or here
-        assert reached is not None
-        read = self._shelf.read
-        return _Entry(
-            note["number"],
-            note,
-            Passed.read([read(file) for file in records]),
-            read(reached),
-            None if back is None else read(back),
-            None if back is None or here is None else read(here),
-            read(states[min(states)]) if states else None,
-        )
-
-    def _taken_up(self, loop: Loop, entry: _Entry) -> Way:
+    def _taken_up(self, loop: Loop, entry: Entry) -> Way:
         note, passed = entry.note, entry.passed
         self._entries = entry.number
         self._files = {int(t): File(*file) for t, file in note["states"].items()}
         self._records = [File(*file) for file in note["records"]]
-        self._final = _file(note["final"])
+        self._final = file_of(note["final"])
         start = None if entry.first is None else self._snapshot(entry.first)
         captured = meet_again(loop, passed, start, self)
         self._passed, self._since = passed, len(passed.steps)
@@ -339,11 +251,11 @@ class DurableSnapshots(Snapshots, Journal):
                 "run": self._terms,
                 "number": number,
                 "action": action,
-                "states": {t: _named(f) for t, f in states.items()},
-                "records": [_named(f) for f in records],
-                "here": _named(here),
-                "final": _named(final),
-                "back": _named(back),
+                "states": {t: name_of(f) for t, f in states.items()},
+                "records": [name_of(f) for f in records],
+                "here": name_of(here),
+                "final": name_of(final),
+                "back": name_of(back),
                 "back action": 0 if way is None else way.action,
                 "back position": 0 if way is None else way.position,
                 "given": given,
@@ -380,14 +292,6 @@ def _close(background: Background, shelf: Shelf) -> None:
     if background.mine:  # a forked process has no thread, and its lock is its parent's
         background.close()
         shelf.close()
-
-
-def _named(file: File | None) -> list[Any] | None:
-    return None if file is None else [file.name, file.checksum]
-
-
-def _file(named: Sequence[Any] | None) -> File | None:
-    return None if named is None else File(*named)
 
 
 def _given(cotangent: Cotangent, outputs: OutputCotangents) -> str:
