@@ -4,8 +4,8 @@
     python benchmarks/headline.py --record out/results.json
 
 The first command measures; ``--record`` keeps what was measured in ``headline.json`` beside this
-file, from which the picture is drawn. A time is the least of the rounds, in which the libraries take
-turns, and counts what the one thread worked: what else a machine does only adds to it.
+file, from which the picture is drawn. A time is the least of the rounds, in which the libraries
+take turns, and counts what the one thread worked: what else a machine does only adds to it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from results import Result
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent / "docs/examples"))
-import shared
+import shared  # noqa: E402
 
 RECORDED = HERE / "headline.json"
 PICTURE = HERE.parent / "docs/pages/images/headline.png"
@@ -72,7 +72,10 @@ def draw(results: list[Result], out: Path) -> None:
 def table(results: list[Result]) -> str:
     """What is drawn, as Markdown."""
     steps = [f"{r.case.steps:,}" for r in results]
-    lines = [f"| ms a step / peak MiB at T = | {' | '.join(steps)} |", "|---" * (len(steps) + 1) + "|"]
+    lines = [
+        f"| ms a step / peak MiB at T = | {' | '.join(steps)} |",
+        "|---" * (len(steps) + 1) + "|",
+    ]
     for name, (label, _, _) in LINES.items():
         cells = [f"{r.least_milliseconds(name):.1f} / {r.peak(name):,.0f}" for r in results]
         lines.append(f"| {label} | {' | '.join(cells)} |")
