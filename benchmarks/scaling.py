@@ -321,7 +321,7 @@ def width_table(found: dict[str, Any]) -> str:
 def memory_text(found: dict[str, Any]) -> str:
     b = bytes_by(found["by_states"])
     return (
-        f"- {b['state']:.1f} bytes a parameter for each state that is kept (Adam's is three numbers "
+        f"- {b['state']:.1f} bytes a parameter for each state that is kept (Adam's: three numbers "
         "in float32: 12);\n"
         f"- {b['working']:.0f} bytes a parameter for the rest, while a step is differentiated; "
         f"{b['working_stored']:.0f} where states lie in files (`storage=`), the few that are on "
