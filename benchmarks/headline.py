@@ -4,8 +4,8 @@
     python benchmarks/headline.py --record out/results.json
 
 The first command measures; ``--record`` keeps what was measured in ``headline.json`` beside this
-file, from which the picture is drawn. A time is the least of the rounds, in which the libraries take
-turns, and counts what the one thread worked: what else a machine does only adds to it.
+file, from which the picture is drawn. A time is the least of the rounds, in which the libraries
+take turns, and counts what the one thread worked: what else a machine does only adds to it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from results import Result
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent / "docs/examples"))
-import shared
+import shared  # noqa: E402
 
 RECORDED = HERE / "headline.json"
 PICTURE = HERE.parent / "docs/pages/images/headline.png"

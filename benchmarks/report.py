@@ -15,6 +15,8 @@ from results import Result
 
 NAMES = {"sgd": "SGD", "momentum": "Momentum", "adam": "Adam", "rmsprop": "RMSprop"}
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
+#: On the page for contributors, beside the other in ``inside``.
+CLAIMS_BEGIN, CLAIMS_END = "<!-- claims: begin -->", "<!-- claims: end -->"
 
 
 def summary(result: dict[str, Any], seconds: float) -> str:
@@ -45,20 +47,26 @@ def write(out: Path, about: dict[str, Any], results: Sequence[dict[str, Any]]) -
     (out / "results.json").write_text(json.dumps({"about": about, "results": results}, indent=1))
     read = [Result.read(result) for result in results]
     pictures = plots.draw(read, out)
-    text = markdown(about, read, pictures)
+    text = "\n\n".join(filter(None, (claims.table(read), markdown(about, read, pictures))))
     (out / "tables.md").write_text(text)
     print(f"\n{text}\nWritten to {out}/")
 
 
 def write_into_page(page: Path, about: dict[str, Any], results: Sequence[dict[str, Any]]) -> None:
-    """Replace what stands between the two marks, and the pictures beside the page."""
+    """Replace what stands between the marks of both pages, and the pictures beside them."""
     read = [Result.read(result) for result in results]
     images = page.parent / "images"
     pictures = [f"images/{name}" for name in plots.draw(read, images)]
-    text = page.read_text()
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    page.write_text(f"{before}{BEGIN}\n\n{markdown(about, read, pictures)}\n{END}{after}")
+    _fill(page, BEGIN, markdown(about, read, pictures), END)
+    inside = page.parent / "inside/benchmarks.md"
+    if (told := claims.table(read)) and inside.exists():
+        _fill(inside, CLAIMS_BEGIN, f"{told}\n", CLAIMS_END)
+
+
+def _fill(page: Path, begin: str, text: str, end: str) -> None:
+    before, _, rest = page.read_text().partition(begin)
+    _, _, after = rest.partition(end)
+    page.write_text(f"{before}{begin}\n\n{text}\n{end}{after}")
 
 
 def markdown(about: dict[str, Any], results: Sequence[Result], pictures: Sequence[str]) -> str:
@@ -68,8 +76,6 @@ def markdown(about: dict[str, Any], results: Sequence[Result], pictures: Sequenc
         f"{about['memory'] / 2**30:.0f} GiB, device {about['device']}; Python {about['python']}, "
         f"{versions}; diffopt at {about['commit']}."
     ]
-    if told := claims.table(results):
-        parts += ["### Claims", told]
     parts += [f"![{_alt(picture)}]({picture})" for picture in pictures]
     groups: dict[tuple[str, int, int], list[Result]] = {}
     order = list(WORKLOADS)

@@ -1,10 +1,10 @@
-"""How time and memory grow with steps, parameters and processes, and what that makes of 1B parameters.
+"""How time and memory grow with steps, parameters and processes; worked out for 1B parameters.
 
     python benchmarks/scaling.py --measure      half an hour: measures, and keeps scaling.json
     python benchmarks/scaling.py                fits, and fills docs/pages/scaling.md
 
-The model is the GPT of ``models.py`` with two layers, trained by Adam on batches of 32 tokens a text,
-on one thread. Times are CPU time, the least of some rounds in which everything takes turns; peaks are
+The model is the GPT of ``models.py`` with two layers, trained by Adam on texts of 32 tokens, on one
+thread. Times are CPU time, the least of some rounds in which everything takes turns; peaks are
 resident memory over the start, each in a process of its own.
 """
 
@@ -260,7 +260,7 @@ def bytes_by(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def passes(row: dict[str, Any], recomputed: float) -> float:
-    """Forward passes that a step of a metagradient takes, with so many steps computed again for each."""
+    """Forward passes of a metagradient's step, if so many are computed again for each."""
     return float((row["metagradient"] + recomputed * row["training"]) / row["forward"])
 
 
@@ -321,8 +321,8 @@ def width_table(found: dict[str, Any]) -> str:
 def memory_text(found: dict[str, Any]) -> str:
     b = bytes_by(found["by_states"])
     return (
-        f"- {b['state']:.1f} bytes a parameter for each state that is kept (Adam's is three float32 "
-        "numbers: 12);\n"
+        f"- {b['state']:.1f} bytes a parameter for each state that is kept (Adam's: three numbers "
+        "in float32: 12);\n"
         f"- {b['working']:.0f} bytes a parameter for the rest, while a step is differentiated; "
         f"{b['working_stored']:.0f} where states lie in files (`storage=`), the few that are on "
         "their way among them;\n"

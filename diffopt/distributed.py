@@ -84,7 +84,7 @@ def mean_grads(
 
     Cost: a small exchange to compare, then one of the gradients' size.
 
-    Example:
+    Examples:
         >>> import torch, diffopt
         >>> from torch.distributed import HashStore, destroy_process_group, init_process_group
         >>> init_process_group("gloo", store=HashStore(), rank=0, world_size=1)

@@ -102,7 +102,8 @@ def page(name: str) -> str:
         rest = cell[comment.end() if comment else 0 :].strip("\n")
         if rest:
             parts.append(f"```py\n{rest}\n```")
-    return "\n\n".join(part for part in parts if part) + "\n"
+    wide = "---\nhide:\n  - toc\n---\n\n"  # room for lines of code
+    return wide + "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _pictures(name: str, title: str, where: str = "") -> str:

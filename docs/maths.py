@@ -19,6 +19,7 @@ _PLUS_EQUALS = re.compile(r"<mo><mrow><mo>&#x0002B;</mo></mrow></mo><mo>&#x0003D
 
 
 def on_page_content(content: str, **_: Any) -> str:
+    content = content.replace("::</p>", ":</p>")  # docstrings begin a block of code in that way
     return _FORMULA.sub(_mathml, content)
 
 

@@ -122,7 +122,7 @@ class Browser:
         self.wait_for("Page.loadEventFired")
         wrong = [f"scrolls sideways at {e}" for e in self.run(SIDEWAYS) or []]
         size = self.ask("Page.getLayoutMetrics")["cssContentSize"]
-        clip = {"x": 0, "y": 0, "width": width, "height": min(size["height"], 6000), "scale": 1}
+        clip = {"x": 0, "y": 0, "width": width, "height": min(size["height"], 16000), "scale": 1}
         shot = self.ask("Page.captureScreenshot", clip=clip, captureBeyondViewport=True)
         picture.write_bytes(base64.b64decode(shot["data"]))
         for event in self.events:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,16 +18,58 @@ from fenced import TOP
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium")
-@pytest.mark.skipif(not importlib.util.find_spec("mkdocs"), reason="needs the docs extra")
-def test_nothing_scrolls_sideways_and_the_console_is_quiet(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    site = tmp_path / "site"
+needs_docs = pytest.mark.skipif(
+    not importlib.util.find_spec("mkdocs"), reason="needs the docs extra"
+)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    site = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "-q", "--strict"]
     command += ["-f", str(TOP / "docs/mkdocs.yml"), "-d", str(site)]
     env = os.environ | {"NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": str(TOP)}
     subprocess.run(command, check=True, env=env)
+    return site
+
+
+#: What people type: the section that has it.
+ASKED = {
+    "DataLoader": "recipes/#batches-from-a-dataloader",
+    "iterator exhausted": "recipes/#an-iterator-that-is-used-up",
+    "lr_scheduler": "recipes/#schedules-and-lr-schedulers",
+    "freeze": "recipes/#freeze-a-part-of-the-model",
+    "learning rate per task": "recipes/#a-learning-rate-for-each-layer-weight-or-task",
+    "resume meta-training": "recipes/#save-and-resume-meta-training",
+    "eval mode": "recipes/#evaluate-without-gradients-in-eval-mode",
+    "logging TensorBoard": "recipes/#logging",
+    "multi-GPU": "recipes/#one-gpu-several-gpus",
+    "mixed precision GradScaler": "recipes/#mixed-precision-and-gradscaler",
+    "Jupyter": "recipes/#notebooks",
+    "gradient None": "recipes/#my-gradient-is-none",
+    "gradient explodes": "recipes/#my-gradient-explodes-or-is-nan",
+    "NaN": "recipes/#my-gradient-explodes-or-is-nan",
+    "CUDA OOM": "recipes/#out-of-memory",
+    "out of memory": "recipes/#out-of-memory",
+    "slow": "recipes/#it-is-slow",
+    "how do I cite": "faq/#how-do-i-cite-it",
+}
+
+
+@needs_docs
+def test_the_search_has_the_words_that_people_use(site: Path) -> None:
+    index = json.loads((site / "search/search_index.json").read_text("utf-8"))["docs"]
+    sections = {doc["location"]: f"{doc['title']} {doc['text']}".lower() for doc in index}
+    for words, section in ASKED.items():
+        missing = [w for w in re.split(r"[\s-]", words.lower()) if w not in sections[section]]
+        assert not missing, (words, section)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium")
+@needs_docs
+def test_nothing_scrolls_sideways_and_the_console_is_quiet(
+    site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.syspath_prepend(str(TOP / "docs"))
     screenshots = importlib.import_module("screenshots")
     pictures = tmp_path / "pictures"

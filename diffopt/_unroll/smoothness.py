@@ -108,7 +108,7 @@ def metasmoothness(
 
     Cost: three times that of ``outer``, and one backward pass.
 
-    Example:
+    Examples:
         >>> import torch, diffopt
         >>> model = torch.nn.Linear(2, 1, bias=False)
         >>> x, y = torch.eye(2), torch.ones(2, 1)

@@ -14,7 +14,7 @@ class Model(Protocol):
     For annotations: every ``torch.nn.Module`` is one, and so is an ``Unrolled``. Attributes that
     are not listed here are of any type.
 
-    Example:
+    Examples:
         >>> def loss_fn(model: diffopt.Model, batch: tuple[Tensor, Tensor]) -> Tensor:
         ...     x, y = batch
         ...     return F.cross_entropy(model(x), y) + model.head.weight.square().sum()

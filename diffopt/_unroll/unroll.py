@@ -162,7 +162,7 @@ def unroll(
     (``create_graph=True``, an unroll inside an unroll) holds T states and then T cotangents, and
     the graph of one step at a time, whatever the adjoint and its storage are.
 
-    Example:
+    Examples:
         >>> import torch, diffopt
         >>> model = torch.nn.Linear(2, 1, bias=False)
         >>> lr = torch.tensor(0.1, requires_grad=True)

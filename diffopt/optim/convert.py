@@ -47,7 +47,7 @@ def register(torch_class: type, convert: Convert) -> None:
     Raises:
         TypeError: ``torch_class`` is not a class, or ``convert`` not callable.
 
-    Example:
+    Examples:
         >>> import torch
         >>> class Mine(torch.optim.SGD):
         ...     pass

@@ -45,7 +45,7 @@ def from_scheduler(
         ValueError: ``steps`` is negative, the option is not there, or, when the schedule is
             called, the step number is ``steps`` or more.
 
-    Example:
+    Examples:
         >>> import torch, diffopt
         >>> make = lambda opt: torch.optim.lr_scheduler.StepLR(opt, step_size=2, gamma=0.5)
         >>> schedule = diffopt.from_scheduler(make, 5, lr=0.4)

@@ -57,7 +57,7 @@ class SGD(Optimizer):
     Raises:
         ValueError: a number is negative, or nesterov has no momentum or some dampening.
 
-    Example:
+    Examples:
         >>> import torch
         >>> w, lr = torch.tensor([1.0]), torch.tensor(0.1, requires_grad=True)
         >>> opt = SGD([w], lr=lr)
