@@ -34,7 +34,7 @@ def compile_graph(graph: GraphModule, examples: Sequence[Tensor], *, loop: bool 
     """
     if not loop:
         return _compiled(graph, examples, {})
-    config = {"cpp_wrapper": True}
+    config: dict[str, Any] = {"cpp_wrapper": True, **_kept_on_disk(graph)}
     if _is_small(graph):
         try:
             from diffopt._torch.small_loops import small_loops
@@ -67,6 +67,7 @@ def _without_wrappers(
     What PyTorch puts around it handles inputs that are changed and results that share memory, of
     which a loop has none, and takes as long as ten steps of a small network.
     """
+    from torch._functorch import config as functorch
     from torch._inductor.compile_fx import compile_fx_inner
 
     made: list[Any] = []
@@ -75,11 +76,28 @@ def _without_wrappers(
         made.append(compile_fx_inner(*args, **more))
         return made[-1]
 
-    run = _compiled(graph, examples, config, inner)
+    # That cache would hold the wrappers, too; the code is in TorchInductor's own.
+    known = hasattr(functorch, "enable_autograd_cache")
+    with functorch.patch(enable_autograd_cache=False) if known else nullcontext():
+        run = _compiled(graph, examples, config, inner)
     if len(made) != 1:
         return run
     code = made[0]
     return lambda *inputs: code(list(inputs))
+
+
+def _kept_on_disk(graph: GraphModule) -> dict[str, Any]:
+    """What has TorchInductor's cache on disk hold a loop, which it holds for few operators.
+
+    It tells graphs apart by their code, inputs and submodules.
+    """
+    from torch._inductor import config
+
+    scan: Any = loop_operator()
+    if not hasattr(config, "unsafe_marked_cacheable_functions"):
+        return {}
+    name = f"{scan.__module__}.{scan.__name__}"
+    return {"unsafe_marked_cacheable_functions": {name: "diffopt"}}
 
 
 def _is_small(graph: GraphModule) -> bool:
