@@ -28,6 +28,7 @@ from torch import Tensor, nn
 import diffopt
 from diffopt._compile import compiled as _compiled
 from diffopt._compile import trace as _trace
+from diffopt._torch import inductor as _inductor
 
 T = 4
 
@@ -525,7 +526,10 @@ def test_errors_are_those_of_uncompiled_steps(graphs: list[bool]) -> None:
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
-def test_compiled_by_inductor(inductor: None, caplog: pytest.LogCaptureFixture) -> None:
+def test_compiled_by_inductor(
+    inductor: None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_inductor, "_FEW", 0)  # by TorchInductor's own loops
     # One parameter: every kernel is a run of the C++ compiler.
     model = nn.Sequential(nn.Dropout(0.3), nn.Linear(3, 1, bias=False)).double()
     data = [(torch.randn(5, 3).double(), torch.randn(5, 1).double()) for _ in range(T)]
@@ -553,3 +557,51 @@ def test_compiled_by_inductor(inductor: None, caplog: pytest.LogCaptureFixture) 
     log_lr.data += 0.5
     assert_all_close(grads(True), grads(False), rtol=1e-10, atol=1e-12)
     assert diffopt.compile_seconds() == spent
+
+
+class _Products(nn.Module):
+    """Products of matrices of many forms, with one row, one column, and odd remainders."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(7, 9)
+        self.wide = nn.Parameter(torch.randn(9, 17) * 0.3)
+        self.narrow = nn.Parameter(torch.randn(17, 1) * 0.3)
+        self.many = nn.Parameter(torch.randn(3, 9, 2) * 0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x).tanh()
+        z = (y @ self.wide) @ self.narrow
+        return z.square().mean() + torch.bmm(y[:9].reshape(3, 3, 9), self.many).square().mean()
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="where other private names are needed")
+def test_small_loops(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from torch._inductor import config
+    from torch._inductor.utils import fresh_cache
+
+    model = _Products().double()
+    data = [torch.randn(11, 7, dtype=torch.float64) for _ in range(T)]
+
+    def grads(compile: bool, **more: Any) -> tuple[Tensor, ...]:
+        opt = diffopt.Momentum(model.parameters(), lr=0.1)
+        fast = diffopt.unroll(model, opt, data, compile=compile, **more)
+        ends = [x.square().sum() for x in fast.params.values()]
+        return torch.autograd.grad(fast.losses.sum() + sum(ends), [*model.parameters()])
+
+    want = grads(False)
+    with (
+        fresh_cache(dir=str(tmp_path)),
+        config.patch({"cpp_cache_precompile_headers": False}),
+        caplog.at_level(logging.INFO, logger="diffopt"),
+    ):
+        for adjoint in (diffopt.Segmented(1), diffopt.Segmented(3), diffopt.Binomial(2)):
+            got = grads(True, adjoint=adjoint)
+            assert_all_close(got, want, rtol=1e-10, atol=1e-13)
+            assert_all_close(grads(True, adjoint=adjoint), got, rtol=0, atol=0)
+    said = [r.getMessage() for r in caplog.records if r.name == "diffopt"]
+    assert not [line for line in said if "as TorchInductor writes it" in line]
+    assert sum("compiled a graph of" in line for line in said) == 2
+    gc.collect()
+    gc.freeze()

@@ -216,6 +216,19 @@ def test_a_second_way_back(graphs: list[bool]) -> None:
         assert_all_close(again, once, rtol=0, atol=0)
 
 
+def test_compiling_is_shown(graphs: list[bool], capsys: pytest.CaptureFixture[str]) -> None:
+    model, data = tiny(), batches(T)
+    shown = []
+    for _ in range(2):
+        opt = diffopt.SGD(model.parameters(), lr=0.1)
+        fast = diffopt.unroll(model, opt, data, mse, compile=True, progress=True)
+        fast.losses.sum().backward()
+        shown.append(capsys.readouterr().err)
+    assert "unroll, compiling" in shown[0]
+    assert "unroll, compiling" not in shown[1]
+    assert "unroll, backward" in shown[1]
+
+
 def test_without_a_graph(graphs: list[bool]) -> None:
     model, data = tiny(), batches(T)
     opt = diffopt.Adam(model.parameters(), lr=0.1)

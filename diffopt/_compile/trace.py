@@ -25,6 +25,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from diffopt._derivatives.table import with_second_derivatives
+from diffopt._loop.progress import compiling
 from diffopt._torch.compiling import is_overload, without_autocast
 from diffopt._torch.inductor import Run, compile_graph, said_to_compile
 
@@ -357,7 +358,7 @@ def _quiet() -> Iterator[None]:
 def _timed(what: str) -> Iterator[None]:
     global _seconds
     start = time.perf_counter()
-    with _quiet():
+    with _quiet(), compiling():
         yield
     spent = time.perf_counter() - start
     _seconds += spent

@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+
+class _Present(threading.local):
+    """What is shown of the unrolls that run on this thread, the innermost last."""
+
+    def __init__(self) -> None:
+        self.stack: list[Progress] = []
+
+
+_present = _Present()
 
 
 class Progress:
@@ -21,6 +34,18 @@ class Progress:
         """So many vector-Jacobian products were taken."""
         self._tick("backward", steps)
 
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Within it ``compiling`` is shown, where a bar was asked for."""
+        if not self._shown:
+            yield
+            return
+        _present.stack.append(self)
+        try:
+            yield
+        finally:
+            _present.stack.pop()
+
     def close(self) -> None:
         """End the present bar, also where its pass was interrupted."""
         if self._bar is not None:
@@ -33,6 +58,16 @@ class Progress:
         if self._bar is None:
             self._bar = _tqdm()(total=self._steps, desc=f"unroll, {direction}", leave=False)
         self._bar.update(steps)
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Show that steps are traced or compiled, for as long as it lasts."""
+    if not _present.stack:
+        yield
+        return
+    with _tqdm()(desc="unroll, compiling", total=0, bar_format="{desc}", leave=False):
+        yield
 
 
 def check_available() -> None:

@@ -139,7 +139,7 @@ class _Session:
         with standing(step.loss.slots, self._modes, step.hooks, as_at_call=True, routed=routed):
             self._active = True
             try:
-                with shielded():
+                with shielded(), self._progress.shown():
                     yield
             finally:
                 self._active = False

@@ -32,35 +32,79 @@ def compile_graph(graph: GraphModule, examples: Sequence[Tensor], *, loop: bool 
     Args:
         loop: the graph is a loop, which is written in C++ together with its kernels.
     """
-    if loop and _is_small(graph):
+    if not loop:
+        return _compiled(graph, examples, {})
+    config: dict[str, Any] = {"cpp_wrapper": True, **_kept_on_disk(graph)}
+    if _is_small(graph):
         try:
             from diffopt._torch.small_loops import small_loops
 
-            with small_loops() as config:
-                return _compiled(graph, examples, {"cpp_wrapper": True, **config})
+            with small_loops() as more:
+                return _without_wrappers(graph, examples, {**config, **more})
         except Exception as error:  # of whatever private names may have become
             _log.info("a loop is compiled as TorchInductor writes it: %s", error)
-    return _compiled(graph, examples, {"cpp_wrapper": True} if loop else {})
+    return _without_wrappers(graph, examples, config)
 
 
-def _compiled(graph: GraphModule, examples: Sequence[Tensor], config: Mapping[str, Any]) -> Run:
+def _compiled(
+    graph: GraphModule, examples: Sequence[Tensor], config: Mapping[str, Any], inner: Any = None
+) -> Run:
     from torch._inductor.compile_fx import compile_fx
 
     # Numbers of low precision are rounded wherever uncompiled steps round them.
     patches = {"emulate_precision_casts": True, **config}
+    more = {} if inner is None else {"inner_compile": inner}
     with _of_examples(examples):
-        run: Any = compile_fx(graph, list(examples), config_patches=patches)
+        run: Any = compile_fx(graph, list(examples), config_patches=patches, **more)
     return run  # type: ignore[no-any-return]
+
+
+def _without_wrappers(
+    graph: GraphModule, examples: Sequence[Tensor], config: Mapping[str, Any]
+) -> Run:
+    """The code alone, called at once.
+
+    What PyTorch puts around it handles inputs that are changed and results that share memory, of
+    which a loop has none, and takes as long as ten steps of a small network.
+    """
+    from torch._functorch import config as functorch
+    from torch._inductor.compile_fx import compile_fx_inner
+
+    made: list[Any] = []
+
+    def inner(*args: Any, **more: Any) -> Any:
+        made.append(compile_fx_inner(*args, **more))
+        return made[-1]
+
+    # That cache would hold the wrappers, too; the code is in TorchInductor's own.
+    known = hasattr(functorch, "enable_autograd_cache")
+    with functorch.patch(enable_autograd_cache=False) if known else nullcontext():
+        run = _compiled(graph, examples, config, inner)
+    if len(made) != 1:
+        return run
+    code = made[0]
+    return lambda *inputs: code(list(inputs))
+
+
+def _kept_on_disk(graph: GraphModule) -> dict[str, Any]:
+    """What has TorchInductor's cache on disk hold a loop, which it holds for few operators.
+
+    It tells graphs apart by their code, inputs and submodules.
+    """
+    from torch._inductor import config
+
+    scan: Any = loop_operator()
+    if not hasattr(config, "unsafe_marked_cacheable_functions"):
+        return {}
+    name = f"{scan.__module__}.{scan.__name__}"
+    return {"unsafe_marked_cacheable_functions": {name: "diffopt"}}
 
 
 def _is_small(graph: GraphModule) -> bool:
     """Whether the rounds of a loop are of a few thousand numbers, as far as can be seen."""
-    sizes = [
-        x.numel()
-        for node in graph.body.graph.nodes
-        if isinstance(x := node.meta.get("val"), Tensor)
-    ]
-    return max(sizes, default=0) <= _FEW
+    body: Any = graph.body
+    values = [node.meta.get("val") for node in body.graph.nodes]
+    return max((x.numel() for x in values if isinstance(x, Tensor)), default=0) <= _FEW
 
 
 def _of_examples(examples: Sequence[Tensor]) -> AbstractContextManager[Any]:

@@ -27,6 +27,11 @@ inline void fill(AtenTensorHandle x, Memory from, int64_t bytes) {
   std::memcpy(p, from.p, bytes);
 }
 
+// What is written in place stays where it is.
+inline void check_same(Memory x, Memory first) {
+  if (x.p != first.p) throw std::runtime_error("rows of a loop have moved");
+}
+
 // The memory of a round, twice: rounds take the one and the other in turn.
 class Arena {
  public:
