@@ -10,7 +10,6 @@ import pytest
 import torch
 from adjoints import EXACT
 from helpers import assert_all_close, differences, mse
-from optimizers import forward_mode
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 

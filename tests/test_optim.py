@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from optimizers import CASES, Case, forward_mode
+from optimizers import CASES, Case
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from adjoints import EXACT, every_adjoint
 from helpers import assert_all_close, differences, mse
-from optimizers import CASES, OPTIMIZERS, Case, Lars, forward_mode
+from optimizers import CASES, OPTIMIZERS, Case, Lars
 from torch import Tensor, nn
 
 import diffopt

@@ -10,7 +10,6 @@ from optimizers import (
     Named,
     assert_same,
     every_case,
-    forward_mode,
     grads_at,
     some_params,
     step_purely,

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from optimizers import Case, assert_same, every_case, every_optimizer, forward_mode
+from optimizers import Case, assert_same, every_case, every_optimizer
 from torch import Tensor
 from torch.autograd import forward_ad as fwAD
 
