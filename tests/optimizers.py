@@ -109,7 +109,6 @@ OPTIMIZERS = {case.name: case for case in CASES}
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 every_optimizer = pytest.mark.parametrize("case", OPTIMIZERS.values(), ids=OPTIMIZERS)
 # PyTorch's forward mode compiles its decompositions with torch.jit.script, and warns of it.
-forward_mode = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 
 Named = dict[str, Tensor]
 
