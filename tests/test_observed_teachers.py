@@ -190,6 +190,15 @@ def _clamp(m: Taught) -> None:
         t.mul_(1.3).clamp_(-0.5, 0.5)
 
 
+@torch.no_grad()
+def _functional(m: Taught) -> None:
+    for t, s in _pairs(m):
+        t += 0.1 * s
+        F.relu(F.leaky_relu(t, 0.9, inplace=True).neg_(), True).sub_(0.01)
+        F.hardtanh(F.dropout(t, 0.3, inplace=True), -0.5, 0.5, True)
+        F.normalize(t, dim=-1, out=t).mul_(0.7)
+
+
 MOVES = {
     "lerp_": _lerp,
     "mul_ and add_": _mul_add,
@@ -213,6 +222,7 @@ MOVES = {
     "swa_utils": _averaged,
     "vector_to_parameters": _vector,
     "clamp_": _clamp,
+    "functional": _functional,
 }
 
 

@@ -64,5 +64,5 @@ _OF_ONE: set[Any] = {
     F.l1_loss,
     F.binary_cross_entropy_with_logits,
 }
-_OF_ONE |= {F.softmax, F.log_softmax, F.relu, F.dropout}
+_OF_ONE |= {F.softmax, F.log_softmax}
 _KINDS: dict[Any, Kind] = {}
