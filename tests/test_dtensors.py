@@ -21,8 +21,13 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import diffopt
 from diffopt import Binomial, FirstOrder, Segmented, StoreAll, Truncated
+from diffopt._model import refused as refusals
+from diffopt._torch.dtensors import can_redistribute_twice
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="without torch.distributed")
+served = pytest.mark.skipif(
+    not can_redistribute_twice(), reason="this PyTorch cannot differentiate placements twice"
+)
 
 STEPS = 4
 
@@ -720,11 +725,28 @@ TWO = [
 ]
 
 
+@served
 @pytest.mark.parametrize("case", TWO, ids=lambda case: case.__name__)
 def test_two_processes(pools: Callable[[int], Processes], case: Any) -> None:
     pools(2).run(case)
 
 
+@served
 @pytest.mark.parametrize("case", [as_a_plain_loop, with_a_group], ids=lambda case: case.__name__)
 def test_four_processes(pools: Callable[[int], Processes], case: Any) -> None:
     pools(4).run(case)
+
+
+def test_a_pytorch_that_cannot_serve_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says so, before anything runs."""
+    if can_redistribute_twice():
+        monkeypatch.setattr(refusals, "can_redistribute_twice", lambda: False)
+    with tempfile.NamedTemporaryFile() as file:
+        dist.init_process_group("gloo", init_method=f"file://{file.name}", rank=0, world_size=1)
+        try:
+            net = sharded(Net(), init_device_mesh("cpu", (1,)))
+            opt = diffopt.SGD(net.parameters(), lr=0.1)
+            with pytest.raises(NotImplementedError, match="cannot differentiate twice"):
+                diffopt.unroll(net, opt, 1, lambda m, t: m(torch.randn(6, 3)).sum())
+        finally:
+            dist.destroy_process_group()
