@@ -11,6 +11,7 @@ Limits: what ``torch.vmap`` cannot map (control flow by a tensor's value, ``.ite
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain, groupby
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from diffopt._torch.functorch import is_batched
-from diffopt._torch.pytree import tree_flatten, tree_leaves, tree_unflatten
+from diffopt._torch.pytree import tree_flatten, tree_unflatten
 from diffopt.optim.base import Grads, Groups, Optimizer, OptState, Params, States
 from diffopt.optim.options import broadcasts, items_of
 from diffopt.optim.terms import Hyper, tensors_of
@@ -43,11 +44,7 @@ def init_over_tasks(
         hyper = opt.at_start() if tasks is None else opt.hyperparameters(0)
     for part in _parts(opt, groups, hyper):
         initial = {name: params[name] for name in chain.from_iterable(part.groups)}
-
-        def init(params: Params, hyper: Sequence[Hyper], part: _Part = part) -> OptState:
-            return part.rule.init(params, groups=part.groups, hyper=hyper)
-
-        state.update(part.apply(tasks, init, initial, {}))
+        state.update(part.apply(tasks, part.init, initial, {}))
     return {name: state[name] for name in params if name in state}
 
 
@@ -81,23 +78,28 @@ def update_over_tasks(
             continue
         updated = {name: params[name] for name in names}
         entries = {name: dict(state[name]) for name in names if name in state}
-
-        def update(
-            params: Params, hyper: Sequence[Hyper], state: Any, grads: Any, part: _Part = part
-        ) -> tuple[dict[str, Tensor], OptState]:
-            return part.rule.update(params, grads, state, hyper=hyper, groups=part.groups)
-
-        values, entries = part.apply(tasks, update, updated, entries, {n: grads[n] for n in names})
+        present = {name: grads[name] for name in names}
+        values, new_entries = part.apply(tasks, part.update, updated, entries, present)
         new_params.update(values)
-        new_state.update(entries)
+        new_state.update(new_entries)
     return new_params, new_state
 
 
+@dataclass
 class _Part:
     """The param groups of one rule, in the rule's order."""
 
-    def __init__(self, rule: Optimizer, groups: Groups, hyper: Sequence[Hyper]) -> None:
-        self.rule, self.groups, self.hyper = rule, groups, hyper
+    rule: Optimizer
+    groups: Groups
+    hyper: Sequence[Hyper]
+
+    def init(self, params: Params, hyper: Sequence[Hyper], state: States) -> OptState:
+        return self.rule.init(params, groups=self.groups, hyper=hyper)
+
+    def update(
+        self, params: Params, hyper: Sequence[Hyper], state: States, grads: Grads
+    ) -> tuple[dict[str, Tensor], OptState]:
+        return self.rule.update(params, grads, state, hyper=hyper, groups=self.groups)
 
     def apply(
         self,
@@ -105,13 +107,12 @@ class _Part:
         function: Callable[..., Any],
         params: Params,
         state: States,
-        *grads: Any,
+        *grads: Grads,
     ) -> Any:
-        """``function(params, hyper, [state, grads])``, mapped over the tasks where it has to be."""
-        rest = (state, *grads) if grads else ()
+        """``function(params, hyper, state, *grads)``, mapped over the tasks where it has to be."""
         if tasks is None or not self._is_mapped(params, state):
-            return function(params, self.hyper, *rest)
-        return _mapped(self, tasks, function, params, *rest)
+            return function(params, self.hyper, state, *grads)
+        return _mapped(self, tasks, function, params, state, *grads)
 
     def _is_mapped(self, params: Params, state: States) -> bool:
         """Whether tasks differ in more than the entries of their parameters."""
@@ -135,15 +136,10 @@ def _mapped(
 ) -> Any:
     """``function(params, hyper, *rest)`` for every task."""
     hyper = [dict(options) for options in part.hyper]
-    tensors, spec = tree_flatten((params, hyper, *rest))
-    of_hyper = iter(_dims(part, tasks, params))
-    count_before, count = len(params), len(tree_leaves(hyper))
-    dims = [
-        next(of_hyper)
-        if count_before <= i < count_before + count
-        else (0 if isinstance(x, Tensor) and x.dim() else None)
-        for i, x in enumerate(tensors)
-    ]
+    arguments, spec = tree_flatten((params, hyper, *rest))
+    dims = [0 if isinstance(x, Tensor) and x.dim() else None for x in arguments]
+    of_hyper = _dims(part, tasks, params)
+    dims[len(params) : len(params) + len(of_hyper)] = of_hyper
     results: list[Any] = []
 
     def one(*leaves: Any) -> list[Tensor]:
@@ -153,7 +149,7 @@ def _mapped(
         return [x for x, same in zip(leaves_out, shared, strict=True) if same is None]
 
     try:
-        outputs = iter(torch.vmap(one, in_dims=tuple(dims), randomness="different")(*tensors))
+        outputs = iter(torch.vmap(one, in_dims=tuple(dims), randomness="different")(*arguments))
     except RuntimeError as error:
         if "vmap" not in str(error):
             raise
