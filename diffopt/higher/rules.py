@@ -14,7 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from diffopt.optim import Adam, Optimizer
-from diffopt.optim.base import Grads, Groups, OptState, Params, States, as_tensors
+from diffopt.optim.base import OptState, as_tensors
+from diffopt.optim.groups import Grads, Groups, Params, States
 from diffopt.optim.lists import Tensors
 from diffopt.optim.scalars import at
 from diffopt.optim.terms import Cotangents, Entries, Hyper, Pullback, advance

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from itertools import chain
 from typing import Any, ClassVar, Self
 
 import torch
@@ -13,19 +12,14 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from diffopt.optim import options
+from diffopt.optim.groups import Grads, Groups, Params, States, names_of_groups
 from diffopt.optim.lists import Tensors
 from diffopt.optim.options import SWITCHES, Ranges
+from diffopt.optim.saving import packed, restored
 from diffopt.optim.terms import Cotangents, Entries, Hyper, Options, Pullback, tensors_of
 
 #: The state of every parameter, by name.
 OptState = dict[str, Entries]
-
-#: The arguments of an update, by parameter name.
-Params = Mapping[str, Tensor]
-Grads = Mapping[str, Tensor | None]
-States = Mapping[str, Mapping[str, Tensor]]
-#: The names of each param group.
-Groups = Sequence[Sequence[str]]
 
 _RULE = {"_update", "_update_groups", "update"}  # the methods that make another rule
 _STEPS = "steps"  # the key in `state_dict()` for the number of `step()` calls
@@ -308,13 +302,13 @@ class Optimizer(torch.optim.Optimizer):
 
         A tensor hyperparameter is stored as its detached value, a callable as None.
         """
-        packed = super().state_dict()
-        packed["param_groups"] = [
-            {key: _packed(value) if key in self.defaults else value for key, value in g.items()}
-            for g in packed["param_groups"]
+        state = super().state_dict()
+        state["param_groups"] = [
+            {key: packed(value) if key in self.defaults else value for key, value in g.items()}
+            for g in state["param_groups"]
         ]
-        packed[_STEPS] = self._steps
-        return packed
+        state[_STEPS] = self._steps
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` of this optimizer, or of its ``torch.optim`` namesake, returned.
@@ -327,7 +321,7 @@ class Optimizer(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
         for group, old in zip(self.param_groups, before, strict=True):
             for key in self.defaults.keys() - SWITCHES:
-                group[key] = _restored(old[key], group[key])
+                group[key] = restored(old[key], group[key])
         counts = [float(s["step"]) for s in self.state.values() if "step" in s]
         self._steps = int(state_dict.get(_STEPS, max(counts, default=0)))
 
@@ -366,32 +360,7 @@ class Optimizer(torch.optim.Optimizer):
         return [p for group in self.param_groups for p in group["params"]]
 
     def _names(self, params: Params, groups: Groups | None) -> Groups:
-        """The names of each param group."""
-        if groups is not None:
-            if len(groups) != len(self.param_groups) or not all(
-                map(params.__contains__, chain.from_iterable(groups))
-            ):
-                missing = [name for name in chain.from_iterable(groups) if name not in params]
-                raise ValueError(
-                    "groups= must list the parameter names of each of the "
-                    f"{len(self.param_groups)} param groups; got {len(groups)} lists"
-                    + (f", with {missing[0]!r}, which params does not have" if missing else "")
-                )
-            return groups
-        sizes = [len(group["params"]) for group in self.param_groups]
-        names = [group.get("param_names", ()) for group in self.param_groups]
-        if set(chain.from_iterable(names)) == set(params):
-            return names
-        if len(sizes) == 1:
-            return [list(params)]
-        if len(params) == sum(sizes) and not any(names):
-            order = iter(params)
-            return [[next(order) for _ in range(size)] for size in sizes]
-        raise ValueError(
-            f"cannot tell which of {len(sizes)} param groups each of {len(params)} parameters "
-            f"belongs to: build {type(self).__name__} from model.named_parameters(), "
-            "or pass groups=, a list of names for each param group"
-        )
+        return names_of_groups(type(self).__name__, self.param_groups, params, groups)
 
     def _options_at(self, group: Mapping[str, Any], step: int) -> dict[str, Any]:
         rule = type(self).__name__
@@ -416,27 +385,6 @@ def _refuse_complex(param: Tensor, name: str) -> None:
         raise NotImplementedError(
             f"parameter {name!r} is complex: optimize its torch.view_as_real instead"
         )
-
-
-def _packed(value: Any) -> Any:
-    if isinstance(value, (tuple, list)):
-        return tuple(map(_packed, value))
-    if isinstance(value, Tensor):
-        return value.detach()  # a checkpoint holds values, and no graph can be pickled
-    return None if callable(value) else value
-
-
-def _restored(mine: Any, loaded: Any) -> Any:
-    if isinstance(mine, (tuple, list)):
-        return tuple(map(_restored, mine, loaded))
-    if loaded is None or callable(mine):
-        return mine
-    if isinstance(mine, Tensor) and mine.requires_grad:
-        if mine.is_leaf:
-            with torch.no_grad():
-                mine.copy_(torch.as_tensor(loaded))
-        return mine
-    return loaded
 
 
 def as_tensors(entries: Mapping[str, Any]) -> Entries:

@@ -7,7 +7,8 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 
-from diffopt.optim.base import Grads, Groups, Optimizer, OptState, Params, States
+from diffopt.optim.base import Optimizer, OptState
+from diffopt.optim.groups import Grads, Groups, Params, States
 from diffopt.optim.mapped import init_over_tasks, update_over_tasks
 from diffopt.optim.terms import Hyper
 

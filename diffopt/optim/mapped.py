@@ -20,7 +20,8 @@ from torch import Tensor
 
 from diffopt._torch.functorch import is_batched
 from diffopt._torch.pytree import tree_flatten, tree_unflatten
-from diffopt.optim.base import Grads, Groups, Optimizer, OptState, Params, States
+from diffopt.optim.base import Optimizer, OptState
+from diffopt.optim.groups import Grads, Groups, Params, States
 from diffopt.optim.options import broadcasts, items_of
 from diffopt.optim.terms import Hyper, tensors_of
 

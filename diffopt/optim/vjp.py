@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from diffopt._values.tree import vjp
-from diffopt.optim.base import Grads, Groups, Optimizer, OptState, Params, States
+from diffopt.optim.base import Optimizer, OptState
+from diffopt.optim.groups import Grads, Groups, Params, States
 from diffopt.optim.mapped import is_elementwise, update_over_tasks
 from diffopt.optim.terms import Hyper, Pullback, tensors_of, zeros
 
