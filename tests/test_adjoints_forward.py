@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import diffopt
 from diffopt import ForwardMode, StoreAll
-from diffopt.adjoint import _forward_mode
+from diffopt.adjoint import _tangents
 
 every_optimizer = pytest.mark.parametrize(
     "case", {case.name: case for case in CASES}.values(), ids=lambda case: case.id
@@ -197,13 +197,13 @@ def ways(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The ways in which tangents are pushed through steps, once for each call."""
     taken: list[str] = []
     for name in ("pushed", "pushed_by_transposition"):
-        way = getattr(_forward_mode, name)
+        way = getattr(_tangents, name)
 
         def record(*args: Any, name: str = name, way: Any = way) -> Any:
             taken.append(name)
             return way(*args)
 
-        monkeypatch.setattr(_forward_mode, name, record)
+        monkeypatch.setattr(_tangents, name, record)
     return taken
 
 
