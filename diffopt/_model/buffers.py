@@ -19,6 +19,8 @@ class BufferStandIns:
     tell the two apart, the first time each step is taken: version counters do not tell, since batch
     normalization updates its statistics without them, and old code writes through ``.data``.
 
+    Limits: a write that leaves every value as it was is no change.
+
     Attributes:
         tracked: names of the buffers that derivatives flow through: given requiring grad, or
             computed with gradients by some step.

@@ -26,6 +26,9 @@ def check_shared_memory(params: Mapping[str, Tensor], buffers: Mapping[str, Tens
         params: all parameters, by name; one that is held at several places, once.
         buffers: all buffers, by name.
 
+    Limits: tensors without a storage of their own (on ``meta``, sparse, ``DTensor``) are passed
+    over.
+
     Cost: a sort of the names; memory and time of the tensors' size where ranges overlap.
     """
     for name, x in params.items():

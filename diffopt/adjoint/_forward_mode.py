@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,14 +13,7 @@ from diffopt import schedule
 from diffopt._derivatives.table import with_second_derivatives
 from diffopt._loop.loop import Loop
 from diffopt._loop.replay import differentiable_backward
-from diffopt._step.graph import end_of, first_behind, is_same
-from diffopt._step.tangent import (
-    Pushed,
-    Tangent,
-    pushed,
-    pushed_by_differences,
-    pushed_by_transposition,
-)
+from diffopt._step.graph import first_behind
 from diffopt._values.outputs import OutputCotangents
 from diffopt._values.state import Cotangent, State
 from diffopt._values.tree import Path, add, is_differentiable

@@ -21,6 +21,9 @@ class UnchangedOptions:
     An unroll takes the options as they are at the call. A scheduler that is stepped inside of a
     step, or anything else that writes into ``param_groups``, would have no effect, and would write
     again with each step that is computed again.
+
+    Limits: of a callable the object counts, not what it gives. What it gives is compared where a
+    step is computed again.
     """
 
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
