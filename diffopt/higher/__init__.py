@@ -113,10 +113,10 @@ class DifferentiableOptimizer(higher.optim.DifferentiableOptimizer):
             track_higher_grads=track_higher_grads,
             **kwargs,
         )
-        for entries_by_index, group in zip(self.state, groups, strict=True):
+        for state, group in zip(self.state, groups, strict=True):
             for i, p in enumerate(group["params"]):
                 if p in opt.state:
-                    entries_by_index[i] = {k: _own_copy(x, device) for k, x in opt.state[p].items()}
+                    state[i] = {key: _copied(x, device) for key, x in opt.state[p].items()}
         self.rule.param_groups = self.param_groups  # where an override goes, also a later one
 
     def _apply_override(self, override: Override) -> None:
@@ -131,7 +131,7 @@ class DifferentiableOptimizer(higher.optim.DifferentiableOptimizer):
                     for value in values if len(values) == 1 else values[i : i + 1]:
                         rule._check_kind(key, value)
         super()._apply_override(
-            {key: [_plain(key, value) for value in values] for key, values in override.items()}
+            {key: [_untensored(key, x) for x in values] for key, values in override.items()}
         )
 
     def _update(self, grouped_grads: Sequence[Grads], **kwargs: Any) -> None:
@@ -164,13 +164,13 @@ class _Groups(list[dict[str, Any]]):
         return [dict(group) for group in self]
 
 
-def _own_copy(x: Tensor, device: torch.device | None) -> Tensor:
+def _copied(x: Tensor, device: torch.device | None) -> Tensor:
     """A copy of a state entry; numbers (0-d) stay where they are, which is on the CPU for steps."""
     x = x.clone()
     return x.to(device) if x.dim() else x
 
 
-def _plain(key: str, value: Any) -> Any:
+def _untensored(key: str, value: Any) -> Any:
     """An option's value; a switch, which has no derivative, as a bool."""
     return bool(value) if key in SWITCHES and isinstance(value, Tensor) else value
 
@@ -207,9 +207,9 @@ class _PatchedProblem(InnerProblem):
             [*chain.from_iterable(groups)],
             {
                 names[i]: as_tensors(entries)
-                for dopt, own in zip(dopts, groups, strict=True)
-                for names, held in zip(own, dopt.state, strict=True)
-                for i, entries in held.items()
+                for dopt, of_dopt in zip(dopts, groups, strict=True)
+                for names, state in zip(of_dopt, dopt.state, strict=True)
+                for i, entries in state.items()
             },
         )
         self.options = UnchangedOptions(dopts)
@@ -217,7 +217,7 @@ class _PatchedProblem(InnerProblem):
         self.first_step = max((x.steps for x in dopts if _is_ours(x)), default=self.first_step)
         callbacks = [dopt._grad_callback for dopt in dopts]
         if any(callbacks):
-            of_each = [{*chain.from_iterable(own)} for own in groups]
+            of_each = [{*chain.from_iterable(of_dopt)} for of_dopt in groups]
             self.grad_transform = transform_of(callbacks, of_each, self._fast_names)
 
     def slots(self, carried: Collection[str] = ()) -> ModuleSlots:
@@ -235,13 +235,13 @@ class _PatchedProblem(InnerProblem):
         ModuleSlots(self.model, {}, {}).write_buffers(final_buffers)
         left = iter(self.groups)
         for dopt in self._dopts:
-            for group, held in zip(dopt.param_groups, dopt.state, strict=True):
+            for group, state in zip(dopt.param_groups, dopt.state, strict=True):
                 names = next(left)
                 group["params"] = [final[name] for name in names]
                 for i, name in enumerate(names):
                     entries = result.opt_state.get(name)
                     if entries:
-                        held[i] = dict(entries) if _is_ours(dopt) else native(entries)
+                        state[i] = dict(entries) if _is_ours(dopt) else native(entries)
             if _is_ours(dopt):
                 dopt.steps = result.step
 
@@ -266,12 +266,12 @@ def _rule(dopt: Any, params: list[list[Tensor]]) -> Optimizer:
     """The rule by which ``dopt`` steps, with its present options."""
     if _is_ours(dopt):
         rule = frozen(dopt.rule)  # apart from dopt, which will hold the final weights
-        for group, own in zip(rule.param_groups, params, strict=True):
-            group["params"] = own
+        for group, newest in zip(rule.param_groups, params, strict=True):
+            group["params"] = newest
         return rule
     groups = [
-        {**{key: _plain(key, x) for key, x in group.items()}, "params": own}
-        for group, own in zip(dopt.param_groups, params, strict=True)
+        {**{key: _untensored(key, x) for key, x in group.items()}, "params": newest}
+        for group, newest in zip(dopt.param_groups, params, strict=True)
     ]
     if type(dopt) not in _RULES:
         return ItsOwnRule(dopt, groups)

@@ -78,9 +78,9 @@ class ItsOwnRule(Optimizer):
         dopt._update([[grads.get(name) for name in names] for names in groups])
         new_params = dict(params)
         new_state = {name: dict(entries) for name, entries in state.items()}
-        for group, by_index, names in zip(dopt.param_groups, dopt.state, groups, strict=True):
+        for group, of_group, names in zip(dopt.param_groups, dopt.state, groups, strict=True):
             new_params.update(zip(names, group["params"], strict=True))
-            new_state.update({names[i]: as_tensors(entries) for i, entries in by_index.items()})
+            new_state.update({names[i]: as_tensors(entries) for i, entries in of_group.items()})
         return new_params, new_state
 
 
