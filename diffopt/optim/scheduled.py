@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from diffopt.schedule import check_int
+
 
 def from_scheduler(
     make: Callable[[torch.optim.Optimizer], LRScheduler],
@@ -54,10 +56,7 @@ def from_scheduler(
         >>> model = torch.nn.Linear(2, 2)
         >>> inner = diffopt.SGD(model.parameters(), lr=schedule)
     """
-    if isinstance(steps, bool) or not isinstance(steps, int):
-        raise TypeError(f"steps is a {type(steps).__name__}: pass how many steps there are, an int")
-    if steps < 0:
-        raise ValueError(f"steps={steps} is negative: pass 0 or more")
+    check_int("steps", steps, 0, "pass how many steps there are")
     opt = torch.optim.SGD([torch.zeros((), requires_grad=True)], lr=lr, **options)
     scheduler = make(opt)
     if isinstance(scheduler, ReduceLROnPlateau):
