@@ -18,7 +18,6 @@ import re
 import types
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import count
 from typing import Any, Literal
 
 import numpy as np
@@ -40,9 +39,6 @@ ADJOINTS: dict[str, diffopt.Adjoint] = {
 every_adjoint = pytest.mark.parametrize("adjoint", ADJOINTS)
 #: Where it can only matter whether a step is stored or computed again.
 stored_or_again = pytest.mark.parametrize("adjoint", ["store-all", "segmented-1"])
-
-#: Those that may keep the graph of a step, so that a step of theirs runs once.
-KEEPING = ("store-all", "memory-budget")
 
 REFUSALS = (RuntimeError, ValueError, NotImplementedError, TypeError)
 Expected = Literal["exact", "refused", "either"]
@@ -400,8 +396,3 @@ HOLDERS: dict[str, Callable[[Any], tuple[Read, Bind]]] = {
 }
 
 every_holder = cases("holder", HOLDERS)
-
-
-def counter() -> Callable[[], int]:
-    numbers = count()
-    return lambda: next(numbers)
