@@ -82,11 +82,11 @@ class Adjoint(ABC):
 
 
 @dataclass(frozen=True)
-class FirstPass:
+class Checkpoints:
     """What the first pass of an adjoint that follows a plan leaves for the way back.
 
     Attributes:
-        plan: what both do.
+        plan: what both passes do.
         generators: the generators' states before the first step.
         kept: snapshots and graphs.
     """
@@ -120,12 +120,12 @@ class Checkpointed(Adjoint):
         plan = self.plan_for(loop)
         generators = loop.generators.get()
         state, kept = run_forward(loop, plan, self.new_snapshots())
-        return state, FirstPass(plan, generators, kept)
+        return state, Checkpoints(plan, generators, kept)
 
     def backward(
         self,
         loop: Loop,
-        kept: FirstPass,
+        kept: Checkpoints,
         cotangent: Cotangent,
         outputs: OutputCotangents,
         *,
@@ -136,7 +136,7 @@ class Checkpointed(Adjoint):
     def differentiable_backward(
         self,
         loop: Loop,
-        kept: FirstPass,
+        kept: Checkpoints,
         start: Mapping[Path, Tensor],
         captured: Sequence[Tensor],
         cotangent: Cotangent,

@@ -23,7 +23,7 @@ from diffopt._model.shards import Shards
 from diffopt._step.group import Group
 from diffopt._step.message import MOST
 from diffopt._values.state import State
-from diffopt.adjoint._base import Checkpointed, FirstPass
+from diffopt.adjoint._base import Checkpointed, Checkpoints
 from diffopt.schedule import Plan
 
 _UNITS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -157,7 +157,7 @@ class MemoryBudget(Checkpointed):
             begun, measured = (None, self.step) if self.step is not None else self._seen(loop)
             plan = self._fitting(loop.steps, measured)
         state, kept = run_forward(loop, plan, self.new_snapshots(), begun)
-        return state, FirstPass(plan, generators, kept)
+        return state, Checkpoints(plan, generators, kept)
 
     def _agreed(self, loop: Loop, together: Sequence[Group | Shards]) -> tuple[Begun, Plan]:
         """The plan for the most that a step takes on any process, and the least that is free.

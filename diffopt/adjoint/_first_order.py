@@ -23,7 +23,7 @@ from diffopt._torch.batched import not_batched
 from diffopt._values.outputs import OutputCotangents
 from diffopt._values.state import Cotangent, State
 from diffopt._values.tree import Path, vjp
-from diffopt.adjoint._base import Adjoint, FirstPass
+from diffopt.adjoint._base import Adjoint, Checkpoints
 from diffopt.optim.lists import one_by_one
 from diffopt.schedule import Plan
 
@@ -68,12 +68,12 @@ class FirstOrder(Adjoint):
             chain.extend(linearization, t)
             del linearization
         chain.finish()
-        return state, _FirstPass(plan, generators, kept, loop, chain)
+        return state, _Checkpoints(plan, generators, kept, loop, chain)
 
     def backward(
         self,
         loop: Loop,
-        kept: _FirstPass,
+        kept: _Checkpoints,
         cotangent: Cotangent,
         outputs: OutputCotangents,
         *,
@@ -88,7 +88,7 @@ class FirstOrder(Adjoint):
     def differentiable_backward(
         self,
         loop: Loop,
-        kept: _FirstPass,
+        kept: _Checkpoints,
         start: Mapping[Path, Tensor],
         captured: Sequence[Tensor],
         cotangent: Cotangent,
@@ -105,14 +105,14 @@ def _saves(plan: Plan) -> list[int]:
 
 
 @dataclass(frozen=True)
-class _FirstPass(FirstPass):
-    """As in general, with the loop of first order and the graph of its updates."""
+class _Checkpoints(Checkpoints):
+    """As in ``Checkpointed``, with the loop of first order and the graph of its updates."""
 
     loop: Loop
     chain: _Chain
 
 
-def _complete(first: _FirstPass) -> None:
+def _complete(first: _Checkpoints) -> None:
     """Save the states that the plan saves in the first pass and that were not."""
     loop, kept = first.loop, first.kept
     missing = [t for t in _saves(first.plan) if t not in kept.snapshots]

@@ -93,7 +93,7 @@ class ForwardMode(Adjoint):
             loop.generators.set(after)
             state = following
         self._check_no_detours(loop)
-        return state, _FirstPass(generators, tangents)
+        return state, _Carried(generators, tangents)
 
     def _check_no_detours(self, loop: Loop) -> None:
         for x in (*loop.captured.tensors, *loop.inputs.values()):
@@ -115,7 +115,7 @@ class ForwardMode(Adjoint):
     def backward(
         self,
         loop: Loop,
-        kept: _FirstPass,
+        kept: _Carried,
         cotangent: Cotangent,
         outputs: OutputCotangents,
         *,
@@ -126,7 +126,7 @@ class ForwardMode(Adjoint):
     def differentiable_backward(
         self,
         loop: Loop,
-        kept: _FirstPass,
+        kept: _Carried,
         start: Mapping[Path, Tensor],
         captured: Sequence[Tensor],
         cotangent: Cotangent,
@@ -153,7 +153,7 @@ class ForwardMode(Adjoint):
 
 
 @dataclass(frozen=True)
-class _FirstPass:
+class _Carried:
     """The generators' states before the first step, and the tangents of the results."""
 
     generators: tuple[Tensor, ...]

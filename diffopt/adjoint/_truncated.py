@@ -62,41 +62,41 @@ class Truncated(Adjoint):
         before = loop.steps - self.window
         if before < 0:
             state, kept = self.inner.forward(loop)
-            return state, _FirstPass(0, loop, kept)
+            return state, _Window(0, loop, kept)
         state = loop.start
         for t in range(before):
             state = loop.pass_over(state, t)
         window = loop.rest(state, before)
         state, kept = self.inner.forward(window)
-        return state, _FirstPass(before, window, kept)
+        return state, _Window(before, window, kept)
 
     def backward(
         self,
         loop: Loop,
-        kept: _FirstPass,
+        kept: _Window,
         cotangent: Cotangent,
         outputs: OutputCotangents,
         *,
         keep: bool,
     ) -> tuple[Cotangent, list[Tensor | None]]:
         of_window, captured = self.inner.backward(
-            kept.window, kept.inner, cotangent, outputs.later(kept.before), keep=keep
+            kept.loop, kept.inner, cotangent, outputs.later(kept.before), keep=keep
         )
-        return {path: c for path, c in of_window.items() if path in kept.window.inputs}, captured
+        return {path: c for path, c in of_window.items() if path in kept.loop.inputs}, captured
 
     def differentiable_backward(
         self,
         loop: Loop,
-        kept: _FirstPass,
+        kept: _Window,
         start: Mapping[Path, Tensor],
         captured: Sequence[Tensor],
         cotangent: Cotangent,
         outputs: OutputCotangents,
     ) -> tuple[Cotangent, list[Tensor | None]]:
         return self.inner.differentiable_backward(
-            kept.window,
+            kept.loop,
             kept.inner,
-            {path: x for path, x in start.items() if path in kept.window.inputs},
+            {path: x for path, x in start.items() if path in kept.loop.inputs},
             captured,
             cotangent,
             outputs.later(kept.before),
@@ -104,9 +104,9 @@ class Truncated(Adjoint):
 
 
 @dataclass(frozen=True)
-class _FirstPass:
+class _Window:
     """How many steps come before the window, its steps as a loop, and what ``inner`` keeps."""
 
     before: int
-    window: Loop
+    loop: Loop
     inner: Any
