@@ -22,7 +22,7 @@ from diffopt._torch.autograd import present_sequence
 from diffopt._torch.collectives import no_collectives
 from diffopt._values.outputs import StepCotangents
 from diffopt._values.state import Cotangent, State, add_into
-from diffopt._values.tree import add_each, tensors_in
+from diffopt._values.tree import add_each, tensors_in, vjp
 from diffopt.optim.terms import Hyper
 
 if TYPE_CHECKING:
@@ -217,15 +217,7 @@ class InParts(Linearization):
             return
         self.visit(Graph((), {"loss": [c for c, _ in learning]}, retained=False))
         pairs = [(c, v) for c, v in learning if v is not None]
-        if pairs and captured:
-            found = torch.autograd.grad(
-                [c for c, _ in pairs],
-                list(captured),
-                [v for _, v in pairs],
-                retain_graph=True,
-                allow_unused=True,
-            )
-            sums.add({}, found)
+        sums.add({}, vjp(pairs, captured, retain_graph=True))
 
 
 class _Sums:
