@@ -17,7 +17,12 @@ T, PARTS = 9, 3
 DATA = [batch(7) for _ in range(T)]
 SEGMENTS = pytest.mark.parametrize(
     ("segment", "again", "evaluated"),
-    [(1, 0, 0), (3, 4, 2), (4, 6, 2), (T, 0, 0)],  # the last segment's states are held from the first pass on
+    [
+        (1, 0, 0),
+        (3, 4, 2),
+        (4, 6, 2),
+        (T, 0, 0),
+    ],  # the last segment's states are held from the first pass on
 )
 
 

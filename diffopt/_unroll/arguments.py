@@ -13,9 +13,12 @@ from torch.utils.data import IterableDataset
 
 from diffopt._loop import progress as _progress
 from diffopt._step.loss import loss_and_aux
+from diffopt._torch.autograd import graph_was_freed
 from diffopt._torch.surroundings import active_transform
 from diffopt._unroll.in_place import InPlace
+from diffopt._values.tree import tensors_in
 from diffopt.adjoint import Adjoint, MemoryBudget, Segmented, Solver
+from diffopt.optim import Optimizer
 from diffopt.optim.scalars import has_tangent
 
 LossFn = Callable[..., Any]
@@ -40,6 +43,24 @@ def chosen_adjoint(segment: int | None, adjoint: Any, verify: bool) -> Adjoint:
             such = f"diffopt.Implicit({adjoint!r})"
         raise TypeError(f"adjoint is a {kind}: pass an object such as {such}")
     return adjoint
+
+
+def check_graphs(opt: Optimizer) -> None:
+    """Refuse an option computed from others whose graph a backward pass has used up.
+
+    Raises:
+        RuntimeError: naming it.
+    """
+    for rule, group in zip(opt.rules, opt.param_groups, strict=True):
+        for key in rule.defaults:
+            for x in tensors_in(group[key]):
+                if x.grad_fn is not None and graph_was_freed(x.grad_fn):
+                    raise RuntimeError(
+                        f"{type(rule).__name__}: {key} is a tensor computed from others, and a "
+                        "backward pass has freed the graph that it was computed by: it serves one. "
+                        f"Give a callable, {key}=lambda t: log_{key}.exp(), or make the optimizer "
+                        "anew for each unroll"
+                    )
 
 
 def _example(cls: type) -> str:

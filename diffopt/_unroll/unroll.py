@@ -27,6 +27,7 @@ from diffopt._step.step import GradTransform, InnerStep
 from diffopt._unroll.arguments import (
     LossFn,
     batches_of,
+    check_graphs,
     check_options,
     check_surroundings,
     chosen_adjoint,
@@ -195,6 +196,8 @@ def unroll(
     )
     devices = {x.device for x in (*problem.params.values(), *problem.model.buffers(), *inputs)}
     connected = torch.is_grad_enabled() and problem.connected
+    if connected:
+        check_graphs(problem.opt)
     modes = Modes(model, devices)
     if max_cotangent_norm == math.inf:
         max_cotangent_norm = None
