@@ -286,6 +286,12 @@ class InnerStep:
         assert self.grad_transform is not None
         if self._takes_model:
             changed = self.loss.transform_with_model(self.grad_transform, given, params, buffers, t)
+            if any(x.is_leaf and x.grad is not None for x in params.values()):
+                raise RuntimeError(
+                    f"grad_transform differentiated into .grad at step {self.first_step + t}, as "
+                    "where it calls loss.backward(), which keeps no graph: take the gradient with "
+                    "torch.autograd.grad(loss, parameters, create_graph=True)"
+                )
         else:
             changed = self.loss.transform_grads(self.grad_transform, given)
         return _checked_grads(changed, params)

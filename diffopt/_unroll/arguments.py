@@ -13,6 +13,7 @@ from torch.utils.data import IterableDataset
 
 from diffopt._loop import progress as _progress
 from diffopt._step.loss import loss_and_aux
+from diffopt._step.step import arguments_of
 from diffopt._torch.autograd import graph_was_freed
 from diffopt._torch.surroundings import active_transform
 from diffopt._unroll.in_place import InPlace
@@ -84,6 +85,11 @@ def check_options(
     for name, value in functions.items():
         if value is not None and not callable(value):
             raise TypeError(f"{name} is a {type(value).__name__}: pass a function")
+    if grad_transform is not None and arguments_of(grad_transform) not in (0, 1, 3):
+        raise TypeError(
+            f"grad_transform takes {arguments_of(grad_transform)} arguments: it is called with the "
+            "gradients alone, f(grads), or as f(grads, model, batch)"
+        )
     if max_cotangent_norm is not None:
         if isinstance(max_cotangent_norm, bool) or not isinstance(max_cotangent_norm, Real):
             raise TypeError(

@@ -58,6 +58,11 @@ def from_scheduler(
         raise TypeError(f"steps is a {type(steps).__name__}: pass how many steps there are, an int")
     if steps < 0:
         raise ValueError(f"steps={steps} is negative: pass 0 or more")
+    if not callable(make):
+        raise TypeError(
+            f"make is a {type(make).__name__}: pass a function of an optimizer that returns the "
+            "scheduler, such as lambda opt: StepLR(opt, step_size=10)"
+        )
     opt = torch.optim.SGD([torch.zeros((), requires_grad=True)], lr=lr, **options)
     scheduler = make(opt)
     if isinstance(scheduler, ReduceLROnPlateau):
