@@ -72,6 +72,9 @@ def test_what_is_refused() -> None:
     step = MAKERS["step"]
     with pytest.raises(TypeError, match="ReduceLROnPlateau sets the rate by the losses"):
         diffopt.from_scheduler(S.ReduceLROnPlateau, 3, LR)  # type: ignore[arg-type]
+    made: Any = S.StepLR(torch.optim.SGD([torch.zeros(1)], lr=0.1), 2)
+    with pytest.raises(TypeError, match="make is a StepLR: pass a function of an optimizer"):
+        diffopt.from_scheduler(made, 3, LR)
     with pytest.raises(TypeError, match="make gives a NoneType: pass a function of an optimizer"):
         diffopt.from_scheduler(lambda opt: None, 3, LR)  # type: ignore[arg-type,return-value]
     with pytest.raises(TypeError, match=r"steps is 3\.0, of type float, .*: pass how many"):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from diffopt._torch import pytree
+from diffopt._values.hidden import hidden_tensors
 from diffopt._values.tree import map_tensors, tensors_in
 
 #: By position in the loop, and by index among the tensors of the step's extras.
@@ -79,40 +78,11 @@ def _replaced(tree: Any, t: int, values: Mapping[Place, Tensor]) -> Any:
 
 
 def _refuse_hidden(aux: Any, step: int) -> None:
-    for leaf in pytree.tree_leaves(aux):
-        if isinstance(leaf, _PLAIN):
-            continue
-        for x in _inside(leaf):
-            if isinstance(x, Tensor) and x.requires_grad:
-                raise TypeError(
-                    f"aux of step {step} holds a {type(leaf).__name__} with a tensor of shape "
-                    f"{tuple(x.shape)} in it that requires grad, which cannot be connected there: "
-                    "return tensors in tuples, lists and dicts, register the class with PyTorch's "
-                    "pytrees, or detach the tensor"
-                )
-
-
-_PLAIN = (Tensor, nn.Module, str, bytes, bool, int, float, complex, type(None))
-
-
-def _inside(holder: Any) -> Iterator[Any]:
-    """What an object holds, itself or by way of the containers that it has."""
-    stack: list[Any] = [holder]
-    passed: set[int] = set()
-    while stack and len(passed) < 1000:
-        x = stack.pop()
-        if id(x) in passed:
-            continue
-        passed.add(id(x))
-        yield x
-        if isinstance(x, (*_PLAIN, type)) or callable(x):
-            continue
-        if isinstance(x, Mapping):
-            stack.extend(x.values())
-        elif isinstance(x, (list, tuple, set, frozenset, deque)):
-            stack.extend(x)
-        else:
-            stack.extend(getattr(x, "__dict__", {}).values())
-            names: Collection[str] = getattr(type(x), "__slots__", ())
-            names = (names,) if isinstance(names, str) else names
-            stack.extend(getattr(x, name, None) for name in names)
+    for leaf, x in hidden_tensors(aux):
+        if x.requires_grad:
+            raise TypeError(
+                f"aux of step {step} holds a {type(leaf).__name__} with a tensor of shape "
+                f"{tuple(x.shape)} in it that requires grad, which cannot be connected there: "
+                "return tensors in tuples, lists and dicts, register the class with PyTorch's "
+                "pytrees, or detach the tensor"
+            )

@@ -223,7 +223,16 @@ class TaskLosses(InnerLoss):
 
         copies = {name: x.clone() for name, x in buffers.items()}
         params = self.precision.narrowed(params)
-        mapped = over_tasks(one, params, copies, (grads, self.item_at(t)))
+        try:
+            mapped = over_tasks(one, params, copies, (grads, self.item_at(t)))
+        except RuntimeError as error:
+            if "does not have a grad_fn" in str(error):
+                raise RuntimeError(
+                    f"with tasks={self.tasks}, grad_transform runs under torch.vmap, where "
+                    "torch.autograd.grad sees no graph: take the gradient with torch.func.grad, "
+                    "which works without tasks, too"
+                ) from error
+            raise
         return _with_tensors(result[0], mapped)
 
     def _call(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from diffopt._values.hidden import hidden_tensors
 from diffopt._values.tree import map_tensors, tensors_in
 
 #: What a part's loss is multiplied by.
@@ -63,6 +66,16 @@ class Microbatches:
 
     def split(self, batch: Any, step: int) -> list[Any]:
         """The parts of a batch, which are views of it."""
+        if isinstance(batch, UserDict):  # as a tokenizer of Hugging Face gives
+            pieces = self.split(batch.data, step)
+            return [_with_data(batch, piece) for piece in pieces]
+        for leaf, x in hidden_tensors(batch):
+            raise TypeError(
+                f"microbatches={self.parts} splits the tensors of the batch of step {step}, but it "
+                f"is a {type(leaf).__name__} or holds one, with a tensor of shape "
+                f"{tuple(x.shape)}, which no pytree shows: pass its tensors in a tuple "
+                "or a dict, or let loss_fn capture what the parts share"
+            )
         lengths = {x.shape[0] for x in tensors_in(batch) if x.dim()}
         if len(lengths) != 1:
             found = ", ".join(str(tuple(x.shape)) for x in tensors_in(batch)) or "none"
@@ -85,8 +98,9 @@ class Microbatches:
         if self.reduction == "sum":
             return Shares([1.0] * len(parts), None)
         if self.weight is None:
+            seen = [part.data if isinstance(part, UserDict) else part for part in parts]
             weights: list[Coefficient] = [
-                float(next(x.shape[0] for x in tensors_in(part) if x.dim())) for part in parts
+                float(next(x.shape[0] for x in tensors_in(part) if x.dim())) for part in seen
             ]
             weights = weights if sum(weights) else [1.0] * len(parts)  # of an empty batch
         else:
@@ -112,6 +126,13 @@ class Shares:
 
     coefficients: list[Coefficient | None]
     weight: Coefficient | None
+
+
+def _with_data(batch: UserDict[Any, Any], data: Any) -> UserDict[Any, Any]:
+    """A batch of the same kind that holds other data."""
+    made = copy(batch)
+    made.data = data
+    return made
 
 
 def _checked(weight: Any, step: int) -> Coefficient:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from copy import copy
 from typing import Any
@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from diffopt._step.generators import Generators
-from diffopt._step.graph import Graph
+from diffopt._step.graph import Graph, comes_to
 from diffopt._step.linearization import Linearization
 from diffopt._step.loss import InnerLoss
 from diffopt._step.microbatches import Coefficient
 from diffopt._step.observe import Observer
 from diffopt._step.parts import Parts, PartsLoss, Total, copies, gathered
+from diffopt._step.parts_kept import Gradient, Gradients
 from diffopt._step.parts_vjp import InParts
-from diffopt._step.result import Evaluated, present
+from diffopt._step.result import Evaluated, StepResult, present
 from diffopt._step.step import InnerStep
 from diffopt._torch.autograd import present_sequence
 from diffopt._torch.collectives import no_collectives
@@ -38,6 +39,23 @@ class PartsStep(InnerStep):
     #: By step number, the parameters that had a gradient when the step was first taken; None where
     #: another process reads gradients on the way back.
     with_gradient: dict[int, list[str] | None]
+    gradients: Gradients | None = None
+
+    def keep_gradients(self, of_first_pass: Collection[int]) -> None:
+        """Keep gradients that the derivative reads beside states that are held.
+
+        Args:
+            of_first_pass: the positions of steps of which that of the first pass is to be kept;
+                of the others that of the last time they are taken again.
+        """
+        self.gradients = Gradients(of_first_pass)
+
+    def __call__(self, state: State, t: int, observer: Observer | None = None) -> StepResult:
+        """As for ``InnerStep``."""
+        result = super().__call__(state, t, observer)
+        if self.gradients is not None:
+            self.gradients.keep(state, result.state)
+        return result
 
     def of_part(self, loss: InnerLoss, c: Coefficient) -> InnerStep:
         """The evaluation of one part's loss and of the gradient of ``c`` times it."""
@@ -62,11 +80,11 @@ class PartsStep(InnerStep):
         """As for ``InnerStep``; unless ``connected``, the graphs of the parts are freed."""
         if connected:
             return super().evaluate(state, t, own, connected, observer)
-        number, extras = self.first_step + t, list[Any]()
+        number, extras, since = self.first_step + t, list[Any](), present_sequence()
         if self.group is not None:
             self.group.at(number)
         if observer is not None:
-            observer.begin(number, own, present_sequence())
+            observer.begin(number, own, since)
         graph, total = Graph(own, retained=False), Total()
         with self.hooks, torch.enable_grad(), no_collectives(), observer or _NOTHING:
             parts = self.loss.parts(t)
@@ -106,6 +124,15 @@ class PartsStep(InnerStep):
         outputs = attached(aux)
         graph.own = [*own, *present(raw).values()]
         self.note_roots(graph, outputs, hyper, grads)
+        if (
+            self.gradients is not None
+            and (observer is None or t in self.gradients.of_first_pass)
+            and self.grad_transform is None
+            and (others_read or self.reads_gradients(hyper, present(raw), state.opt))
+            and self.is_known(hyper)
+            and not comes_to(graph.roots["hyper"], own, since)
+        ):
+            self.gradients.latest = Gradient(raw, hyper)
         checked = self._checked(total.loss, outputs.values(), hyper, grads)
         return Evaluated(total.loss, aux, outputs, total.buffers, hyper, raw, grads, checked, graph)
 
@@ -149,7 +176,8 @@ class PartsStep(InnerStep):
 
     def linearize(self, state: State, t: int, observer: Observer | None = None) -> Linearization:
         """As for ``InnerStep``; nothing is evaluated before it is needed, unless observed."""
-        linearization = InParts(self, state, t)
+        kept = None if self.gradients is None else self.gradients.taken(state)
+        linearization = InParts(self, state, t, kept)
         if observer is not None:
             linearization.evaluate(observer)
         return linearization

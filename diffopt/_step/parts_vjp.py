@@ -17,6 +17,7 @@ from diffopt._step.graph import Graph
 from diffopt._step.linearization import Linearization, Split
 from diffopt._step.observe import Observer
 from diffopt._step.parts import Total, attached_values
+from diffopt._step.parts_kept import Gradient
 from diffopt._step.result import Checked, Evaluated, StepResult, present
 from diffopt._torch.autograd import present_sequence
 from diffopt._torch.collectives import no_collectives
@@ -32,17 +33,19 @@ if TYPE_CHECKING:
 class InParts(Linearization):
     """A step by parts; each vector-Jacobian product evaluates them anew.
 
-    It holds a state, and what the update is made of where that was evaluated.
+    It holds a state, its gradient where that was kept, and what the update is made of where that
+    was evaluated.
 
     Attributes:
         visit: is shown the graph of each part, of the weights and of the update, while it is there.
         again: what the step has given when it was evaluated again, to be compared.
     """
 
-    def __init__(self, step: PartsStep, state: State, t: int) -> None:
+    def __init__(self, step: PartsStep, state: State, t: int, kept: Gradient | None = None) -> None:
         self._parts_step = step
         self._before = state.detach()
         self._t = t
+        self._kept = kept
         self._start = step.generators.get()
         self._update: Linearization | None = None
         self.checked: Checked | None = None
@@ -83,10 +86,18 @@ class InParts(Linearization):
         self.graph = Graph((), retained=False)
         if self._update is None:
             return
-        self._update = self._placeholder() or self._update
+        self._update = self._unread() or self._update
         self._update.forget_extras()
 
-    def _placeholder(self) -> Linearization | None:
+    def _without_evaluation(self) -> Linearization | None:
+        """The update, from the gradient that was kept, or where it reads none."""
+        if self._kept is None:
+            return self._unread()
+        kept, self._kept = self._kept, None
+        raw = {n: g if g is None else g.detach().requires_grad_() for n, g in kept.raw.items()}
+        return self._update_of(raw, kept.hyper)
+
+    def _unread(self) -> Linearization | None:
         """The update with any values in the gradients' places, where it reads none of them."""
         step, number = self._parts_step, self._parts_step.first_step + self._t
         names = step.with_gradient.get(number)
@@ -94,13 +105,18 @@ class InParts(Linearization):
             return None
         with torch.enable_grad():
             hyper = step.options_at(number)
-        state, leaves = step.on_leaves(self._before)
-        given = {name: state.params[name].detach().requires_grad_() for name in names}
-        if step.reads_gradients(hyper, given, state.opt):
+        params = self._before.params
+        given = {name: params[name].detach().requires_grad_() for name in names}
+        if step.reads_gradients(hyper, given, self._before.opt):
             return None
-        raw = {name: given.get(name) for name in state.params}
+        return self._update_of({name: given.get(name) for name in params}, hyper)
+
+    def _update_of(self, raw: Mapping[str, Tensor | None], hyper: Sequence[Hyper]) -> Linearization:
+        """The update from gradients that are leaves, without loss, extras and buffers."""
+        step, number = self._parts_step, self._parts_step.first_step + self._t
+        state, leaves = step.on_leaves(self._before)
         zero = next(iter(state.params.values())).new_zeros(())
-        graph = Graph([*leaves.values(), *given.values()], retained=False)
+        graph = Graph([*leaves.values(), *present(raw).values()], retained=False)
         step.note_roots(graph, {}, hyper, raw)
         found = Evaluated(zero, None, {}, {}, hyper, raw, raw, Checked(zero), graph)
         return Split(step, number, state, leaves | _as_leaves(raw), found)
@@ -115,14 +131,18 @@ class InParts(Linearization):
     ) -> tuple[Cotangent, list[Tensor | None]]:
         step = self._parts_step
         with step.generators.undisturbed():
-            update = self._update or self._placeholder() or self.evaluate()
+            update = self._update or self._without_evaluation() or self.evaluate()
             self.visit(update.graph)
             before, others = update.vjp(
                 state_cotangent, StepCotangents(), captured, retain_graph=retain_graph
             )
         given = {path[1]: before.pop(path) for path in list(before) if path[0] == "raw"}
+        hyper = update.hyper
+        if not retain_graph and step.group is None:  # the gradient is not read again
+            self._update = None
+            del update
         found, more = self._pulled_through(
-            {} if step.first_order else given, outputs, captured, retain_graph, update.hyper
+            {} if step.first_order else given, outputs, captured, retain_graph, hyper
         )
         add_into(before, found)
         return before, add_each(others, more)

@@ -305,6 +305,12 @@ class InnerStep:
             given = shards.standing(given)
         if self._takes_model:
             changed = self.loss.transform_with_model(self.grad_transform, given, params, buffers, t)
+            if any(x.is_leaf and x.grad is not None for x in params.values()):
+                raise RuntimeError(
+                    f"grad_transform differentiated into .grad at step {self.first_step + t}, as "
+                    "where it calls loss.backward(), which keeps no graph: take the gradient with "
+                    "torch.autograd.grad(loss, parameters, create_graph=True)"
+                )
         else:
             changed = self.loss.transform_grads(self.grad_transform, given)
         if shards is not None and isinstance(changed, Mapping):

@@ -14,6 +14,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from diffopt._derivatives.routing import Routed
 from diffopt._torch import functorch, pytree
 from diffopt._torch.operations import Operation, builtins
+from diffopt._values.hidden import hidden_tensors
 
 Values = Mapping[str, Tensor]
 
@@ -47,13 +48,13 @@ def over_tasks(
 
 def check_leads(tree: Any, tasks: int, what: str) -> None:
     """Raise where a tensor of ``tree`` does not lead with the task dimension."""
+    for leaf, _ in hidden_tensors(tree):
+        write = "dict(batch)" if isinstance(leaf, Mapping) else "its tensors in a tuple or a dict"
+        raise TypeError(
+            f"with tasks={tasks} the tensors of every batch are mapped over, but {what} is a "
+            f"{type(leaf).__name__} or holds one, in which PyTorch's pytrees see none: pass {write}"
+        )
     for x in pytree.tree_leaves(tree):
-        if isinstance(x, Mapping):
-            raise TypeError(
-                f"with tasks={tasks} the tensors of every batch are mapped over, but {what} is a "
-                f"{type(x).__name__} or holds one, in which PyTorch's pytrees see none: pass "
-                "dict(batch)"
-            )
         if isinstance(x, Tensor) and (x.dim() == 0 or x.shape[0] != tasks):
             raise ValueError(
                 f"with tasks={tasks} every tensor leads with {tasks}, one entry a task, but "

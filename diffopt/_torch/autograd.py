@@ -48,6 +48,28 @@ def load_decompositions() -> None:
             return
 
 
+def graph_was_freed(root: Any, most: int = 1000) -> bool:
+    """Whether a backward pass has freed what the graph from the node ``root`` on had saved.
+
+    Args:
+        most: how many nodes to look at.
+    """
+    stack, passed = [root], {root}
+    while stack and len(passed) < most:
+        node = stack.pop()
+        for name in dir(node):
+            if name.startswith("_saved_"):
+                try:
+                    getattr(node, name)
+                except RuntimeError as error:
+                    if "second time" in str(error):
+                        return True
+        found = {x for x, _ in node.next_functions if x is not None} - passed
+        passed |= found
+        stack += found
+    return False
+
+
 def saved(node: Any, name: str) -> Any:
     """What a node of PyTorch's saved under ``name``; None if the node saved nothing so."""
     return getattr(node, f"_saved_{name}", None)

@@ -13,9 +13,13 @@ from torch.utils.data import IterableDataset
 
 from diffopt._loop import progress as _progress
 from diffopt._step.loss import loss_and_aux
+from diffopt._step.transform import arguments_of
+from diffopt._torch.autograd import graph_was_freed
 from diffopt._torch.functorch import active_transform
 from diffopt._unroll.in_place import InPlace
+from diffopt._values.tree import tensors_in
 from diffopt.adjoint import Adjoint, MemoryBudget, Segmented, Solver
+from diffopt.optim import Optimizer
 from diffopt.optim.scalars import has_tangent
 
 LossFn = Callable[..., Any]
@@ -42,6 +46,24 @@ def chosen_adjoint(segment: int | None, adjoint: Any, verify: bool) -> Adjoint:
     return adjoint
 
 
+def check_graphs(opt: Optimizer) -> None:
+    """Refuse an option computed from others whose graph a backward pass has used up.
+
+    Raises:
+        RuntimeError: naming it.
+    """
+    for rule, group in zip(opt.rules, opt.param_groups, strict=True):
+        for key in rule.defaults:
+            for x in tensors_in(group[key]):
+                if x.grad_fn is not None and graph_was_freed(x.grad_fn):
+                    raise RuntimeError(
+                        f"{type(rule).__name__}: {key} is a tensor computed from others, and a "
+                        "backward pass has freed the graph that it was computed by: it serves one. "
+                        f"Give a callable, {key}=lambda t: log_{key}.exp(), or make the optimizer "
+                        "anew for each unroll"
+                    )
+
+
 def _example(cls: type) -> str:
     """A call that makes an object of a class of this package."""
     given = [p for p in inspect.signature(cls).parameters.values() if p.default is p.empty]
@@ -63,6 +85,11 @@ def check_options(
     for name, value in functions.items():
         if value is not None and not callable(value):
             raise TypeError(f"{name} is a {type(value).__name__}: pass a function")
+    if grad_transform is not None and arguments_of(grad_transform) not in (0, 1, 3):
+        raise TypeError(
+            f"grad_transform takes {arguments_of(grad_transform)} arguments: it is called with the "
+            "gradients alone, f(grads), or as f(grads, model, batch)"
+        )
     if max_cotangent_norm is not None:
         if isinstance(max_cotangent_norm, bool) or not isinstance(max_cotangent_norm, Real):
             raise TypeError(

@@ -30,6 +30,7 @@ from diffopt._step.transform import GradTransform
 from diffopt._unroll.arguments import (
     LossFn,
     batches_of,
+    check_graphs,
     check_options,
     check_surroundings,
     chosen_adjoint,
@@ -201,6 +202,8 @@ def unroll(
     )
     devices = {x.device for x in (*problem.params.values(), *problem.model.buffers(), *inputs)}
     connected = torch.is_grad_enabled() and problem.connected
+    if connected:
+        check_graphs(problem.opt)
     modes = Modes(model, devices)
     if max_cotangent_norm == math.inf:
         max_cotangent_norm = None

@@ -23,9 +23,12 @@ def add_into(total: Cotangent, more: Cotangent) -> None:
         total[path] = total[path] + c if path in total else c
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
 class State:
-    """Inner parameters, optimizer state and buffers, each by the name the model gives them."""
+    """Inner parameters, optimizer state and buffers, each by the name the model gives them.
+
+    A state is equal to itself alone.
+    """
 
     params: Mapping[str, Tensor]
     opt: Mapping[str, Mapping[str, Tensor]]

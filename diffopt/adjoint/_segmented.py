@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from diffopt import schedule
+from diffopt._loop.loop import Loop
 from diffopt._loop.storage import Storage
+from diffopt._step.parts_step import PartsStep
+from diffopt._values.state import State
 from diffopt.adjoint._base import Stored
 from diffopt.schedule import Plan
 
@@ -32,7 +36,9 @@ class Segmented(Stored):
         OSError: when unrolling, the folder does not exist, or is full.
 
     Cost: about T - T/k steps are computed again without a graph, and each step once more inside its
-    vector-Jacobian product. Not where the backward pass is itself recorded: see
+    vector-Jacobian product. With ``microbatches``, the gradient of each step of a segment is held
+    beside the state, where the derivative of the rule reads it, as Adam's does; with a storage it
+    is not, and is computed once more. Not where the backward pass is itself recorded: see
     ``diffopt.unroll``.
     """
 
@@ -41,3 +47,10 @@ class Segmented(Stored):
 
     def plan(self, steps: int) -> Plan:
         return schedule.segmented(steps, self.segment)
+
+    def forward(self, loop: Loop) -> tuple[State, Any]:
+        if self.storage is None and isinstance(loop.step, PartsStep):
+            advances = [a for a in self.plan_for(loop).backward_actions if a.kind == "advance"]
+            again = {t for action in advances for t in range(action.start, action.stop)}
+            loop.step.keep_gradients({*range(loop.steps)} - again)
+        return super().forward(loop)

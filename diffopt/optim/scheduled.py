@@ -57,6 +57,11 @@ def from_scheduler(
         >>> inner = diffopt.SGD(model.parameters(), lr=schedule)
     """
     check_int("steps", steps, 0, "pass how many steps there are")
+    if not callable(make):
+        raise TypeError(
+            f"make is a {type(make).__name__}: pass a function of an optimizer that returns the "
+            "scheduler, such as lambda opt: StepLR(opt, step_size=10)"
+        )
     opt = torch.optim.SGD([torch.zeros((), requires_grad=True)], lr=lr, **options)
     scheduler = make(opt)
     if isinstance(scheduler, ReduceLROnPlateau):
