@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import diffopt
 from diffopt import Binomial, Segmented, StoreAll
 from diffopt._loop import storage as _storage
+from diffopt._loop.background import BACKLOG
 from diffopt._loop.files import Folder, OnDisk
 from diffopt._loop.snapshots import Snapshot
 from diffopt._values.state import State
@@ -94,7 +95,7 @@ def stores(monkeypatch: pytest.MonkeyPatch) -> Stores:
 
 def settle(store: _storage.InFolder) -> None:
     """Let the background thread do what it was asked to do so far."""
-    store._thread.submit(lambda: None).result()
+    store._background.read(lambda: None).result()
 
 
 def files(stores: Stores) -> list[Path]:
@@ -436,12 +437,12 @@ def test_few_snapshots_wait_to_be_written(
 
     def record(self: Any, t: int, snapshot: Any) -> None:
         save(self, t, snapshot)
-        waiting.append(len(self._writing))
+        waiting.append(len(self._background._writing))
 
     monkeypatch.setattr(_storage.InFolder, "__setitem__", record)
     problem.total(Segmented(1, folder))
     assert len(waiting) == STEPS
-    assert max(waiting) <= _storage.BACKLOG
+    assert max(waiting) <= BACKLOG
 
 
 # --- Layouts ----------------------------------------------------------------------------------

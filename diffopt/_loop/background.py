@@ -6,44 +6,48 @@ import os
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from diffopt._loop.snapshots import check_process
 
 T = TypeVar("T")
 
-_BACKLOG = 2  # writes that may wait, each of which holds a state in host memory
+#: How many writes may wait. Each holds a state in host memory until it is done.
+BACKLOG = 2
 
 
 class Background:
-    """A thread that writes and reads for one process.
-
-    What fails on it is raised by the next call here.
-    """
+    """A thread of one process. A write that failed is raised when the next one is asked for."""
 
     def __init__(self, name: str) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
         self._process = os.getpid()
-        self._writing: deque[Future[None]] = deque()
+        self._writing: deque[Future[Any]] = deque()
 
     @property
     def mine(self) -> bool:
-        """Whether this process made it, and was not forked from the one that did."""
+        """Whether this process made it: one that was forked from that has no such thread."""
         return os.getpid() == self._process
 
     def check_mine(self) -> None:
-        """Raise in a forked process, which has no such thread."""
+        """Raise in a process that was forked from the one that made it."""
         check_process(self._process)
 
-    def write(self, work: Callable[[], None]) -> None:
-        """Do ``work`` later. Waits where too much waits already."""
+    def make_room(self) -> None:
+        """Wait until one more write may wait."""
+        self.check_mine()
         self.raise_failed()
-        while len(self._writing) >= _BACKLOG:
+        while len(self._writing) >= BACKLOG:
             self._writing.popleft().result()
+
+    def write(self, work: Callable[[], object]) -> None:
+        """Do ``work`` later, once there is room."""
+        self.make_room()
         self._writing.append(self._thread.submit(work))
 
     def read(self, work: Callable[[], T]) -> Future[T]:
-        """Do ``work`` after what was asked for before."""
+        """Do ``work`` after everything that was asked for before."""
+        self.check_mine()
         return self._thread.submit(work)
 
     def finish(self) -> None:
@@ -56,6 +60,6 @@ class Background:
         while self._writing and self._writing[0].done():
             self._writing.popleft().result()
 
-    def close(self) -> None:
-        """Do what was asked for, and end the thread."""
-        self._thread.shutdown(wait=True)
+    def close(self, *, drop: bool = False) -> None:
+        """End the thread, when everything is done, or if ``drop``, what it is doing now."""
+        self._thread.shutdown(wait=True, cancel_futures=drop)

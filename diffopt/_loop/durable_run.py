@@ -110,7 +110,8 @@ class DurableSnapshots(Snapshots, Journal):
         return t in self._files
 
     def prefetch(self, t: int) -> None:
-        self._check_mine()
+        self._refuse_lost()
+        self._background.check_mine()
         if t not in self._reading:
             file = self._files[t]
             self._reading[t] = self._background.read(lambda: self._shelf.read(file))
@@ -228,7 +229,8 @@ class DurableSnapshots(Snapshots, Journal):
         return file
 
     def _write(self, file: File, written: Written) -> None:
-        self._check_mine()
+        self._refuse_lost()
+        self._background.make_room()
         copy = self._copier.to_host(written[0])
 
         def write() -> None:
@@ -262,7 +264,7 @@ class DurableSnapshots(Snapshots, Journal):
             }
             self._shelf.publish(entry, named)
 
-        self._check_mine()
+        self._refuse_lost()
         self._background.write(publish)
 
     def _wait_for_others(self) -> None:
@@ -271,10 +273,9 @@ class DurableSnapshots(Snapshots, Journal):
             self._background.finish()
             group.maximum(0)
 
-    def _check_mine(self) -> None:
+    def _refuse_lost(self) -> None:
         if self._lost:
             raise RuntimeError(f"this unroll cannot go back: {self._lost}")
-        self._background.check_mine()
 
     def _give_up(self, why: str) -> None:
         self._lost = why

@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from diffopt._loop.background import Background
 from diffopt._loop.checksum import bytes_of, checksum, memory_of
 from diffopt._loop.durable import Durable
 from diffopt._loop.durable_run import DurableSnapshots
 from diffopt._loop.files import Folder, folder_of, restated, said
-from diffopt._loop.snapshots import Snapshot, Snapshots, check_process
+from diffopt._loop.snapshots import Snapshot, Snapshots
 from diffopt._loop.transfer import Copier, Copy
 from diffopt._values.state import State
 from diffopt._values.tree import Path
@@ -29,9 +29,6 @@ from diffopt._values.tree import Path
 #: Where snapshots go: None for where the tensors are, "cpu", a folder (a path, or an address for
 #: fsspec), or one that lasts.
 Storage = str | os.PathLike[str] | Durable | None
-
-#: How many snapshots may wait to be written. Each takes host memory until it is.
-BACKLOG = 2
 
 Tensors = dict[Path, Tensor]
 
@@ -117,7 +114,6 @@ class InFolder(Snapshots):
         self._folder = folder
         self._copier = Copier()
         self._files: dict[int, _File] = {}
-        self._writing: deque[Future[None]] = deque()
         self._reading: dict[int, Future[Tensors]] = {}
         try:
             own = folder.make_own()
@@ -128,19 +124,15 @@ class InFolder(Snapshots):
                 'that exists and can be written to, or "cpu"',
             ) from error
         self._own = own
-        self._process = os.getpid()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="diffopt-snapshots")
-        self._discard = weakref.finalize(self, _discard, self._thread, own, os.getpid())
+        self._background = Background("diffopt-snapshots")
+        self._discard = weakref.finalize(self, _discard, self._background, own)
 
     def __setitem__(self, t: int, snapshot: Snapshot) -> None:
-        check_process(self._process)
-        self._raise_failed_writes()
-        while len(self._writing) >= BACKLOG:
-            self._writing.popleft().result()
+        self._background.make_room()
         copy = self._copier.to_host(snapshot.state.tensors())
         file = _File(self._own, f"{t}.state", snapshot)
         self._files[t] = file
-        self._writing.append(self._thread.submit(file.write, copy))
+        self._background.write(lambda: file.write(copy))
 
     def __getitem__(self, t: int) -> Snapshot:
         file = self._files[t]
@@ -148,15 +140,15 @@ class InFolder(Snapshots):
         try:
             host = self._reading.pop(t).result()
         except (OSError, RuntimeError):
-            self._raise_failed_writes()  # says why there is nothing to read
+            self._background.raise_failed()  # says why there is nothing to read
             raise
         tensors = self._copier.to_devices(host, file.devices).received()
         return Snapshot(file.form.replace(tensors), file.generators)
 
     def __delitem__(self, t: int) -> None:
-        check_process(self._process)
         self._reading.pop(t, None)
-        self._thread.submit(self._own.remove, self._files.pop(t).name)
+        name = self._files.pop(t).name
+        self._background.read(lambda: self._own.remove(name))
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._files)
@@ -168,28 +160,23 @@ class InFolder(Snapshots):
         return t in self._files
 
     def prefetch(self, t: int) -> None:
-        check_process(self._process)
+        self._background.check_mine()
         if t not in self._reading:  # its file is written by then: the thread works in order
-            self._reading[t] = self._thread.submit(self._files[t].read)
+            self._reading[t] = self._background.read(self._files[t].read)
 
     def another(self) -> Self:
         return type(self)(self._folder)
 
     def close(self) -> None:
-        if os.getpid() == self._process:
+        if self._background.mine:
             self._discard()
         self._files.clear()
-        self._writing.clear()
         self._reading.clear()
 
-    def _raise_failed_writes(self) -> None:
-        while self._writing and self._writing[0].done():
-            self._writing.popleft().result()
 
-
-def _discard(thread: ThreadPoolExecutor, folder: Folder, process: int) -> None:
-    if os.getpid() == process:  # a forked process has a copy of the object, but no thread
-        thread.shutdown(wait=True, cancel_futures=True)
+def _discard(background: Background, folder: Folder) -> None:
+    if background.mine:
+        background.close(drop=True)
         folder.discard()
 
 
