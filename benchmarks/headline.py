@@ -77,7 +77,10 @@ def table(results: list[Result]) -> str:
         "|---" * (len(steps) + 1) + "|",
     ]
     for name, (label, _, _) in LINES.items():
-        cells = [f"{r.least_milliseconds(name):.1f} / {r.peak(name):,.0f}" for r in results]
+        times = (r.least_milliseconds(name) for r in results)
+        shown = ("–" if time is None else f"{time:.1f}" for time in times)
+        peaks = (f"{r.peak(name):,.0f}" for r in results)
+        cells = [f"{time} / {peak}" for time, peak in zip(shown, peaks, strict=True)]
         lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

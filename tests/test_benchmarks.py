@@ -195,8 +195,12 @@ def test_the_command(
 
 
 def _row(parameters: int, tokens: int, states: int) -> dict[str, Any]:
-    """A peak of 12 bytes a parameter and state, 40 or 60 a parameter, 7 an activation."""
-    peak = parameters * (12 * states + (40 if states else 60)) + 7 * tokens * scaling.LAYERS * 32
+    """A peak of 12 bytes a parameter and state, 40 or 60 a parameter, 7 an activation, 2 MiB."""
+    peak = (
+        2**21
+        + parameters * (12 * states + (40 if states else 60))
+        + 7 * tokens * scaling.LAYERS * 32
+    )
     return {
         "parameters": parameters,
         "tokens": tokens,
@@ -209,7 +213,8 @@ def _row(parameters: int, tokens: int, states: int) -> dict[str, Any]:
 def test_the_fit_of_peaks_finds_what_they_are_made_of() -> None:
     rows = [_row(p, n, s) for p in (10**5, 10**6) for n in (100, 900) for s in (0, 4, 16)]
     found = scaling.bytes_by(rows)
-    expected = {"state": 12, "working": 40, "working_stored": 60, "activation": 7, "off": 0}
+    expected = {"state": 12, "working": 40, "working_stored": 60, "activation": 7, "rest": 2}
+    expected["off"] = 0
     assert found == pytest.approx(expected, abs=1e-6)
 
 
@@ -235,7 +240,7 @@ def test_the_headline_is_drawn_from_what_was_recorded(tmp_path: Path) -> None:
     for result in results:
         for name in headline.LINES:
             assert result.peak(name)
-            assert result.least_milliseconds(name)
+            assert result.least_milliseconds(name) or result.case.steps == 1000
     headline.draw(results, tmp_path / "headline.png")
     for name in ("headline.png", "headline-dark.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
