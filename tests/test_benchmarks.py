@@ -245,3 +245,16 @@ def test_the_headline_is_drawn_from_what_was_recorded(tmp_path: Path) -> None:
     for name in ("headline.png", "headline-dark.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
         assert (headline.PICTURE.parent / name).exists()
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/pages/index.md"])
+def test_the_front_page_tells_what_was_recorded(page: str) -> None:
+    text = " ".join((TOP / page).read_text("utf-8").split())
+    *shorter, longest = headline.recorded()
+    assert longest.case.steps == 1000
+    theirs = max(longest.peak(name) for name in ("higher", "torchopt"))
+    assert f"{theirs:,.0f} MiB for 1,000 steps" in text
+    assert f"{longest.peak('diffopt-sqrt'):,.0f} MiB with `Segmented()`" in text
+    for result in shorter:  # "about twice the time"
+        ours = result.least_milliseconds("diffopt-sqrt")
+        assert 1.5 < ours / result.least_milliseconds("higher") < 2.6
