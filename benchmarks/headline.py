@@ -61,7 +61,8 @@ def draw(results: list[Result], out: Path) -> None:
         right.set(title="Peak memory", ylabel="MiB", yscale="log")
         for axes in (left, right):
             axes.set(xscale="log", xlabel="inner steps")
-            axes.set_xticks([10, 30, 100, 300, 1000], ["10", "30", "100", "300", "1,000"])
+            shown = [t for t in (10, 30, 100, 300, 1000) if t < 1000 or axes is right]
+            axes.set_xticks(shown, [f"{t:,}" for t in shown])
             axes.minorticks_off()
         right.set_yticks([10, 100, 1000, 10000], ["10", "100", "1,000", "10,000"])
         left.figure.legend(
@@ -77,7 +78,10 @@ def table(results: list[Result]) -> str:
         "|---" * (len(steps) + 1) + "|",
     ]
     for name, (label, _, _) in LINES.items():
-        cells = [f"{r.least_milliseconds(name):.1f} / {r.peak(name):,.0f}" for r in results]
+        times = (r.least_milliseconds(name) for r in results)
+        shown = ("–" if time is None else f"{time:.1f}" for time in times)
+        peaks = (f"{r.peak(name):,.0f}" for r in results)
+        cells = [f"{time} / {peak}" for time, peak in zip(shown, peaks, strict=True)]
         lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -242,7 +242,7 @@ def measure(rounds: int) -> dict[str, Any]:
 def bytes_by(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Least squares, each peak to the same relative accuracy, of
 
-        peak = parameters · (working + state · states) + activation · tokens · layers · width
+        peak = parameters · (working + state · states) + activation · tokens · layers · width + rest
 
     with another ``working`` where the states lie in files.
     """
@@ -250,12 +250,12 @@ def bytes_by(rows: list[dict[str, Any]]) -> dict[str, float]:
     for row in rows:
         p, stored = row["parameters"], not row["states"]
         activations = row["tokens"] * LAYERS * row["width"]
-        design.append([p * row["states"], p * (not stored), p * stored, activations])
+        design.append([p * row["states"], p * (not stored), p * stored, activations, MIB])
         peaks.append(row["peak"])
     scale = 1 / np.array(peaks)
     found, *_ = np.linalg.lstsq(np.array(design) * scale[:, None], np.ones(len(peaks)), rcond=None)
     off = np.abs(np.array(design) * scale[:, None] @ found - 1).max()
-    names = ("state", "working", "working_stored", "activation")
+    names = ("state", "working", "working_stored", "activation", "rest")
     return dict(zip(names, found.tolist(), strict=True)) | {"off": float(off)}
 
 
@@ -327,7 +327,7 @@ def memory_text(found: dict[str, Any]) -> str:
         f"{b['working_stored']:.0f} where states lie in files (`storage=`), the few that are on "
         "their way among them;\n"
         f"- {b['activation']:.0f} bytes for the graph of a step, for each token, layer and unit of "
-        "width.\n\n"
+        f"width, and {b['rest']:.0f} MiB that are always there.\n\n"
         f"The fit is at most {b['off']:.0%} off, over {len(found['by_states'])} peaks from "
         f"{min(r['peak'] for r in found['by_states']) / MIB:.0f} to "
         f"{max(r['peak'] for r in found['by_states']) / MIB:.0f} MiB.\n"
@@ -338,9 +338,14 @@ def processes_table(found: dict[str, Any]) -> str:
     rows = []
     kinds = {"group": "`group=`, 16 texts split", "shard": "`shard`, 4 texts on each"}
     for row in found["by_processes"]:
-        cells = [f"{1000 * row['seconds']:.0f}", f"{row['peak'] / MIB:.0f}"]
+        (alone,) = (
+            r["seconds"]
+            for r in found["by_processes"]
+            if r["kind"] == row["kind"] and r["processes"] == 1
+        )
+        cells = [f"{row['seconds'] / alone:.2f}", f"{row['peak'] / MIB:.0f}"]
         rows.append([kinds[row["kind"]], str(row["processes"]), *cells])
-    return markdown(["", "processes", "ms a step, of each", "peak MiB, of each"], rows)
+    return markdown(["", "processes", "CPU time of each", "peak MiB of each"], rows)
 
 
 BILLION, DEEP, WIDE, TOKENS, LONG = 1.0e9, 20, 2048, 2048, 10_000

@@ -21,6 +21,8 @@ sys.path.append(str(TOP / "benchmarks"))
 
 import compare
 import environment
+import headline
+import scaling
 from cases import OPTIMIZERS, WORKLOADS, Case, build
 from claims import CLAIMS, table
 from libraries import LIBRARIES, plain
@@ -190,3 +192,69 @@ def test_the_command(
     monkeypatch.setattr(environment, "confine", lambda *limits, **more: None)  # not the tests
     compare.main(options)
     assert "done before" in capsys.readouterr().out
+
+
+def _row(parameters: int, tokens: int, states: int) -> dict[str, Any]:
+    """A peak of 12 bytes a parameter and state, 40 or 60 a parameter, 7 an activation, 2 MiB."""
+    peak = (
+        2**21
+        + parameters * (12 * states + (40 if states else 60))
+        + 7 * tokens * scaling.LAYERS * 32
+    )
+    return {
+        "parameters": parameters,
+        "tokens": tokens,
+        "width": 32,
+        "states": states,
+        "peak": peak,
+    }
+
+
+def test_the_fit_of_peaks_finds_what_they_are_made_of() -> None:
+    rows = [_row(p, n, s) for p in (10**5, 10**6) for n in (100, 900) for s in (0, 4, 16)]
+    found = scaling.bytes_by(rows)
+    expected = {"state": 12, "working": 40, "working_stored": 60, "activation": 7, "rest": 2}
+    expected["off"] = 0
+    assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_growth_is_the_slope_of_the_logarithms() -> None:
+    rows = [{"steps": t, "peak": 3.0 * t**0.5} for t in (16, 64, 256)]
+    assert scaling.exponent(rows, "steps", "peak") == pytest.approx(0.5)
+    row = {"forward": 1.0, "training": 4.0, "metagradient": 13.0}
+    assert scaling.passes(row, 0.5) == 15.0
+
+
+def test_the_page_on_scaling_shows_what_was_recorded() -> None:
+    page = scaling.PAGE.read_text("utf-8")
+    assert scaling.filled(page, scaling.recorded()) == page
+
+
+def test_a_peak_of_scaling_is_measured() -> None:
+    assert scaling.peak_of(64, 1, 3, "Segmented(1)") > 10**6
+
+
+def test_the_headline_is_drawn_from_what_was_recorded(tmp_path: Path) -> None:
+    results = headline.recorded()
+    assert [r.case.steps for r in results] == [10, 30, 100, 300, 1000]
+    for result in results:
+        for name in headline.LINES:
+            assert result.peak(name)
+            assert result.least_milliseconds(name) or result.case.steps == 1000
+    headline.draw(results, tmp_path / "headline.png")
+    for name in ("headline.png", "headline-dark.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+        assert (headline.PICTURE.parent / name).exists()
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/pages/index.md"])
+def test_the_front_page_tells_what_was_recorded(page: str) -> None:
+    text = " ".join((TOP / page).read_text("utf-8").split())
+    *shorter, longest = headline.recorded()
+    assert longest.case.steps == 1000
+    theirs = max(longest.peak(name) for name in ("higher", "torchopt"))
+    assert f"{theirs:,.0f} MiB for 1,000 steps" in text
+    assert f"{longest.peak('diffopt-sqrt'):,.0f} MiB with `Segmented()`" in text
+    for result in shorter:  # "about twice the time"
+        ours = result.least_milliseconds("diffopt-sqrt")
+        assert 1.5 < ours / result.least_milliseconds("higher") < 2.6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 
 import pytest
@@ -41,6 +42,21 @@ def is_optimizer(name: str) -> bool:
 def test_what_it_names_there_is(row: str) -> None:
     name = cell(row, "diffopt").split("`")[1]
     assert issubclass(getattr(diffopt, name), diffopt.Adjoint)
+
+
+def test_it_runs_on_several_processes_and_after_a_kill() -> None:
+    assert cell("several processes", "diffopt") == "`group=`, `shard`"
+    assert "group" in inspect.signature(diffopt.unroll).parameters
+    assert callable(diffopt.distributed.shard)
+    assert cell("goes on after a kill", "diffopt") == "`Durable`"
+    assert "storage" in inspect.signature(diffopt.Segmented).parameters
+    assert callable(diffopt.Durable)
+
+
+def test_what_it_says_of_torchopt() -> None:
+    distributed = pytest.importorskip("torchopt.distributed")
+    assert cell("several processes", "TorchOpt").startswith("`torchopt.distributed`")
+    assert callable(distributed.auto_init_rpc)
 
 
 def test_what_it_says_of_higher() -> None:

@@ -94,7 +94,7 @@ def picture(args: argparse.Namespace, *grid: int, **options: Any) -> Iterator[An
         figure, axes = plt.subplots(*grid, **options)
         yield axes
         if args.out:
-            figure.savefig(args.out, dpi=130, transparent=True)
+            figure.savefig(args.out, dpi=130, facecolor="white")  # also for a README on a dark page
             if args.dark:
                 _darken(figure)
                 figure.savefig(
