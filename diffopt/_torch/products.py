@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP
 
-#: The most multiplications of a product that is written out; a library does larger ones faster.
+#: The most multiplications of two matrices that are written out; a library does more of them faster.
 MOST_MULTIPLICATIONS = 1 << 17
 
 #: Bytes of the widest registers.
@@ -77,7 +77,7 @@ def product_call(node: Any) -> str:
     *added, a, b = map(_Matrix.of, node.inputs)
     c = _Matrix.of(node)
     d = added[0].expanded(c.sizes) if added else None
-    if math.prod(c.sizes) * a.sizes[2] > MOST_MULTIPLICATIONS:
+    if c.sizes[1] * c.sizes[2] * a.sizes[2] > MOST_MULTIPLICATIONS:
         raise NotSmall("there is a product of large matrices")
     lanes = _REGISTER // node.get_dtype().itemsize
     if _cycles(b.transposed, a.transposed, c.transposed, lanes) < _cycles(a, b, c, lanes):
