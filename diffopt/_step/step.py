@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import replace
 from typing import Any, Self
@@ -98,6 +98,10 @@ class InnerStep:
         step = copy(self)
         step.first_order = True
         return step
+
+    def session(self, standing: AbstractContextManager[None]) -> AbstractContextManager[None]:
+        """Where steps are taken, of the context in which values may stand in the module."""
+        return standing
 
     def later(self, by: int) -> Self:
         """This step with the positions counted from ``by`` on."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP
 
-#: The most multiplications of two matrices that are written out; a library does more of them faster.
+#: The most multiplications of two matrices that are written out; a library does more faster.
 MOST_MULTIPLICATIONS = 1 << 17
 
 #: Bytes of the widest registers.
