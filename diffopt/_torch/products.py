@@ -13,6 +13,9 @@ from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP
 #: The most multiplications of two matrices that are written out; a library does more faster.
 MOST_MULTIPLICATIONS = 1 << 17
 
+#: The most bytes of a matrix that is copied first, so that its rows lie side by side.
+MOST_PACKED = 1 << 18
+
 #: Bytes of the widest registers.
 _REGISTER = 64
 
@@ -83,6 +86,8 @@ def product_call(node: Any) -> str:
     if _cycles(b.transposed, a.transposed, c.transposed, lanes) < _cycles(a, b, c, lanes):
         a, b, c = b.transposed, a.transposed, c.transposed
         d = None if d is None else d.transposed
+    if b.strides[2] != 1 and b.sizes[1] * b.sizes[2] * node.get_dtype().itemsize > MOST_PACKED:
+        raise NotSmall("a large matrix would have to be transposed")
     numbers = [*c.sizes, a.sizes[2], *a.strides, *b.strides, *c.strides]
     numbers += (0, 0, 0) if d is None else d.strides
     kind, is_added = DTYPE_TO_CPP[node.get_dtype()], "false" if d is None else "true"
