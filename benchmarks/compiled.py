@@ -1,14 +1,16 @@
 """Compiled loops against peers, on one small network, in one process, taking turns.
 
 usage: compiled.py [--rounds N] [--threads N] [--steps 20 100 1000] [--optimizers SGD Adam]
+                   [--libraries "diffopt compile=True" TorchOpt ...]
 
 Method: an MLP of 1,002 parameters, a new batch of 16 examples in every step, a meta-gradient (the
 gradient of a query loss of the trained network in the initial parameters) per call. Every library
 computes it once to warm up, compilation included, which is timed apart; the gradients are compared
-with one another; then all take turns, in a new random order in every round. What is reported is the
-median over the rounds, in microseconds a step: of wall time, and of the processor time of all
-threads, which another load on the machine disturbs less. Libraries that are not installed are left
-out.
+with one another; then all take turns, in a new random order in every round. What is reported is, in
+microseconds a step, the median and the least over the rounds: of wall time, and of the processor
+time of all threads, which another load on the machine disturbs less. The least is what the machine
+can do when nothing disturbs it. Then the least times of the first library over those of each other.
+Libraries that are not installed are left out.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import argparse
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -151,12 +153,12 @@ LIBRARIES: dict[str, Callable[[Problem], Run]] = {
 }
 
 
-def measure(problem: Problem, rounds: int) -> None:
-    """Print the medians of all libraries that are there."""
+def measure(problem: Problem, rounds: int, libraries: Sequence[str]) -> None:
+    """Print the times of all libraries that are there."""
     runs: dict[str, Run] = {}
-    for name, make in LIBRARIES.items():
+    for name in libraries:
         try:
-            runs[name] = make(problem)
+            runs[name] = LIBRARIES[name](problem)
         except ImportError as error:
             print(f"  {name}: left out, {error}")
     reference: list[Tensor] = []
@@ -178,8 +180,18 @@ def measure(problem: Problem, rounds: int) -> None:
             processor[name].append(time.process_time() - used)
     scale = 1e6 / len(problem.batches)
     for name in runs:
-        medians = [statistics.median(times[name]) * scale for times in (wall, processor)]
-        print(f"  {name}: {medians[0]:.1f} us a step, {medians[1]:.1f} of processor time")
+        median, least = (
+            [f(times[name]) * scale for times in (wall, processor)]
+            for f in (statistics.median, min)
+        )
+        print(
+            f"  {name}: {median[0]:.1f} us a step, {median[1]:.1f} of processor time; "
+            f"at least {least[0]:.1f}, {least[1]:.1f}"
+        )
+    ours = libraries[0]
+    for name in [name for name in runs if name != ours]:
+        ratios = [min(times[ours]) / min(times[name]) for times in (wall, processor)]
+        print(f"  {ours} / {name}: {ratios[0]:.3f} of wall, {ratios[1]:.3f} of processor time")
 
 
 def main() -> None:
@@ -188,12 +200,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, nargs="+", default=[20, 100, 1000])
     parser.add_argument("--optimizers", nargs="+", default=["SGD", "Adam"])
+    parser.add_argument("--libraries", nargs="+", default=[*LIBRARIES], choices=[*LIBRARIES])
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     for optimizer in options.optimizers:
         for steps in options.steps:
             print(f"{optimizer}, T = {steps}:")
-            measure(Problem(steps, optimizer), options.rounds)
+            measure(Problem(steps, optimizer), options.rounds, options.libraries)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Hashable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Self
@@ -28,6 +29,7 @@ from diffopt._compile.block import CompiledBlock, CompiledLinearization
 from diffopt._compile.code import Code
 from diffopt._compile.environment import Environment, methods_of
 from diffopt._compile.hyper_inputs import with_hyper
+from diffopt._compile.late import Late
 from diffopt._compile.loops import Steps
 from diffopt._compile.specialise import Call, Layout, Specialisation, flat
 from diffopt._compile.step_inputs import ManyInputs, Reader, StepInputs, form_of, nbytes
@@ -119,10 +121,18 @@ class CompiledStep(InnerStep):
         self._known = self._compilations.by_context.get(context, {})
         self._context = context
         self.scheduled = self._reader.scheduled
+        self._module = Late()
+        if self.scheduled or indexed:  # what the user's functions may look at
+            self._module.enter()
 
     def of_first_order(self) -> InnerStep:
         """The uncompiled step: there the values of the gradients are wanted."""
+        self._module.enter()
         return self._eager.of_first_order()
+
+    def session(self, standing: AbstractContextManager[None]) -> AbstractContextManager[None]:
+        """As for ``InnerStep``, but entered only when a step is traced or runs uncompiled."""
+        return self._module.of(standing)
 
     def later(self, by: int) -> Self:
         """As for ``InnerStep``."""
@@ -133,10 +143,12 @@ class CompiledStep(InnerStep):
     def __call__(self, state: State, t: int, observer: Observer | None = None) -> StepResult:
         """Take step ``t``: by compiled code where grad mode is off."""
         if torch.is_grad_enabled() or _transformed():
+            self._module.enter()
             return super().__call__(state, t, observer)
         given = self._reader.at(t, observer)
         call, code = self._matched(state, t, given)
         if code is None:
+            self._module.enter()
             return super().__call__(state, t, observer)
         generators = self._generators.get() if code.step.draws else ()
         try:
@@ -149,10 +161,12 @@ class CompiledStep(InnerStep):
     def linearize(self, state: State, t: int, observer: Observer | None = None) -> Linearization:
         """As for ``InnerStep``, except that nothing is evaluated before it is needed."""
         if _transformed():
+            self._module.enter()
             return super().linearize(state, t, observer)
         given = self._reader.at(t, observer)
         call, code = self._matched(state, t, given)
         if code is None:
+            self._module.enter()
             return super().linearize(state, t, observer)
         generators = self._generators.get() if code.step.draws else ()
         return CompiledLinearization(self, code, call, given, generators, code.step.draw())
@@ -206,6 +220,7 @@ class CompiledStep(InnerStep):
 
     def eager(self, state: State, t: int, before: tuple[Tensor, ...]) -> Linearization:
         """The uncompiled linearization, with the random generators as they were ``before``."""
+        self._module.enter()
         with self._generators.undisturbed(), with_second_derivatives:
             if before:
                 self._generators.set(before)
@@ -261,8 +276,13 @@ class CompiledStep(InnerStep):
             [*self.environment, *given.batch],
             len(self.environment),
             bound,
-            self._generators.undisturbed,
+            self._undisturbed,
         )
+
+    def _undisturbed(self) -> AbstractContextManager[None]:
+        """Where steps are traced."""
+        self._module.enter()
+        return self._generators.undisturbed()
 
     def _matched(self, state: State, t: int, given: StepInputs) -> tuple[Call, Code | None]:
         call = self.call(state, t, given)

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import compress
 from typing import Any
 
 import torch
@@ -204,33 +206,37 @@ class Rows:
     """
 
     def __init__(self, steps: Steps) -> None:
-        call, count = steps.call, steps.stop - steps.start
+        call, count = steps.call, len(steps.given)
         n, h = len(call.state), len(call.hyper)
-        taken = torch.arange(count)
-        batch = steps.given.columns()
-        index = taken.new_zeros(count, BATCH + len(batch))
-        index[:, STEP] = taken
+        columns = steps.given.columns()
         values = dict(enumerate([*call.hyper, *call.fixed], n))
         self.columns: dict[int, int] = {}
-        hyper = [call.hyper]
-        if not steps.given.one_hyper:
-            hyper = [x.hyper for x in steps.given]
-            index[:, HYPER] = taken
+        one = steps.given.one_hyper
+        hyper = [call.hyper] if one else [x.hyper for x in steps.given]
         for j, constant in enumerate(call.constant):
             if not constant:
                 values[n + j] = in_rows([x[j] for x in hyper])
                 self.columns[n + j] = HYPER
-        for k, (tensors, which) in enumerate(batch):
+        index = _index(count, (True, not one, *(which is None for _, which in columns)))
+        for k, (tensors, which) in enumerate(columns):
             i = n + h + call.shared + k
             values[i] = in_rows(tensors)
             self.columns[i] = BATCH + k
-            if which is None:
-                index[:, BATCH + k] = taken
-            elif len(tensors) > 1:
-                index[:, BATCH + k] = taken.new_tensor(which)
+            if which is not None and len(tensors) > 1:
+                index = index.clone()
+                index[:, BATCH + k] = torch.tensor(which)
         self.index = index
         self.values = values
         self.drawn = [in_rows(column) for column in zip(*steps.drawn, strict=True)]
+
+
+@lru_cache(maxsize=64)
+def _index(steps: int, own: tuple[bool, ...]) -> Tensor:
+    """Which rows steps read: in each column the one of their own number, or the first."""
+    index = torch.zeros(steps, len(own), dtype=torch.int64, device="cpu")
+    for column in compress(range(len(own)), own):
+        index[:, column] = torch.arange(steps, device="cpu")
+    return index
 
 
 class _Loop:

@@ -136,7 +136,8 @@ class _Session:
             yield
             return
         step = self._step
-        with standing(step.loss.slots, self._modes, step.hooks, as_at_call=True, routed=routed):
+        inside = standing(step.loss.slots, self._modes, step.hooks, as_at_call=True, routed=routed)
+        with step.session(inside):
             self._active = True
             try:
                 with shielded(), self._progress.shown():

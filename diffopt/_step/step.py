@@ -101,6 +101,10 @@ class InnerStep:
         step.first_order = True
         return step
 
+    def session(self, standing: AbstractContextManager[None]) -> AbstractContextManager[None]:
+        """Where steps are taken, of the context in which values may stand in the module."""
+        return standing
+
     def later(self, by: int) -> Self:
         """This step with the positions counted from ``by`` on."""
         step = copy(self)

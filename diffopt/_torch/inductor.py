@@ -20,7 +20,7 @@ Run = Callable[..., Sequence[Tensor]]
 _log = logging.getLogger("diffopt")
 
 #: A loop may be small where no tensor within it has more numbers.
-_FEW = 1 << 15
+_FEW = 1 << 17
 
 #: How many rows a tensor of any number of rows has while a loop over them is compiled.
 _ROWS = 4
@@ -103,6 +103,8 @@ def _kept_on_disk(graph: GraphModule) -> dict[str, Any]:
 def _is_small(graph: GraphModule) -> bool:
     """Whether the rounds of a loop are of a few thousand numbers, as far as can be seen."""
     body: Any = graph.body
+    if any("convolution" in str(node.target) for node in body.graph.nodes):
+        return False
     values = [node.meta.get("val") for node in body.graph.nodes]
     return max((x.numel() for x in values if isinstance(x, Tensor)), default=0) <= _FEW
 

@@ -10,8 +10,11 @@ from typing import Any
 import torch
 from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP
 
-#: The most multiplications of a product that is written out; a library does larger ones faster.
+#: The most multiplications of two matrices that are written out; a library does more faster.
 MOST_MULTIPLICATIONS = 1 << 17
+
+#: The most bytes of a matrix that is copied first, so that its rows lie side by side.
+MOST_PACKED = 1 << 18
 
 #: Bytes of the widest registers.
 _REGISTER = 64
@@ -77,12 +80,14 @@ def product_call(node: Any) -> str:
     *added, a, b = map(_Matrix.of, node.inputs)
     c = _Matrix.of(node)
     d = added[0].expanded(c.sizes) if added else None
-    if math.prod(c.sizes) * a.sizes[2] > MOST_MULTIPLICATIONS:
+    if c.sizes[1] * c.sizes[2] * a.sizes[2] > MOST_MULTIPLICATIONS:
         raise NotSmall("there is a product of large matrices")
     lanes = _REGISTER // node.get_dtype().itemsize
     if _cycles(b.transposed, a.transposed, c.transposed, lanes) < _cycles(a, b, c, lanes):
         a, b, c = b.transposed, a.transposed, c.transposed
         d = None if d is None else d.transposed
+    if b.strides[2] != 1 and b.sizes[1] * b.sizes[2] * node.get_dtype().itemsize > MOST_PACKED:
+        raise NotSmall("a large matrix would have to be transposed")
     numbers = [*c.sizes, a.sizes[2], *a.strides, *b.strides, *c.strides]
     numbers += (0, 0, 0) if d is None else d.strides
     kind, is_added = DTYPE_TO_CPP[node.get_dtype()], "false" if d is None else "true"
