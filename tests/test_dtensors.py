@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -338,12 +339,16 @@ def results(rank: int, world: int) -> None:
             assert isinstance(entry, DTensor) == (isinstance(x, DTensor) and entry.dim() > 0)
             close(whole(entry), expected.opt_state[name][key])
     assert type(fast.losses) is Tensor
+    close(problem.loss(fast, 0), one.loss(expected, 0))
     found = torch.autograd.grad(problem.outer(fast), problem.inputs, allow_unused=True)
     wanted = torch.autograd.grad(one.outer(expected), one.inputs, allow_unused=True)
     assert_equal([x for x in found if x is not None], [x for x in wanted if x is not None])
     # To another model and optimizer, through a state dict, and on from there.
     again = diffopt.unroll(problem.net, opt, 0)
-    again.load_state_dict(fast.state_dict())
+    file = io.BytesIO()
+    torch.save(fast.state_dict(), file)
+    file.seek(0)
+    again.load_state_dict(torch.load(file))
     more = diffopt.unroll(problem.net, opt, 2, problem.loss, initial=again)
     other = diffopt.unroll(one.net, alone, 2, one.loss, initial=expected)
     assert more.step == 5
@@ -357,6 +362,46 @@ def results(rank: int, world: int) -> None:
     for name, p in problem.net.named_parameters():
         close(whole(p.detach()), dict(one.net.named_parameters())[name].detach())
     assert any(not torch.equal(whole(p.detach()), whole(kept[n])) for n, p in own.items())
+
+
+class Odd(nn.Module):
+    """A ``DTensor`` with gaps between its entries, and one that is a number."""
+
+    def __init__(self, mesh: Any) -> None:
+        super().__init__()
+        w, k = torch.linspace(-1, 1, 10).view(2, 5).t(), torch.tensor(0.5)
+        if mesh is not None:
+            w = distribute_tensor(w, mesh, [Shard(0)])
+            k = distribute_tensor(k, mesh, [Replicate()])
+        self.w, self.k = nn.Parameter(w), nn.Parameter(k)
+        self.like = {"w": w.clone()}  # an attribute that holds a tensor
+
+    def forward(self) -> Tensor:
+        return (self.w * self.w.sin()).square().sum() * self.k
+
+
+def odd_shapes(rank: int, world: int) -> None:
+    mesh = mesh_of(world)
+    makes = [
+        lambda ps: torch.optim.Adam(ps, lr=0.1, eps=1e-3),
+        lambda ps: diffopt.SGD(ps, lr=0.1, momentum=0.9),
+        lambda ps: diffopt.optim.ASGD(ps, lr=0.1),
+    ]
+    for make in makes:
+        found = []
+        for model in (Odd(mesh), Odd(None)):
+            opt = make(model.parameters())
+            fast = diffopt.unroll(model, opt, 3, lambda m, t: m(), adjoint=Segmented(2))
+            assert fast.like.keys() == {"w"}
+            value = whole(fast() + fast.w.pow(3).sum())
+            params = [model.w, model.k]
+            grads = torch.autograd.grad(value, params, create_graph=True)
+            again = torch.autograd.grad(sum(whole(g.square().sum()) for g in grads), params)
+            fast.detach().load_into(model, opt)
+            whole(model()).backward()
+            opt.step()
+            found.append([*grads, *again, *(p.detach() for p in params)])
+        assert_equal(*found)
 
 
 def initial_values(rank: int, world: int) -> None:
@@ -710,6 +755,7 @@ TWO = [
     learned_options,
     state_that_learns,
     results,
+    odd_shapes,
     initial_values,
     losses_that_are_dtensors,
     numbers_beside_dtensors,

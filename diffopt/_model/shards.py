@@ -29,6 +29,7 @@ class Shards:
 
     def __init__(self, layouts: Mapping[str, Layout], meshes: Iterable[Any]) -> None:
         self.layouts = layouts
+        self._numbers: set[tuple[str, str]] = set()  # state entries of numbers
         self.meshes = [Processes(mesh, tuple(range(mesh.ndim))) for mesh in dict.fromkeys(meshes)]
 
     @classmethod
@@ -86,7 +87,7 @@ class Shards:
         """The state that the caller is given, of one that the loop ends with."""
         opt = {
             name: {
-                key: self.standing({name: x})[name] if x.dim() else self._shared(name, x)
+                key: self._whole_entry(name, x, x.dim() > 0 or (name, key) in self._numbers)
                 for key, x in entries.items()
             }
             for name, entries in state.opt.items()
@@ -128,15 +129,22 @@ class Shards:
         if layout is None:
             return found
         for key, x in found.items():
-            if x.dim():
+            if not x.dim() and is_dtensor(x):
+                self._numbers.add((name, key))
+            if x.dim() or is_dtensor(x):
                 where = f"the optimizer's {key!r} of {{name}}"
                 found[key] = self.parts({name: x}, where)[name]
             elif layout.over is not None and x.requires_grad:
                 found[key] = spread(x, layout.over)
         return found
 
-    def _shared(self, name: str, x: Tensor) -> Tensor:
-        """A number that every process has beside its part: what flows back is shared among them."""
+    def _whole_entry(self, name: str, x: Tensor, is_part: bool) -> Tensor:
+        """An entry of the optimizer's state that is a part, or a number beside the part.
+
+        Every process has that number: what flows back to it is shared among them.
+        """
+        if is_part:
+            return self.standing({name: x})[name]
         over = self.layouts[name].over if name in self.layouts else None
         if over is None or not x.requires_grad:
             return x
