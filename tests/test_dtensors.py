@@ -470,7 +470,10 @@ def numbers_beside_dtensors(rank: int, world: int) -> None:
 
             def loss(model: Any, t: int, factor: Tensor = factor) -> Tensor:
                 part: Tensor = factor * model()
-                return whole(part * whole(model.w.sin().sum())) + factor**2
+                both = torch.stack([part, factor]).square().sum()  # in a list
+                with torch._C.DisableTorchFunction():  # where nobody sees it
+                    both = both + factor * model.w.cos().sum()
+                return whole(both * whole(model.w.sin().sum())) + factor**2
 
             opt = diffopt.Momentum(model.parameters(), lr=lr)
             fast = diffopt.unroll(model, opt, 3, loss, adjoint=adjoint)
