@@ -119,8 +119,9 @@ class Numbers(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        mesh = _mesh_among((args, tuple(kwargs.values())))
-        if mesh is not None and torch.is_grad_enabled():
+        recorded = torch.is_grad_enabled()
+        mesh = _mesh_among((args, tuple(kwargs.values()))) if recorded else None
+        if mesh is not None:
             args = _beside(args, mesh)
             kwargs = {key: _beside(x, mesh) for key, x in kwargs.items()}
         return func(*args, **kwargs)
