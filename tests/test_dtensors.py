@@ -32,6 +32,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 import diffopt
 from diffopt import Binomial, Segmented, StoreAll
+from diffopt._loop.loop import Loop
+from diffopt._values.state import State
 
 pytestmark = served
 
@@ -91,6 +93,25 @@ def options(rank: int, world: int) -> None:
         assert found.keys() == expected.keys()
         for name, x in found.items():
             close(x, expected[name])
+
+
+def snapshots_of_parts(rank: int, world: int) -> None:
+    """A state that is kept has this process's rows, of the parameters and of Adam's averages."""
+    seen: list[State] = []
+    keep = Loop.snapshot
+
+    def snapshot(loop: Loop, state: State) -> Any:
+        seen.append(state)
+        return keep(loop, state)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Loop, "snapshot", snapshot)
+        Problem(mesh_of(world)).gradient(RULES["adam"][0], adjoint=Segmented(2))
+    assert seen
+    for state in seen:
+        for x in (state.params["w"], state.opt["w"]["exp_avg"], state.opt["w"]["exp_avg_sq"]):
+            assert type(x) is Tensor
+            assert x.shape == (3 - rank, 2)
 
 
 def microbatches(rank: int, world: int) -> None:
@@ -459,6 +480,7 @@ TWO = [
     approximate_adjoints,
     every_optimizer,
     options,
+    snapshots_of_parts,
     microbatches,
     learned_options,
     state_that_learns,

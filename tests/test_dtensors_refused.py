@@ -134,13 +134,17 @@ def refused(rank: int, world: int) -> None:
             2,
             lambda model, t: (problem.loss(model, t), model.w),
         )
-    with pytest.raises(ValueError, match="initial value of 'w' is no DTensor"):
+    with pytest.raises(ValueError, match="initial value of 'w' is a plain tensor, and"):
         problem.unrolled(make, initial={"w": torch.zeros(5, 2)})
+    with pytest.raises(NotImplementedError, match="'w' is a DTensor, of which each process may"):
+        diffopt.distributed.shard(problem.net)
     given = distribute_tensor(torch.zeros(5), mesh, [Replicate()])
     with pytest.raises(ValueError, match="initial value of 'gain' is a DTensor"):
         problem.unrolled(make, initial={"gain": given})
-    with pytest.raises(ValueError, match="grad_transform's gradient of 'w' is no DTensor"):
+    with pytest.raises(ValueError, match="grad_transform's gradient of 'w' is a plain tensor"):
         problem.unrolled(make, grad_transform=lambda gs: {n: whole(g) for n, g in gs.items()})
+    with pytest.raises(ValueError, match=r"gradient of 'w' is a DTensor of shape \(2, 5\), and"):
+        problem.unrolled(make, grad_transform=lambda gs: gs | {"w": gs["w"].t()})
     partial = Problem()
     partial.net.shift = nn.Parameter(DTensor.from_local(torch.zeros(5), mesh, [Partial()]))
     with pytest.raises(NotImplementedError, match=r"'shift' that is a DTensor placed as .*Partial"):

@@ -43,6 +43,10 @@ class Layout:
         """That of a ``DTensor``."""
         return cls(x.device_mesh, tuple(x.placements), x.shape, tuple(x.stride()))
 
+    def fits(self, x: Any) -> bool:
+        """Whether a ``DTensor`` can be laid out so."""
+        return bool(x.device_mesh == self.mesh and x.shape == self.shape)
+
     @property
     def over(self) -> Processes | None:
         """The processes that have different parts; None where each has the whole."""

@@ -53,23 +53,23 @@ class Shards:
             what: ``{name}`` in it, as the subject of an error.
 
         Raises:
-            ValueError: a value is no ``DTensor`` where the parameter is, or the other way round.
+            ValueError: a value is no ``DTensor`` where the parameter is, or the other way round, or
+                of another shape or mesh.
         """
         found = {}
         for name, x in values.items():
             layout, given = self.layouts.get(name), is_dtensor(x)
-            if layout is not None and given and x.device_mesh == layout.mesh:
-                x = part_of(x, layout) if x.shape == layout.shape else x
+            if layout is not None and given and layout.fits(x):
+                x = part_of(x, layout)
             elif given or (layout is not None and isinstance(x, Tensor)):
-                kind = "another mesh's DTensor" if given and layout else "no DTensor"
+                is_ = f"a DTensor of shape {tuple(x.shape)}" if given else "a plain tensor"
                 raise ValueError(
-                    f"{what.format(name=repr(name))} is "
+                    f"{what.format(name=repr(name))} is {is_}, and the model has "
                     + (
-                        f"{kind}, and the parameter is one on {layout.mesh}: pass "
-                        "torch.distributed.tensor.distribute_tensor(x, mesh, placements)"
-                        if layout is not None
-                        else "a DTensor, and the parameter or buffer is a plain tensor: pass "
-                        "x.full_tensor()"
+                        "a plain tensor there: pass x.full_tensor()"
+                        if layout is None
+                        else f"a DTensor of shape {tuple(layout.shape)} on {layout.mesh} there: "
+                        "pass torch.distributed.tensor.distribute_tensor(x, mesh, placements)"
                     )
                 )
             found[name] = x
