@@ -218,7 +218,8 @@ def shard(model: nn.Module, group: ProcessGroup = None) -> nn.Module:
 
     Raises:
         TypeError: ``model`` is no module.
-        NotImplementedError: a parameter has several places, which could not stay one.
+        NotImplementedError: a parameter has several places, which could not stay one, or is a
+            ``DTensor``.
         ValueError: it was sharded before.
         RuntimeError: no process group was started.
 
@@ -234,7 +235,12 @@ def shard(model: nn.Module, group: ProcessGroup = None) -> nn.Module:
         for key, x in module._parameters.items():
             if x is not None:
                 places.setdefault(x, []).append((module, key, f"{prefix}.{key}".lstrip(".")))
-    for several in places.values():
+    for x, several in places.items():
+        if is_dtensor(x):
+            raise NotImplementedError(
+                f"{several[0][2]!r} is a DTensor, of which each process may hold a part already: "
+                "shard a plain module, or unroll this one as it is"
+            )
         if len(several) > 1:
             names = " and ".join(repr(name) for _, _, name in several)
             raise NotImplementedError(

@@ -43,6 +43,10 @@ class Layout:
         """That of a ``DTensor``."""
         return cls(x.device_mesh, tuple(x.placements), x.shape, tuple(x.stride()))
 
+    def fits(self, x: Any) -> bool:
+        """Whether a ``DTensor`` can be laid out so."""
+        return bool(x.device_mesh == self.mesh and x.shape == self.shape)
+
     @property
     def over(self) -> Processes | None:
         """The processes that have different parts; None where each has the whole."""
@@ -119,15 +123,29 @@ class Numbers(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        given = (*args, *kwargs.values())
-        mesh = next((x.device_mesh for x in given if is_dtensor(x)), None)
-        if mesh is not None and torch.is_grad_enabled():
-            args = tuple(_beside(x, mesh) for x in args)
+        recorded = torch.is_grad_enabled()
+        mesh = _mesh_among((args, tuple(kwargs.values()))) if recorded else None
+        if mesh is not None:
+            args = _beside(args, mesh)
             kwargs = {key: _beside(x, mesh) for key, x in kwargs.items()}
         return func(*args, **kwargs)
 
 
+def _mesh_among(values: Iterable[Any]) -> Any:
+    """The mesh of the first ``DTensor`` in nested lists and tuples; None if there is none."""
+    for x in values:
+        if type(x) in (tuple, list):
+            found = _mesh_among(x)
+            if found is not None:
+                return found
+        elif is_dtensor(x):
+            return x.device_mesh
+    return None
+
+
 def _beside(x: Any, mesh: Any) -> Any:
+    if type(x) in (tuple, list):
+        return type(x)(_beside(y, mesh) for y in x)
     if not isinstance(x, Tensor) or is_dtensor(x) or not x.requires_grad or x.numel() != 1:
         return x
     return stand(x, Layout(mesh, (None,) * mesh.ndim, x.shape, tuple(x.stride())).replicated)
@@ -163,7 +181,9 @@ class _Part(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor | None) -> Any:
-        return None if cotangent is None else stand(cotangent, ctx.layout), None
+        if cotangent is None:
+            return None, None
+        return stand(whole(cotangent) if is_dtensor(cotangent) else cotangent, ctx.layout), None
 
 
 def spread(x: Tensor, over: Processes) -> Tensor:

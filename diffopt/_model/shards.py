@@ -29,6 +29,7 @@ class Shards:
 
     def __init__(self, layouts: Mapping[str, Layout], meshes: Iterable[Any]) -> None:
         self.layouts = layouts
+        self._numbers: set[tuple[str, str]] = set()  # state entries of numbers
         self.meshes = [Processes(mesh, tuple(range(mesh.ndim))) for mesh in dict.fromkeys(meshes)]
 
     @classmethod
@@ -52,23 +53,23 @@ class Shards:
             what: ``{name}`` in it, as the subject of an error.
 
         Raises:
-            ValueError: a value is no ``DTensor`` where the parameter is, or the other way round.
+            ValueError: a value is no ``DTensor`` where the parameter is, or the other way round, or
+                of another shape or mesh.
         """
         found = {}
         for name, x in values.items():
             layout, given = self.layouts.get(name), is_dtensor(x)
-            if layout is not None and given and x.device_mesh == layout.mesh:
-                x = part_of(x, layout) if x.shape == layout.shape else x
+            if layout is not None and given and layout.fits(x):
+                x = part_of(x, layout)
             elif given or (layout is not None and isinstance(x, Tensor)):
-                kind = "another mesh's DTensor" if given and layout else "no DTensor"
+                is_ = f"a DTensor of shape {tuple(x.shape)}" if given else "a plain tensor"
                 raise ValueError(
-                    f"{what.format(name=repr(name))} is "
+                    f"{what.format(name=repr(name))} is {is_}, and the model has "
                     + (
-                        f"{kind}, and the parameter is one on {layout.mesh}: pass "
-                        "torch.distributed.tensor.distribute_tensor(x, mesh, placements)"
-                        if layout is not None
-                        else "a DTensor, and the parameter or buffer is a plain tensor: pass "
-                        "x.full_tensor()"
+                        "a plain tensor there: pass x.full_tensor()"
+                        if layout is None
+                        else f"a DTensor of shape {tuple(layout.shape)} on {layout.mesh} there: "
+                        "pass torch.distributed.tensor.distribute_tensor(x, mesh, placements)"
                     )
                 )
             found[name] = x
@@ -86,7 +87,7 @@ class Shards:
         """The state that the caller is given, of one that the loop ends with."""
         opt = {
             name: {
-                key: self.standing({name: x})[name] if x.dim() else self._shared(name, x)
+                key: self._whole_entry(name, x, x.dim() > 0 or (name, key) in self._numbers)
                 for key, x in entries.items()
             }
             for name, entries in state.opt.items()
@@ -128,15 +129,22 @@ class Shards:
         if layout is None:
             return found
         for key, x in found.items():
-            if x.dim():
+            if not x.dim() and is_dtensor(x):
+                self._numbers.add((name, key))
+            if x.dim() or is_dtensor(x):
                 where = f"the optimizer's {key!r} of {{name}}"
                 found[key] = self.parts({name: x}, where)[name]
             elif layout.over is not None and x.requires_grad:
                 found[key] = spread(x, layout.over)
         return found
 
-    def _shared(self, name: str, x: Tensor) -> Tensor:
-        """A number that every process has beside its part: what flows back is shared among them."""
+    def _whole_entry(self, name: str, x: Tensor, is_part: bool) -> Tensor:
+        """An entry of the optimizer's state that is a part, or a number beside the part.
+
+        Every process has that number: what flows back to it is shared among them.
+        """
+        if is_part:
+            return self.standing({name: x})[name]
         over = self.layouts[name].over if name in self.layouts else None
         if over is None or not x.requires_grad:
             return x

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeGuard
 from torch import Tensor, nn
 
 from diffopt._model.held import APART, reaches
+from diffopt._torch.dtensors import stored
 from diffopt._torch.pytree import tree_flatten, tree_unflatten
 from diffopt._values.tree import tensors_in
 
@@ -209,20 +210,24 @@ def _parameter(fast: Unrolled, module: nn.Module, target: str) -> Any:
 
 def _refuse_stale(fast: Unrolled, module: nn.Module, name: str) -> None:
     """Refuse a tensor attribute that was computed from parameters before they were trained."""
-    stored = vars(module).get(name)
-    if stored is None or isinstance(stored, (bool, int, float, str)):
+    held = vars(module).get(name)
+    if held is None or isinstance(held, (bool, int, float, str)):
         return
     own = _own(fast).values()
-    memory = {x.untyped_storage().data_ptr() for x in own if x.device.type != "meta"}
+    memory = {_address(x) for x in own if x.device.type != "meta"}
     hooks = [getattr(hook, "name", None) for hook in module._forward_pre_hooks.values()]
-    for x in tensors_in(stored):
-        shared = not any(x is y for y in own) and x.untyped_storage().data_ptr() in memory
-        if shared or (name in hooks and isinstance(stored, Tensor)):
+    for x in tensors_in(held):
+        shared = not any(x is y for y in own) and _address(x) in memory
+        if shared or (name in hooks and isinstance(held, Tensor)):
             raise AttributeError(
                 f"{name!r} of the {type(module).__name__} was computed from a parameter before the "
                 "unroll, and does not follow it: compute it from the parameter where it is used, "
                 "for example in a property, or with torch.nn.utils.parametrize"
             )
+
+
+def _address(x: Tensor) -> int:
+    return stored(x).untyped_storage().data_ptr()
 
 
 def _evaluate(

@@ -78,7 +78,8 @@ def unroll(
     approximate, it is exact, and differentiable again.
 
     Args:
-        model: any module. It is afterwards what it was, also when ``loss_fn`` raises.
+        model: any module. It is afterwards what it was, also when ``loss_fn`` raises. Where
+            parameters are ``DTensor``s, call on every process of their mesh, with equal batches.
         opt: a ``diffopt`` or ``torch.optim`` optimizer over some or all of the model's
             parameters: the inner variables; or a list of them over disjoint parameters. Its state
             and param groups are the start. After
