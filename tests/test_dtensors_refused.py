@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from dtensors import RULES, STEPS, Net, Problem, assert_equal, mesh_of, served, whole
+from dtensors import RULES, STEPS, Net, Problem, assert_equal, mesh_of, served, sharded, whole
 from helpers import close
 from processes import Processes
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
 
 import diffopt
 from diffopt import Segmented, Truncated
 from diffopt._model import refused as of_models
-
-pytestmark = served
+from diffopt._torch.dtensors import can_redistribute_twice
 
 
 def changed_in_place(rank: int, world: int) -> None:
@@ -161,10 +162,6 @@ def refused(rank: int, world: int) -> None:
 
     with pytest.raises(NotImplementedError, match="'shift' in place, a DTensor that is not"):
         diffopt.unroll(problem.net, diffopt.SGD([problem.net.w], lr=0.1), 2, moved)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(of_models, "can_redistribute_twice", lambda: False)
-        with pytest.raises(NotImplementedError, match=r"PyTorch .* cannot differentiate twice"):
-            problem.unrolled(make)
     from torch.distributed.fsdp import fully_shard
 
     net: Any = fully_shard(Net(), mesh=mesh)
@@ -175,6 +172,22 @@ def refused(rank: int, world: int) -> None:
 CASES = [changed_in_place, others_differ, rules_of_other_kinds, refused]
 
 
+@served
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
 def test_two_processes(pools: Callable[[int], Processes], case: Any) -> None:
     pools(2).run(case)
+
+
+def test_a_pytorch_that_cannot_serve_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says so, before anything runs."""
+    if can_redistribute_twice():
+        monkeypatch.setattr(of_models, "can_redistribute_twice", lambda: False)
+    with tempfile.NamedTemporaryFile() as file:
+        dist.init_process_group("gloo", init_method=f"file://{file.name}", rank=0, world_size=1)
+        try:
+            net = sharded(Net(), mesh_of(1))
+            opt = diffopt.SGD(net.parameters(), lr=0.1)
+            with pytest.raises(NotImplementedError, match="cannot differentiate twice"):
+                diffopt.unroll(net, opt, 1, lambda m, t: m(torch.randn(6, 3)).sum())
+        finally:
+            dist.destroy_process_group()
