@@ -377,7 +377,7 @@ def billion_text(found: dict[str, Any]) -> str:
         f"Memory on the device, with the states in files: {b['working_stored']:.0f} bytes a "
         f"parameter, {working / GB:.0f} GB, and the graph of one step, {graph / GB:.0f} GB for "
         f"{TOKENS:,} tokens at a time. `microbatches=` keeps the second at that for any batch, "
-        "`shard` divides the first and the storage by the number of processes.\n"
+        "`shard` divides the storage by the number of processes, and most of the first.\n"
     )
 
 

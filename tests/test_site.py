@@ -65,6 +65,14 @@ def test_the_search_has_the_words_that_people_use(site: Path) -> None:
         assert not missing, (words, section)
 
 
+@needs_docs
+def test_formulas_have_no_commands_left(site: Path) -> None:
+    pages = {page: page.read_text("utf-8") for page in site.rglob("index.html")}
+    formulas = {p: re.findall(r"<math.*?</math>", text, re.DOTALL) for p, text in pages.items()}
+    assert sum(map(len, formulas.values())) > 20
+    assert not [(p, f) for p, found in formulas.items() for f in found if "\\" in f]
+
+
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium")
 @needs_docs
 def test_nothing_scrolls_sideways_and_the_console_is_quiet(

@@ -3,7 +3,7 @@ r"""iMAML: the meta-gradient of a converged inner problem, without its path.
 [Rajeswaran et al. (2019)](https://arxiv.org/abs/1909.04630). The inner problem keeps close to the
 meta-learned weights $\phi$ by a proximal term, and is solved until it has converged:
 
-$$ \theta^\star(\phi) = \arg\min_\theta
+$$ \theta^\star(\phi) = \mathrm{arg}\min_\theta
    \ L(\theta) + \tfrac{\lambda}{2} \|\theta - \phi\|^2. $$
 
 There the gradient is zero, which determines the meta-gradient by one linear system, however long it
