@@ -93,7 +93,8 @@ class Code:
             losses = None if outputs.loss is None else outputs.loss.unsqueeze(0)
             try:
                 block = self._loops.taken(Steps(call, ManyInputs([given]), [drawn]))
-                return block.vjp(call.t, call.t + 1, Cotangents(cotangent, losses))
+                pulled = block.vjp(call.t, call.t + 1, Cotangents(cotangent, losses))
+                return pulled.before, pulled.pairs
             except Untraceable as reason:
                 self._one_by_one(reason)
         return self.step.vjp(call, drawn, cotangent, outputs)

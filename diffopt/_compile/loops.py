@@ -19,8 +19,8 @@ from torch import Tensor
 
 from diffopt._compile.loop_graph import Carried, loop_graph
 from diffopt._compile.rows import distinct, in_rows, is_dense
-from diffopt._compile.specialise import Call, Flowing, Pulled, Specialisation, Vjp
-from diffopt._compile.step_inputs import ManyInputs
+from diffopt._compile.specialise import Call, Flowing, Specialisation, Vjp
+from diffopt._compile.step_inputs import ManyInputs, nbytes
 from diffopt._compile.trace import Traced, Untraceable, compiled, plain_arithmetic
 from diffopt._torch.inductor import Run, loop_operator, stand_ins
 from diffopt._values.state import Cotangent, State
@@ -28,6 +28,10 @@ from diffopt._values.state import Cotangent, State
 #: The columns of the index: the step within its block, its hyperparameters, and from ``BATCH`` on
 #: one for each tensor of its batch.
 STEP, HYPER, BATCH = 0, 1, 2
+
+
+#: The most bytes of what flows to the parameters that are given out at once.
+MOST_SHOWN = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,8 @@ class Loops:
 
     def back(self, block: Block, start: int, stop: int, given: Cotangents) -> Stacked:
         """Pull cotangents of the state at ``stop`` and of the losses back to ``start``."""
-        key = given.losses is None, tuple(self.step.flowing(given.state))
+        flowing = tuple(self.step.flowing(given.state))
+        key = given.losses is None, given.norm is None, given.shown, flowing
         if key not in self._backward:
             self._backward[key] = _WayBack(self, block, given)
         return self._backward[key](block, start, stop, given)
@@ -112,10 +117,17 @@ class Loops:
 
 @dataclass(frozen=True)
 class Cotangents:
-    """What a way back starts from: of a state, and of the losses of a whole block."""
+    """What a way back starts from: of a state, and of the losses of a whole block.
+
+    Attributes:
+        norm: before each step, the parameters' part is bounded by it.
+        shown: what flows to the parameters before each step is given out.
+    """
 
     state: Cotangent
     losses: Tensor | None
+    norm: float | None = None
+    shown: bool = False
 
 
 @dataclass(frozen=True)
@@ -126,12 +138,29 @@ class Stacked:
         before: to the state before them.
         shared: by index in ``[*hyper, *fixed]`` of the call, to what all steps use.
         batches, hyper: by index, to what single steps use: stacked, the last step first.
+        shown: to the parameters after each step, by name, likewise; empty unless asked for.
     """
 
     before: Cotangent
     shared: dict[int, Tensor]
     batches: dict[int, Tensor]
     hyper: dict[int, Tensor]
+    shown: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class FlowedBack:
+    """What has flown back through some steps.
+
+    Attributes:
+        before: to the state before them.
+        pairs: each tensor that they use, and what flows to it.
+        shown: as for ``Stacked``.
+    """
+
+    before: Cotangent
+    pairs: list[tuple[Tensor, Tensor]]
+    shown: dict[str, Tensor]
 
 
 class Block:
@@ -176,7 +205,18 @@ class Block:
         columns = [[x.clone() for x in stacked.unbind()] for stacked in self._aux]
         return [step.extras([column[t] for column in columns]) for t in range(count)]
 
-    def vjp(self, start: int, stop: int, cotangents: Cotangents) -> Pulled:
+    def can_show(self, steps: int, cotangent: Cotangent) -> bool:
+        """Whether what flows to the parameters can be given out of so many steps at once.
+
+        Nothing may be made up for a parameter that nothing flows to, and it has to be held.
+        """
+        step = self._loops.step
+        params = [path for path in step.flowing(cotangent) if path[0] == "params"]
+        if any(path not in cotangent for path in params):
+            return False
+        return steps * nbytes(cotangent[path] for path in params) <= MOST_SHOWN
+
+    def vjp(self, start: int, stop: int, cotangents: Cotangents) -> FlowedBack:
         """Pull cotangents of the state at ``stop`` and of the block's losses back to ``start``.
 
         Raises:
@@ -191,7 +231,7 @@ class Block:
             pairs += _by_tensor([given.batch[k] for given in own], c)
         for k, c in pulled.hyper.items():
             pairs += _by_tensor([given.hyper[k] for given in own], c)
-        return pulled.before, pairs
+        return FlowedBack(pulled.before, pairs, pulled.shown)
 
 
 class Rows:
@@ -278,8 +318,8 @@ class _WayBack:
         while True:
             cotangents = step.fitted(flowing, given.state)
             losses = [] if given.losses is None else [given.losses[0].contiguous()]
-            flows = Flowing(tuple(flowing), bool(losses), ())
-            vjp = Vjp(step, call, flows, [*cotangents, *losses])
+            flows = Flowing(tuple(flowing), bool(losses), (), given.norm is not None)
+            vjp = Vjp(step, call, flows, [*cotangents, *losses, *_number(given.norm)])
             more = [path for path in vjp.before if path not in flowing]
             if not more:
                 break
@@ -289,7 +329,8 @@ class _WayBack:
         outs = {path: k for k, path in enumerate(vjp.before)}
         carried = [Carried(count + k, outs.get(path)) for k, path in enumerate(flowing)]
         self._losses_at = count + len(flowing)
-        self._drawn_at = self._losses_at + len(losses)
+        self._norm_at = self._losses_at + len(losses)
+        self._drawn_at = self._norm_at + (given.norm is not None)
         columns = {**block.rows.columns, self._losses_at: STEP}
         columns.update(dict.fromkeys(loops.varying, STEP))
         columns.update({self._drawn_at + k: STEP for k in range(len(step.draws))})
@@ -301,7 +342,10 @@ class _WayBack:
             else:
                 self._shared.append((i, k))
         carried += [Carried(None, k) for _, k in self._shared]
-        self._loop = _Loop(vjp.traced, carried, columns, [k for _, k in self._emitted], ())
+        params = enumerate(flowing) if given.shown else ()
+        self._shown = {path[1]: count + k for k, path in params if path[0] == "params"}
+        emitted = [k for _, k in self._emitted]
+        self._loop = _Loop(vjp.traced, carried, columns, emitted, [*self._shown.values()])
 
     def __call__(self, block: Block, start: int, stop: int, given: Cotangents) -> Stacked:
         step, call, rows = self._loops.step, block.steps.call, block.rows
@@ -310,19 +354,26 @@ class _WayBack:
         values = {**dict(enumerate(call.state)), **rows.values, **block.states}
         if given.losses is not None:
             values[self._losses_at] = given.losses.detach().contiguous()
+        values.update(enumerate(_number(given.norm), self._norm_at))
         values.update(enumerate(rows.drawn, self._drawn_at))
         tensors = [*call.hyper, *call.fixed]
         sums = [torch.zeros_like(tensors[i], requires_grad=False) for i, _ in self._shared]
         results = self._loop(index, [*step.fitted(self._flowing, given.state), *sums], values)
         n, h, m = len(self._flowing), len(call.hyper), len(self._shared)
-        stacked = {i: x for (i, _), x in zip(self._emitted, results[n + m :], strict=True)}
+        stacked = {i: x for (i, _), x in zip(self._emitted, results[n + m :], strict=False)}
+        shown = results[n + m + len(stacked) :]
         first_of_batch = h + call.shared
         return Stacked(
             dict(zip(self._flowing, results, strict=False)),
             {i: x for (i, _), x in zip(self._shared, results[n : n + m], strict=True)},
             {i - first_of_batch: x for i, x in stacked.items() if i >= first_of_batch},
             {i: x for i, x in stacked.items() if i < h},
+            dict(zip(self._shown, shown, strict=True)),
         )
+
+
+def _number(x: float | None) -> list[Tensor]:
+    return [] if x is None else [torch.tensor(x, dtype=torch.float64, device="cpu")]
 
 
 def _check(step: Specialisation, call: Call) -> None:
