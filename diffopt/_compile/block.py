@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from diffopt._compile.code import Code
-from diffopt._compile.loops import Block, Cotangents
+from diffopt._compile.loops import Block
 from diffopt._compile.specialise import Call, end_of
 from diffopt._compile.step_inputs import StepInputs
 from diffopt._compile.trace import Untraceable
+from diffopt._compile.way_back import Cotangents
 from diffopt._loop.blocks import Between
 from diffopt._step.graph import Graph
 from diffopt._step.linearization import Linearization

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from diffopt._compile.loops import Block, Cotangents, Loops, Steps
+from diffopt._compile.loops import Block, Loops
 from diffopt._compile.specialise import Call, Pulled, Specialisation
 from diffopt._compile.step_inputs import ManyInputs, StepInputs
+from diffopt._compile.steps import Steps
 from diffopt._compile.trace import Untraceable
+from diffopt._compile.way_back import Cotangents
 from diffopt._step.result import Checked, StepResult
 from diffopt._values.outputs import StepCotangents
 from diffopt._values.state import Cotangent
