@@ -216,6 +216,67 @@ def test_a_second_way_back(graphs: list[bool]) -> None:
         assert_all_close(again, once, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("adjoint", ADJOINTS, ids=repr)
+@pytest.mark.parametrize("bound", [None, 0.3])
+@pytest.mark.parametrize("shows", [False, True], ids=["", "shown"])
+def test_between_the_steps(
+    adjoint: diffopt.Adjoint, bound: float | None, shows: bool, graphs: list[bool]
+) -> None:
+    """What flows back is shown and bounded before each step, in the loop."""
+    problem = Table()
+    found = []
+    for compile in (False, True):
+        shown: list[tuple[int, dict[str, Tensor]]] = []
+        monitor = (lambda t, c: shown.append((t, c))) if shows else None  # noqa: B023
+        _, grads = problem.outcome(
+            adjoint=adjoint, compile=compile, max_cotangent_norm=bound, monitor=monitor
+        )
+        found.append((grads, shown))
+    (want, events), (got, compiled_events) = found
+    assert_all_close(got, want, rtol=1e-9, atol=1e-12)
+    assert [t for t, _ in compiled_events] == [*reversed(range(T))] * shows
+    for (_, a), (_, b) in zip(compiled_events, events, strict=True):
+        assert a.keys() == b.keys()
+        assert_all_close([*a.values()], [*b.values()], rtol=1e-9, atol=1e-12)
+    # Steps that a plan goes back through alone are bounded outside of their code.
+    assert graphs in ([True] * 2, [True] * 3)
+
+
+def test_nothing_is_shown_of_what_nothing_flows_to(graphs: list[bool]) -> None:
+    model, data = nn.Sequential(*tiny(), nn.Linear(2, 2).double()), batches(T)
+    names = []
+    for compile in (False, True):
+        opt = diffopt.SGD(model.parameters(), lr=0.1)
+        seen: list[tuple[int, list[str]]] = []
+        fast = diffopt.unroll(
+            model,
+            opt,
+            data,
+            mse,
+            segment=1,
+            compile=compile,
+            monitor=lambda t, c: seen.append((t, sorted(c))),  # noqa: B023
+        )
+        fast.params["0.weight"].sum().backward()
+        names.append(seen)
+    assert names[0] == names[1]
+    assert names[0][0] == (T - 1, ["0.weight"])
+
+
+def test_another_bound_compiles_nothing_again(graphs: list[bool]) -> None:
+    model, data = tiny(), batches(T)
+    for bound in (0.1, 0.2, 1e3):
+        found = []
+        for compile in (False, True):
+            opt = diffopt.SGD(model.parameters(), lr=0.1)
+            fast = diffopt.unroll(
+                model, opt, data, mse, segment=1, compile=compile, max_cotangent_norm=bound
+            )
+            found.append(torch.autograd.grad(fast.losses.sum(), [*model.parameters()]))
+        assert_all_close(found[1], found[0], rtol=1e-10, atol=1e-13)
+    assert graphs == [True, True]
+
+
 def test_compiling_is_shown(graphs: list[bool], capsys: pytest.CaptureFixture[str]) -> None:
     model, data = tiny(), batches(T)
     shown = []

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from diffopt._compile.code import Code
-from diffopt._compile.loops import Block, Cotangents
+from diffopt._compile.loops import Block
 from diffopt._compile.specialise import Call, end_of
 from diffopt._compile.step_inputs import StepInputs
 from diffopt._compile.trace import Untraceable
+from diffopt._compile.way_back import Cotangents
+from diffopt._loop.blocks import Between
 from diffopt._step.graph import Graph
 from diffopt._step.linearization import Linearization
 from diffopt._step.result import Checked, StepResult
@@ -154,22 +156,32 @@ class CompiledBlock:
         outputs: OutputCotangents,
         captured: Sequence[Any],
         *,
+        between: Between | None = None,
         retain_graph: bool = False,
     ) -> tuple[Cotangent, list[Tensor | None]]:
         """``Linearization.vjp`` of the steps ``start``, ..., ``stop`` − 1, all at once.
 
         Args:
             outputs: of the losses and extras of the block.
+            between: what is done to the cotangent before each step.
         """
-        cotangents = Cotangents(state_cotangent, outputs.losses)
+        monitor, norm = (None, None) if between is None else (between.monitor, between.norm)
+        cotangents = Cotangents(state_cotangent, outputs.losses, norm, shown=monitor is not None)
         extras = not outputs.aux.keys().isdisjoint(range(start - self.start, stop - self.start))
+        given = start, stop, state_cotangent, outputs, captured, between
         if extras or any_batched([*state_cotangent.values(), *outputs.tensors()]):
-            return self._one_by_one(start, stop, state_cotangent, outputs, captured)
+            return self._one_by_one(*given)
+        if monitor is not None and not self._block.can_show(stop - start, state_cotangent):
+            return self._one_by_one(*given)
         try:
-            before, pairs = self._block.vjp(start, stop, cotangents)
+            pulled = self._block.vjp(start, stop, cotangents)
         except Untraceable:
-            return self._one_by_one(start, stop, state_cotangent, outputs, captured)
-        return before, through(pairs, captured, retain_graph)
+            return self._one_by_one(*given)
+        if between is not None and monitor is not None:
+            for row, t in enumerate(reversed(range(start, stop))):
+                named = {name: rows[row] for name, rows in pulled.shown.items()}
+                monitor(between.first_step + t, named)
+        return pulled.before, through(pulled.pairs, captured, retain_graph)
 
     def _one_by_one(
         self,
@@ -178,11 +190,14 @@ class CompiledBlock:
         cotangent: Cotangent,
         outputs: OutputCotangents,
         captured: Sequence[Any],
+        between: Between | None,
     ) -> tuple[Cotangent, list[Tensor | None]]:
         steps = self._block.steps
         total: list[Tensor | None] = [None] * len(captured)
         for t in reversed(range(start, stop)):
             row = t - self.start
+            if between is not None:
+                cotangent = between.bounded(t, cotangent)
             given = steps.given[row]
             call = self._step.call(self.state(t), t, given)
             linearization = CompiledLinearization(

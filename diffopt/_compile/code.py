@@ -7,10 +7,12 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from diffopt._compile.loops import Block, Cotangents, Loops, Steps
+from diffopt._compile.loops import Block, Loops
 from diffopt._compile.specialise import Call, Pulled, Specialisation
 from diffopt._compile.step_inputs import ManyInputs, StepInputs
+from diffopt._compile.steps import Steps
 from diffopt._compile.trace import Untraceable
+from diffopt._compile.way_back import Cotangents
 from diffopt._step.result import Checked, StepResult
 from diffopt._values.outputs import StepCotangents
 from diffopt._values.state import Cotangent
@@ -93,7 +95,8 @@ class Code:
             losses = None if outputs.loss is None else outputs.loss.unsqueeze(0)
             try:
                 block = self._loops.taken(Steps(call, ManyInputs([given]), [drawn]))
-                return block.vjp(call.t, call.t + 1, Cotangents(cotangent, losses))
+                pulled = block.vjp(call.t, call.t + 1, Cotangents(cotangent, losses))
+                return pulled.before, pulled.pairs
             except Untraceable as reason:
                 self._one_by_one(reason)
         return self.step.vjp(call, drawn, cotangent, outputs)

@@ -30,9 +30,9 @@ from diffopt._compile.code import Code
 from diffopt._compile.environment import Environment, methods_of
 from diffopt._compile.hyper_inputs import with_hyper
 from diffopt._compile.late import Late
-from diffopt._compile.loops import Steps
 from diffopt._compile.specialise import Call, Layout, Specialisation, flat
 from diffopt._compile.step_inputs import ManyInputs, Reader, StepInputs, form_of, nbytes
+from diffopt._compile.steps import Steps
 from diffopt._compile.trace import Untraceable
 from diffopt._derivatives.table import with_second_derivatives
 from diffopt._step.generators import Generators

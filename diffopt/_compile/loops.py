@@ -8,51 +8,26 @@ no part of the code.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import compress
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffopt._compile.loop_graph import Carried, loop_graph
+from diffopt._compile.compiled_loop import CompiledLoop
+from diffopt._compile.loop_graph import Carried
 from diffopt._compile.rows import distinct, in_rows, is_dense
-from diffopt._compile.specialise import Call, Flowing, Pulled, Specialisation, Vjp
-from diffopt._compile.step_inputs import ManyInputs
-from diffopt._compile.trace import Traced, Untraceable, compiled, plain_arithmetic
-from diffopt._torch.inductor import Run, loop_operator, stand_ins
+from diffopt._compile.specialise import Call, Specialisation
+from diffopt._compile.step_inputs import nbytes
+from diffopt._compile.steps import STEP, Rows, Steps
+from diffopt._compile.trace import Untraceable
+from diffopt._compile.way_back import Cotangents, Stacked, WayBack
+from diffopt._torch.inductor import loop_operator
 from diffopt._values.state import Cotangent, State
 
-#: The columns of the index: the step within its block, its hyperparameters, and from ``BATCH`` on
-#: one for each tensor of its batch.
-STEP, HYPER, BATCH = 0, 1, 2
-
-
-@dataclass(frozen=True)
-class Steps:
-    """Consecutive steps of one structure, with what they are given besides the state.
-
-    Attributes:
-        call: the first of them.
-        given: for each step its batch and hyperparameters.
-        drawn: for each step its random numbers.
-    """
-
-    call: Call
-    given: ManyInputs
-    drawn: Sequence[Sequence[Tensor]]
-
-    @property
-    def start(self) -> int:
-        """The position of the first."""
-        return self.call.t
-
-    @property
-    def stop(self) -> int:
-        """The position after the last."""
-        return self.call.t + len(self.given)
+#: The most bytes of what flows to the parameters that are given out at once.
+MOST_SHOWN = 1 << 24
 
 
 class Loops:
@@ -68,8 +43,8 @@ class Loops:
         n = len(call.state)
         passed = step.traced.passed[:n]
         self.varying = [i for i in range(n) if passed[i] != i]
-        self._forward: dict[bool, _Loop] = {}
-        self._backward: dict[Hashable, _WayBack] = {}
+        self._forward: dict[bool, CompiledLoop] = {}
+        self._backward: dict[Hashable, WayBack] = {}
 
     def run(self, steps: Steps, *, keep: bool) -> Block:
         """Take the steps. With ``keep``, the block can go back through them."""
@@ -80,7 +55,7 @@ class Loops:
         values.update(enumerate(rows.drawn, draws))
         if keep not in self._forward:
             columns = {**rows.columns, **{draws + k: STEP for k in range(len(rows.drawn))}}
-            self._forward[keep] = _Loop(
+            self._forward[keep] = CompiledLoop(
                 step.traced,
                 [Carried(i, i) for i in varying],
                 columns,
@@ -104,34 +79,26 @@ class Loops:
 
     def back(self, block: Block, start: int, stop: int, given: Cotangents) -> Stacked:
         """Pull cotangents of the state at ``stop`` and of the losses back to ``start``."""
-        key = given.losses is None, tuple(self.step.flowing(given.state))
+        flowing = tuple(self.step.flowing(given.state))
+        key = given.losses is None, given.norm is None, given.shown, flowing
         if key not in self._backward:
-            self._backward[key] = _WayBack(self, block, given)
+            self._backward[key] = WayBack(self.step, self.varying, block, given)
         return self._backward[key](block, start, stop, given)
 
 
 @dataclass(frozen=True)
-class Cotangents:
-    """What a way back starts from: of a state, and of the losses of a whole block."""
-
-    state: Cotangent
-    losses: Tensor | None
-
-
-@dataclass(frozen=True)
-class Stacked:
-    """What flows back through some steps.
+class FlowedBack:
+    """What has flown back through some steps.
 
     Attributes:
         before: to the state before them.
-        shared: by index in ``[*hyper, *fixed]`` of the call, to what all steps use.
-        batches, hyper: by index, to what single steps use: stacked, the last step first.
+        pairs: each tensor that they use, and what flows to it.
+        shown: as for ``Stacked``.
     """
 
     before: Cotangent
-    shared: dict[int, Tensor]
-    batches: dict[int, Tensor]
-    hyper: dict[int, Tensor]
+    pairs: list[tuple[Tensor, Tensor]]
+    shown: dict[str, Tensor]
 
 
 class Block:
@@ -176,7 +143,18 @@ class Block:
         columns = [[x.clone() for x in stacked.unbind()] for stacked in self._aux]
         return [step.extras([column[t] for column in columns]) for t in range(count)]
 
-    def vjp(self, start: int, stop: int, cotangents: Cotangents) -> Pulled:
+    def can_show(self, steps: int, cotangent: Cotangent) -> bool:
+        """Whether what flows to the parameters can be given out of so many steps at once.
+
+        Nothing may be made up for a parameter that nothing flows to, and it has to be held.
+        """
+        step = self._loops.step
+        params = [path for path in step.flowing(cotangent) if path[0] == "params"]
+        if any(path not in cotangent for path in params):
+            return False
+        return steps * nbytes(cotangent[path] for path in params) <= MOST_SHOWN
+
+    def vjp(self, start: int, stop: int, cotangents: Cotangents) -> FlowedBack:
         """Pull cotangents of the state at ``stop`` and of the block's losses back to ``start``.
 
         Raises:
@@ -186,143 +164,13 @@ class Block:
         pulled = self._loops.back(self, start, stop, cotangents)
         shared = [*call.hyper, *call.fixed]
         pairs = [(shared[i], c) for i, c in pulled.shared.items()]
-        own = steps.given[start - steps.start : stop - steps.start][::-1]
-        for k, c in pulled.batches.items():
-            pairs += _by_tensor([given.batch[k] for given in own], c)
-        for k, c in pulled.hyper.items():
-            pairs += _by_tensor([given.hyper[k] for given in own], c)
-        return pulled.before, pairs
-
-
-class Rows:
-    """What the steps of a block are given besides the state, as a loop takes it.
-
-    Attributes:
-        index: which rows each step reads.
-        values: by index among a step's inputs, hyperparameters and the tensors of functions and
-            batches: a tensor, or the rows of many.
-        columns: for those in rows the column of the index.
-        drawn: the random numbers, in rows.
-    """
-
-    def __init__(self, steps: Steps) -> None:
-        call, count = steps.call, len(steps.given)
-        n, h = len(call.state), len(call.hyper)
-        columns = steps.given.columns()
-        values = dict(enumerate([*call.hyper, *call.fixed], n))
-        self.columns: dict[int, int] = {}
-        one = steps.given.one_hyper
-        hyper = [call.hyper] if one else [x.hyper for x in steps.given]
-        for j, constant in enumerate(call.constant):
-            if not constant:
-                values[n + j] = in_rows([x[j] for x in hyper])
-                self.columns[n + j] = HYPER
-        index = _index(count, (True, not one, *(which is None for _, which in columns)))
-        for k, (tensors, which) in enumerate(columns):
-            i = n + h + call.shared + k
-            values[i] = in_rows(tensors)
-            self.columns[i] = BATCH + k
-            if which is not None and len(tensors) > 1:
-                index = index.clone()
-                index[:, BATCH + k] = torch.tensor(which)
-        self.index = index
-        self.values = values
-        self.drawn = [in_rows(column) for column in zip(*steps.drawn, strict=True)]
-
-
-@lru_cache(maxsize=64)
-def _index(steps: int, own: tuple[bool, ...]) -> Tensor:
-    """Which rows steps read: in each column the one of their own number, or the first."""
-    index = torch.zeros(steps, len(own), dtype=torch.int64, device="cpu")
-    for column in compress(range(len(own)), own):
-        index[:, column] = torch.arange(steps, device="cpu")
-    return index
-
-
-class _Loop:
-    """One loop, compiled at its first run."""
-
-    def __init__(
-        self,
-        step: Traced,
-        carried: Sequence[Carried],
-        columns: Mapping[int, int],
-        emitted: Sequence[int],
-        kept: Sequence[int],
-    ) -> None:
-        self._graph = loop_graph(step, carried, columns, emitted, kept)
-        self._run: Run | None = None
-
-    def __call__(
-        self, index: Tensor, start: Sequence[Tensor], values: Mapping[int, Tensor]
-    ) -> Sequence[Tensor]:
-        graph = self._graph
-        given = [index, *start, *(values[i] for i in graph.closed_over), *graph.constants]
-        if self._run is None:
-            first = 1 + len(start)
-            by_rows = [
-                0,
-                *(k for k, i in enumerate(graph.closed_over, first) if i in graph.by_rows),
-            ]
-            self._run = compiled(graph.graph, stand_ins(given, by_rows), loop=True)
-        with plain_arithmetic():
-            return self._run(*given)
-
-
-class _WayBack:
-    """The loop backwards, for some cotangents."""
-
-    def __init__(self, loops: Loops, block: Block, given: Cotangents) -> None:
-        step, call = loops.step, block.steps.call
-        flowing = step.flowing(given.state)
-        while True:
-            cotangents = step.fitted(flowing, given.state)
-            losses = [] if given.losses is None else [given.losses[0].contiguous()]
-            flows = Flowing(tuple(flowing), bool(losses), ())
-            vjp = Vjp(step, call, flows, [*cotangents, *losses])
-            more = [path for path in vjp.before if path not in flowing]
-            if not more:
-                break
-            flowing = [*flowing, *more]  # what flows from step to step has to be taken up again
-        self._loops, self._flowing = loops, flowing
-        n, h, count = len(call.state), len(call.hyper), call.count
-        outs = {path: k for k, path in enumerate(vjp.before)}
-        carried = [Carried(count + k, outs.get(path)) for k, path in enumerate(flowing)]
-        self._losses_at = count + len(flowing)
-        self._drawn_at = self._losses_at + len(losses)
-        columns = {**block.rows.columns, self._losses_at: STEP}
-        columns.update(dict.fromkeys(loops.varying, STEP))
-        columns.update({self._drawn_at + k: STEP for k in range(len(step.draws))})
-        found = [*((h + i) for i in vjp.fixed), *vjp.hyper]  # among [*hyper, *fixed]
-        self._shared, self._emitted = [], []
-        for k, i in enumerate(found, len(outs)):
-            if n + i in columns:
-                self._emitted.append((i, k))
-            else:
-                self._shared.append((i, k))
-        carried += [Carried(None, k) for _, k in self._shared]
-        self._loop = _Loop(vjp.traced, carried, columns, [k for _, k in self._emitted], ())
-
-    def __call__(self, block: Block, start: int, stop: int, given: Cotangents) -> Stacked:
-        step, call, rows = self._loops.step, block.steps.call, block.rows
-        first = block.steps.start
-        index = rows.index[start - first : stop - first].flip(0)
-        values = {**dict(enumerate(call.state)), **rows.values, **block.states}
-        if given.losses is not None:
-            values[self._losses_at] = given.losses.detach().contiguous()
-        values.update(enumerate(rows.drawn, self._drawn_at))
-        tensors = [*call.hyper, *call.fixed]
-        sums = [torch.zeros_like(tensors[i], requires_grad=False) for i, _ in self._shared]
-        results = self._loop(index, [*step.fitted(self._flowing, given.state), *sums], values)
-        n, h, m = len(self._flowing), len(call.hyper), len(self._shared)
-        stacked = {i: x for (i, _), x in zip(self._emitted, results[n + m :], strict=True)}
-        first_of_batch = h + call.shared
-        return Stacked(
-            dict(zip(self._flowing, results, strict=False)),
-            {i: x for (i, _), x in zip(self._shared, results[n : n + m], strict=True)},
-            {i - first_of_batch: x for i, x in stacked.items() if i >= first_of_batch},
-            {i: x for i, x in stacked.items() if i < h},
-        )
+        if pulled.batches or pulled.hyper:
+            own = steps.given[start - steps.start : stop - steps.start][::-1]
+            for k, c in pulled.batches.items():
+                pairs += _by_tensor([given.batch[k] for given in own], c)
+            for k, c in pulled.hyper.items():
+                pairs += _by_tensor([given.hyper[k] for given in own], c)
+        return FlowedBack(pulled.before, pairs, pulled.shown)
 
 
 def _check(step: Specialisation, call: Call) -> None:

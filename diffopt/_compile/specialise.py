@@ -13,6 +13,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from diffopt._compile.environment import PLAIN
 from diffopt._compile.trace import Draw, Untraceable, trace
+from diffopt._loop.way_back import clip_norm
 from diffopt._step.capture import Captured
 from diffopt._step.generators import Generators
 from diffopt._step.graph import Graph, Part
@@ -267,18 +268,30 @@ class Specialisation:
 
 @dataclass(frozen=True)
 class Flowing:
-    """What cotangents flow back to: some of the state, the loss or not, some of the extras."""
+    """What cotangents flow back to: some of the state, the loss or not, some of the extras.
+
+    Attributes:
+        bounded: a bound of the norm of the parameters' part comes after them.
+    """
 
     state: tuple[Path, ...]
     loss: bool
     aux: tuple[int, ...]
+    bounded: bool = False
 
-    def parted(self, cotangents: Sequence[Tensor]) -> tuple[Cotangent, StepCotangents]:
+    def parted(
+        self, cotangents: Sequence[Tensor], tasks: int | None
+    ) -> tuple[Cotangent, StepCotangents]:
         """The cotangents, which are in the order of the attributes."""
         given = iter(cotangents)
         state = {path: next(given) for path in self.state}
         loss = next(given) if self.loss else None
-        return state, StepCotangents(loss, {i: next(given) for i in self.aux})
+        outputs = StepCotangents(loss, {i: next(given) for i in self.aux})
+        params = {path: c for path, c in state.items() if path[0] == "params"}
+        if self.bounded and params:
+            scaled = clip_norm([*params.values()], next(given), tasks)
+            state |= dict(zip(params, scaled, strict=True))
+        return state, outputs
 
 
 class Vjp:
@@ -302,10 +315,11 @@ class Vjp:
 
         def vjp(*inputs: Tensor) -> list[Tensor]:
             before, hyper = call.parted(inputs)
-            state, outputs = flowing.parted(inputs[call.count :])
+            bound = call.bound(hyper, traced=True)
+            state, outputs = flowing.parted(inputs[call.count :], bound.loss.tasks)
             seen = [_edge(call.fixed[i]) for i in ends]
             wanted = [i for i, x in enumerate(hyper) if x.requires_grad]
-            linearization = call.bound(hyper, traced=True).linearize(before, call.t)
+            linearization = bound.linearize(before, call.t)
             back, others = linearization.vjp(
                 state,
                 outputs,

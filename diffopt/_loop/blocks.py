@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from diffopt._loop.loop import Loop
+from diffopt._loop.setting import Monitor
 from diffopt._loop.snapshots import Snapshot
 from diffopt._step.graph import Graph
 from diffopt._step.observe import Observer
@@ -16,6 +18,23 @@ from diffopt._step.result import Checked, StepResult
 from diffopt._torch.autograd import present_sequence
 from diffopt._values.outputs import OutputCotangents
 from diffopt._values.state import Cotangent, State
+
+
+@dataclass(frozen=True)
+class Between:
+    """What is done to the cotangent of the state before it flows back through a step.
+
+    Attributes:
+        bounded: all of it: it is shown, and its parameters' part is bounded.
+        monitor: the user's function that it is shown to, with the step's number, or None.
+        norm: the bound, or None.
+        first_step: the number of the step at position 0.
+    """
+
+    bounded: Callable[[int, Cotangent], Cotangent]
+    monitor: Monitor | None
+    norm: float | None
+    first_step: int
 
 
 class Block(Protocol):
@@ -60,12 +79,14 @@ class Block(Protocol):
         outputs: OutputCotangents,
         captured: Sequence[Any],
         *,
+        between: Between | None = None,
         retain_graph: bool = False,
     ) -> tuple[Cotangent, list[Tensor | None]]:
         """Carry a cotangent back from ``stop`` to ``start``.
 
         Args:
             outputs: of the block's losses and extras, counted from its first step.
+            between: what is done to it before each step.
         """
 
 
@@ -171,9 +192,6 @@ def _taken(
     step = loop.step
     if loop.ledger is not None or not hasattr(step, "together"):
         return None
-    between = loop.max_cotangent_norm is not None or loop.monitor is not None
-    if keep and between:  # something to do between the steps
-        return None
     with torch.no_grad():
         return cast(TakesBlocks, step).together(state, start, stop, keep=keep, observer=observer)
 
@@ -198,6 +216,10 @@ def block_vjp(
     """
     captured = loop.captured
     steps = (start,) if block.alike else range(start, stop)
+    norm, monitor, first = loop.max_cotangent_norm, loop.monitor, loop.step.first_step
+    between = None
+    if norm is not None or monitor is not None:
+        between = Between(loop.bounded, monitor, norm, first)
     with captured.sealed(*steps) as shared:
         before, found = block.vjp(
             start,
@@ -205,6 +227,7 @@ def block_vjp(
             cotangent,
             outputs.later(block.start).until(block.stop - block.start),
             captured.edges(*steps),
+            between=between,
             retain_graph=retain_graph or shared,
         )
     loop.progress.backward(stop - start)

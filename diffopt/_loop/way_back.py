@@ -207,7 +207,7 @@ class CapturedSum:
 
 def clip_norm(
     tensors: Sequence[Tensor],
-    max_norm: float,
+    max_norm: float | Tensor,
     tasks: int | None,
     whole: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
