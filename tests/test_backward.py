@@ -461,7 +461,8 @@ def test_nothing_is_left_behind(adjoint: diffopt.Adjoint, create_graph: bool) ->
         grads = torch.autograd.grad(outcome, inputs, create_graph=create_graph)
         if create_graph:
             torch.autograd.grad(sum(g.sum() for g in grads), inputs)
-        diffopt.unroll(model, sgd(model, lr), data, mse, adjoint=adjoint)  # and never backward
+        rate = log_lr.exp()
+        diffopt.unroll(model, sgd(model, rate), data, mse, adjoint=adjoint)  # and never backward
 
     outer_step()
     counts = []

@@ -76,7 +76,7 @@ class Observer(TorchFunctionMode):
         self._in_gradient: dict[int, Tensor] | None = None
         self._own: dict[int, Tensor] = {}  # the step's
         self._known: dict[int, Tensor] = {}  # used by the step; held, so that no id is used again
-        self._before_gradient = self._known
+        self._before_gradient: dict[int, Tensor] = {}
         self._plain: set[int] = set()  # those that did not require grad when they were met
         self._made: dict[int, Ref] = {}  # by the step
         self._earlier: dict[int, Ref] = {}  # by a step before, and still there
@@ -112,7 +112,8 @@ class Observer(TorchFunctionMode):
     def end_gradient(self) -> dict[int, Tensor]:
         """It has been taken: gives the tensors that require grad and that hooks used there."""
         used, self._in_gradient = self._in_gradient or {}, None
-        self._known = self._before_gradient | self._known if self._known else self._before_gradient
+        self._before_gradient.update(self._known)
+        self._known, self._before_gradient = self._before_gradient, {}
         return used
 
     def is_made(self, x: Tensor) -> bool:

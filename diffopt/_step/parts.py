@@ -5,7 +5,7 @@ With their losses l and coefficients c, the loss is L = Σ c l and its gradient 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import dataclass
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from diffopt._step.loss import Evaluation, InnerLoss
 from diffopt._step.microbatches import Coefficient, Microbatches
-from diffopt._step.result import Evaluated
+from diffopt._step.result import Evaluated, present
 from diffopt._torch.autograd import in_forward_mode
-from diffopt._values.tree import add
+from diffopt._values.tree import Sums, add
 
 _NOTHING = nullcontext()
 
@@ -104,15 +104,22 @@ class Total:
 
     def __init__(self) -> None:
         self.loss: Tensor | None = None
-        self.raw: dict[str, Tensor | None] = {}
         self.buffers: dict[str, Tensor] = {}
+        self._names: Sequence[str] = ()
+        self._gradients = Sums()
+
+    @property
+    def raw(self) -> dict[str, Tensor | None]:
+        """The gradients, None where no part has one."""
+        return {name: self._gradients.get(name) for name in self._names}
 
     def add(self, found: Evaluated, loss: Tensor) -> None:
         """Add a part, of which nothing is kept but values."""
         with torch.no_grad():
             self.loss = add(self.loss, values(loss))
-            for name, g in found.raw.items():
-                self.raw[name] = add(self.raw.get(name), g if g is None else values(g))
+            for name, g in present(found.raw).items():
+                self._gradients.add(name, values(g))
+        self._names = list(found.raw)
         self.buffers = found.buffers
 
 

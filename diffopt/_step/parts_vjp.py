@@ -23,7 +23,7 @@ from diffopt._torch.autograd import present_sequence
 from diffopt._torch.collectives import no_collectives
 from diffopt._values.outputs import StepCotangents
 from diffopt._values.state import Cotangent, State, add_into
-from diffopt._values.tree import add_each, tensors_in, vjp
+from diffopt._values.tree import Sums, add_each, tensors_in, vjp
 from diffopt.optim.terms import Hyper
 
 if TYPE_CHECKING:
@@ -244,12 +244,25 @@ class _Sums:
     """Sums of cotangents over the parts."""
 
     def __init__(self, captured: int) -> None:
-        self.state: Cotangent = {}
-        self.captured: list[Tensor | None] = [None] * captured
+        self._count = captured
+        self._state, self._captured = Sums(), Sums()
+
+    @property
+    def state(self) -> Cotangent:
+        """Those of the state."""
+        return dict(self._state)
+
+    @property
+    def captured(self) -> list[Tensor | None]:
+        """Those of the captured tensors."""
+        return [self._captured.get(i) for i in range(self._count)]
 
     def add(self, state: Cotangent, captured: Iterable[Tensor | None]) -> None:
-        add_into(self.state, state)
-        self.captured = add_each(self.captured, captured)
+        for path, c in state.items():
+            self._state.add(path, c)
+        for i, g in enumerate(captured):
+            if g is not None:
+                self._captured.add(i, g)
 
 
 def _as_leaves(raw: Mapping[str, Tensor | None]) -> Cotangent:

@@ -337,7 +337,8 @@ class InnerStep:
         hyper: Sequence[Hyper],
         grads: Mapping[str, Tensor | None],
     ) -> Checked:
-        if in_forward_mode():  # of dual numbers, norms cannot be taken, and nothing is compared
+        # The sum over parts is compared, not the part; of dual numbers, norms cannot be taken.
+        if self.only_gradient or in_forward_mode():
             return Checked(loss.detach())
         with torch.no_grad():
             return Checked(

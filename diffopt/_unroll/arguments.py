@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSequence, Sequence
 from numbers import Integral, Real
 from typing import Any
@@ -47,20 +48,21 @@ def chosen_adjoint(segment: int | None, adjoint: Any, verify: bool) -> Adjoint:
 
 
 def check_graphs(opt: Optimizer) -> None:
-    """Refuse an option computed from others whose graph a backward pass has used up.
+    """Warn of an option computed from others whose graph a backward pass has used up.
 
-    Raises:
-        RuntimeError: naming it.
+    Values are still right; a backward pass, which may never come, will fail in PyTorch.
     """
     for rule, group in zip(opt.rules, opt.param_groups, strict=True):
         for key in rule.defaults:
             for x in tensors_in(group[key]):
                 if x.grad_fn is not None and graph_was_freed(x.grad_fn):
-                    raise RuntimeError(
+                    warnings.warn(
                         f"{type(rule).__name__}: {key} is a tensor computed from others, and a "
-                        "backward pass has freed the graph that it was computed by: it serves one. "
-                        f"Give a callable, {key}=lambda t: log_{key}.exp(), or make the optimizer "
-                        "anew for each unroll"
+                        "backward pass has freed the graph that it was computed by, so backward "
+                        f"through this unroll will fail: give a callable, {key}=lambda t: "
+                        f"log_{key}.exp(), or make the optimizer anew for each unroll",
+                        RuntimeWarning,
+                        stacklevel=4,
                     )
 
 

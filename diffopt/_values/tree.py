@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from diffopt._torch import pytree
+from diffopt._torch.autograd import in_forward_mode
+from diffopt._torch.functorch import in_functorch
 
 Path = tuple[str, ...]
 
@@ -75,6 +77,34 @@ def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 def add_each(a: Iterable[Tensor | None], b: Iterable[Tensor | None]) -> list[Tensor | None]:
     """``add``, pair by pair."""
     return [add(x, y) for x, y in zip(a, b, strict=True)]
+
+
+class Sums(dict[Any, Tensor]):
+    """Sums of tensors by key: each is made once, and written into from then on.
+
+    A first tensor is the caller's, and is left alone.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: set[Any] = set()
+
+    def add(self, key: Any, x: Tensor) -> None:
+        """Add ``x`` to the sum of ``key``."""
+        total = self.get(key)
+        if total is None:
+            self[key] = x
+        elif (
+            key in self._made
+            and not (total.requires_grad or x.requires_grad)
+            and total.dtype is x.dtype
+            and not in_functorch()
+            and not in_forward_mode()
+        ):
+            total.add_(x)
+        else:
+            self[key] = total + x
+            self._made.add(key)
 
 
 def differ(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[bool]:
