@@ -601,7 +601,8 @@ def test_small_loops(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
             assert_all_close(got, want, rtol=1e-10, atol=1e-13)
             assert_all_close(grads(True, adjoint=adjoint), got, rtol=0, atol=0)
     said = [r.getMessage() for r in caplog.records if r.name == "diffopt"]
-    assert not [line for line in said if "as TorchInductor writes it" in line]
+    if torch.__version__ < "2.14":  # which lowers one of these loops in another way, and says so
+        assert not [line for line in said if "as TorchInductor writes it" in line]
     assert sum("compiled a graph of" in line for line in said) == 2
     gc.collect()
     gc.freeze()

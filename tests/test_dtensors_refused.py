@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -178,16 +178,15 @@ def test_two_processes(pools: Callable[[int], Processes], case: Any) -> None:
     pools(2).run(case)
 
 
-def test_a_pytorch_that_cannot_serve_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pytorch_that_cannot_serve_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It says so, before anything runs."""
     if can_redistribute_twice():
         monkeypatch.setattr(of_models, "can_redistribute_twice", lambda: False)
-    with tempfile.NamedTemporaryFile() as file:
-        dist.init_process_group("gloo", init_method=f"file://{file.name}", rank=0, world_size=1)
-        try:
-            net = sharded(Net(), mesh_of(1))
-            opt = diffopt.SGD(net.parameters(), lr=0.1)
-            with pytest.raises(NotImplementedError, match="cannot differentiate twice"):
-                diffopt.unroll(net, opt, 1, lambda m, t: m(torch.randn(6, 3)).sum())
-        finally:
-            dist.destroy_process_group()
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        net = sharded(Net(), mesh_of(1))
+        opt = diffopt.SGD(net.parameters(), lr=0.1)
+        with pytest.raises(NotImplementedError, match="cannot differentiate twice"):
+            diffopt.unroll(net, opt, 1, lambda m, t: m(torch.randn(6, 3)).sum())
+    finally:
+        dist.destroy_process_group()
