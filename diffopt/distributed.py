@@ -28,9 +28,9 @@ from diffopt._step.collectives import (
     gathered,
     rank_in,
     size_of,
-    sum_now,
     summed,
 )
+from diffopt._torch.collectives import sum_now
 from diffopt._torch.dtensors import is_dtensor, stored
 
 __all__ = ["mean", "mean_grads", "shard"]
@@ -67,8 +67,8 @@ def mean_grads(
 
     All of one device and dtype go in one exchange. A ``.grad`` that is None counts as zero, and
     stays None where it is so on all processes. Of a ``DTensor``, this process's part is averaged.
-    Tensors kept by ``shard`` are left alone: every
-    process has another part of them, and its gradient is whole.
+    Tensors kept by ``shard`` are left alone: every process has another part of them, and its
+    gradient is whole.
 
     Args:
         tensors: as many on every process, in the same order, of the same shapes and dtypes.

@@ -6,23 +6,22 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from diffopt._compile.code import Code
 from diffopt._compile.loops import Block
-from diffopt._compile.specialise import Call, end_of
+from diffopt._compile.specialise import Call
 from diffopt._compile.step_inputs import StepInputs
 from diffopt._compile.trace import Untraceable
 from diffopt._compile.way_back import Cotangents
 from diffopt._loop.blocks import Between
-from diffopt._step.graph import Graph
+from diffopt._step.graph import Graph, end_of
 from diffopt._step.linearization import Linearization
 from diffopt._step.result import Checked, StepResult
 from diffopt._torch.batched import any_batched
 from diffopt._values.outputs import OutputCotangents, StepCotangents
 from diffopt._values.state import Cotangent, State
-from diffopt._values.tree import add, add_each
+from diffopt._values.tree import add, add_each, vjp
 
 if TYPE_CHECKING:
     from diffopt._compile.compiled import CompiledStep
@@ -229,13 +228,4 @@ def through(
             made.append((x, c))
         else:
             total[place] = add(total[place], c)
-    if made:
-        found = torch.autograd.grad(
-            [x for x, _ in made],
-            captured,
-            [c for _, c in made],
-            retain_graph=retain_graph,
-            allow_unused=True,
-        )
-        total = add_each(total, found)
-    return total
+    return add_each(total, vjp(made, captured, retain_graph=retain_graph))

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from diffopt._compile.environment import PLAIN
 from diffopt._compile.trace import Draw, Untraceable, trace
 from diffopt._loop.way_back import clip_norm
 from diffopt._step.capture import Captured
 from diffopt._step.generators import Generators
-from diffopt._step.graph import Graph, Part
+from diffopt._step.graph import Graph, Part, end_of, leaf_or_edge
 from diffopt._step.observe import Observer
 from diffopt._step.result import Checked, StepResult, present
 from diffopt._step.step import InnerStep
@@ -317,7 +316,7 @@ class Vjp:
             before, hyper = call.parted(inputs)
             bound = call.bound(hyper, traced=True)
             state, outputs = flowing.parted(inputs[call.count :], bound.loss.tasks)
-            seen = [_edge(call.fixed[i]) for i in ends]
+            seen = [leaf_or_edge(call.fixed[i]) for i in ends]
             wanted = [i for i, x in enumerate(hyper) if x.requires_grad]
             linearization = bound.linearize(before, call.t)
             back, others = linearization.vjp(
@@ -379,19 +378,6 @@ class Form:
 
 
 _TENSOR = object()  # the place of a tensor among the extras
-
-
-def end_of(x: Tensor | GradientEdge) -> Hashable:
-    """What a captured tensor is known by to autograd."""
-    if isinstance(x, Tensor):
-        if x.is_leaf:
-            return x
-        x = get_gradient_edge(x)
-    return x.node, x.output_nr
-
-
-def _edge(x: Tensor) -> Tensor | GradientEdge:
-    return x if x.is_leaf else get_gradient_edge(x)
 
 
 def _present(keys: Sequence[int], values: Sequence[Tensor | None]) -> dict[int, Tensor]:

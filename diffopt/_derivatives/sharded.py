@@ -20,6 +20,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.overrides import TorchFunctionMode
 
+from diffopt._torch.collectives import sum_now
 from diffopt._torch.dtensors import is_dtensor, is_imported, local_part
 
 
@@ -216,9 +217,8 @@ class _Total(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, over: Processes) -> Tensor:
         ctx.over = over
-        x = x.detach().clone(memory_format=torch.contiguous_format)
         for group in over.groups:
-            dist.all_reduce(x, group=group)
+            x = sum_now(x, group)
         return x
 
     @staticmethod

@@ -21,7 +21,7 @@ import json
 import os
 import weakref
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
@@ -100,14 +100,9 @@ class DurableSnapshots(Snapshots, Journal):
         del self._files[t]  # its file goes when no entry names it
         self._reading.pop(t, None)
 
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._files)
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def __contains__(self, t: object) -> bool:
-        return t in self._files
+    @property
+    def _positions(self) -> Collection[int]:
+        return self._files
 
     def prefetch(self, t: int) -> None:
         self._refuse_lost()

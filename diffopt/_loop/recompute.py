@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from diffopt._values.tree import vjp as pulled
+
 #: Its results carry a graph exactly where grad mode is enabled.
 Function = Callable[..., tuple[Tensor | None, ...]]
 
@@ -77,16 +79,8 @@ class _Recomputed(torch.autograd.Function):
                     for i, c in zip(present, args[n:], strict=True)
                     if (out := outputs[i]) is not None and out.requires_grad
                 ]
-                if not pairs:
-                    return (None,) * (k + n)
-                return torch.autograd.grad(
-                    [out for out, _ in pairs],
-                    [*seen.edges, *leaves],
-                    [c for _, c in pairs],
-                    create_graph=connected,
-                    retain_graph=connected or shared,
-                    allow_unused=True,
-                )
+                inputs, retain = [*seen.edges, *leaves], connected or shared
+                return tuple(pulled(pairs, inputs, create_graph=connected, retain_graph=retain))
 
         given = [c for c in cotangents if c is not None]
         if torch.is_grad_enabled():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Collection, Iterator, MutableMapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -41,14 +41,19 @@ class Snapshots(MutableMapping[int, Snapshot]):
     def __delitem__(self, t: int) -> None:
         del self._held[t]
 
+    @property
+    def _positions(self) -> Collection[int]:
+        """Of which positions there are snapshots."""
+        return self._held
+
     def __iter__(self) -> Iterator[int]:
-        return iter(self._held)
+        return iter(self._positions)
 
     def __len__(self) -> int:
-        return len(self._held)
+        return len(self._positions)
 
     def __contains__(self, t: object) -> bool:
-        return t in self._held  # a Mapping's own would fetch the snapshot
+        return t in self._positions  # a Mapping's own would fetch the snapshot
 
     def prefetch(self, t: int) -> None:
         """Snapshot ``t`` will be wanted next: where it is far away, begin to fetch it."""
@@ -90,14 +95,9 @@ class Layer(Snapshots):
         if t in self._own:
             del self._own[t]
 
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._visible)
-
-    def __len__(self) -> int:
-        return len(self._visible)
-
-    def __contains__(self, t: object) -> bool:
-        return t in self._visible
+    @property
+    def _positions(self) -> Collection[int]:
+        return self._visible
 
     def prefetch(self, t: int) -> None:
         (self._own if t in self._own else self._below).prefetch(t)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Collection
 from concurrent.futures import Future
 from typing import Any, Self
 
@@ -150,14 +150,9 @@ class InFolder(Snapshots):
         name = self._files.pop(t).name
         self._background.read(lambda: self._own.remove(name))
 
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._files)
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def __contains__(self, t: object) -> bool:
-        return t in self._files
+    @property
+    def _positions(self) -> Collection[int]:
+        return self._files
 
     def prefetch(self, t: int) -> None:
         self._background.check_mine()

@@ -23,7 +23,17 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from diffopt._derivatives.functions import refuse_unrecorded
 from diffopt._derivatives.table import is_suspect, refuse_wrong
-from diffopt._step.graph import Edge, End, Ends, Graph, Part, edge_of, end_of, nodes_behind
+from diffopt._step.graph import (
+    Edge,
+    End,
+    Ends,
+    Graph,
+    Part,
+    edge_of,
+    end_of,
+    leaf_or_edge,
+    nodes_behind,
+)
 from diffopt._step.observe import Observer
 from diffopt._torch.functions import function_of
 
@@ -225,8 +235,7 @@ class Captured:
 
     def edges(self, *steps: int) -> list[Tensor | GradientEdge]:
         """What to differentiate graphs of steps with respect to, in the order of ``at``."""
-        chosen = [self.tensors[i] for i in self.at(*steps)]
-        return [x if x.is_leaf else get_gradient_edge(x) for x in chosen]
+        return [leaf_or_edge(self.tensors[i]) for i in self.at(*steps)]
 
     @contextmanager
     def sealed(self, *steps: int) -> Iterator[bool]:

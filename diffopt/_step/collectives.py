@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from diffopt._torch.collectives import sum_now
+
 #: A ``torch.distributed`` process group; None for that of all processes.
 ProcessGroup = Any
 
@@ -47,13 +49,6 @@ def size_of(group: ProcessGroup) -> int:
 def rank_in(group: ProcessGroup) -> int:
     """Which of them this is, from 0."""
     return dist.get_rank(group)
-
-
-def sum_now(x: Tensor, group: ProcessGroup) -> Tensor:
-    """The sum over the group, without a graph, in memory of its own."""
-    total = x.detach().clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(torch.view_as_real(total) if total.is_complex() else total, group=group)
-    return total
 
 
 def summed(x: Tensor, group: ProcessGroup) -> Tensor:

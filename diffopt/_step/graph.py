@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor
-from torch.autograd.graph import Node, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+
+from diffopt._torch.autograd import gradient_edge
 
 #: A node, and which of its results.
 Edge = tuple[Node, int]
@@ -57,9 +59,16 @@ def edge_of(x: Tensor) -> Edge:
     return edge.node, edge.output_nr
 
 
-def end_of(x: Tensor) -> End:
+def end_of(x: Tensor | GradientEdge) -> End:
     """Where a walk that comes to ``x`` ends."""
+    if isinstance(x, GradientEdge):
+        return x.node, x.output_nr
     return x if x.is_leaf else edge_of(x)
+
+
+def leaf_or_edge(x: Tensor) -> Tensor | GradientEdge:
+    """What to differentiate a graph with respect to where it ends at ``x``."""
+    return x if x.is_leaf else gradient_edge(x)
 
 
 def is_same(x: Tensor, y: Tensor) -> bool:

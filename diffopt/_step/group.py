@@ -31,8 +31,9 @@ from diffopt._step.apart import (
     refuse_failed,
     text_of,
 )
-from diffopt._step.collectives import ProcessGroup, check_group, rank_in, size_of, sum_now
+from diffopt._step.collectives import ProcessGroup, check_group, rank_in, size_of
 from diffopt._step.message import CLOSING, FAILED, NORM, NUMBER, VALUES, Entry, Form, Total
+from diffopt._torch.collectives import sum_now
 from diffopt._torch.engine import at_its_end, graph_task
 
 _READS, _LEARNED = 1, 2  # what a message of gradients notes, as bits of its number

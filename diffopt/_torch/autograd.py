@@ -57,17 +57,22 @@ def graph_was_freed(root: Any, most: int = 1000) -> bool:
     stack, passed = [root], {root}
     while stack and len(passed) < most:
         node = stack.pop()
-        for name in dir(node):
-            if name.startswith("_saved_"):
-                try:
-                    getattr(node, name)
-                except RuntimeError as error:
-                    if "second time" in str(error):
-                        return True
+        kind: Any = type(node)
+        for name in _saved_names(kind):
+            try:
+                getattr(node, name)
+            except RuntimeError as error:
+                if "second time" in str(error):
+                    return True
         found = {x for x, _ in node.next_functions if x is not None} - passed
         passed |= found
         stack += found
     return False
+
+
+@cache
+def _saved_names(kind: Any) -> tuple[str, ...]:
+    return tuple(name for name in dir(kind) if name.startswith("_saved_"))
 
 
 def saved(node: Any, name: str) -> Any:

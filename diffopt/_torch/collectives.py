@@ -1,4 +1,7 @@
-"""Collectives that write in place are no operations to autograd, whose graph goes on as before."""
+"""Collectives below autograd.
+
+Those that write in place are no operations to autograd, whose graph goes on as before.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,18 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from diffopt._torch.dispatch import TorchDispatchMode
 from diffopt._torch.pytree import tree_leaves
+
+
+def sum_now(x: Tensor, group: Any) -> Tensor:
+    """The sum over a process group, without a graph, in memory of its own."""
+    total = x.detach().clone(memory_format=torch.contiguous_format)
+    real = torch.view_as_real(total) if total.is_complex() else total
+    torch.distributed.all_reduce(real, group=group)
+    return total
 
 
 class _NoCollectives(TorchDispatchMode):  # type: ignore[no-untyped-call]

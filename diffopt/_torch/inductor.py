@@ -34,7 +34,7 @@ def compile_graph(graph: GraphModule, examples: Sequence[Tensor], *, loop: bool 
     """
     if not loop:
         return _compiled(graph, examples, {})
-    config: dict[str, Any] = {"cpp_wrapper": True, **_kept_on_disk(graph)}
+    config: dict[str, Any] = {"cpp_wrapper": True, **_kept_on_disk()}
     if _is_small(graph):
         try:
             from diffopt._torch.small_loops import small_loops
@@ -86,7 +86,7 @@ def _without_wrappers(
     return lambda *inputs: code(list(inputs))
 
 
-def _kept_on_disk(graph: GraphModule) -> dict[str, Any]:
+def _kept_on_disk() -> dict[str, Any]:
     """What has TorchInductor's cache on disk hold a loop, which it holds for few operators.
 
     It tells graphs apart by their code, inputs and submodules.

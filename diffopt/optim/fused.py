@@ -11,13 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffopt._torch.autograd import in_forward_mode
 from diffopt._torch.operations import fused_adam
-from diffopt.optim.lists import Tensors
+from diffopt.optim.lists import WIDE, Tensors, may_overwrite
 from diffopt.optim.scalars import values_unknown
 from diffopt.optim.terms import Entries, Hyper, column, tensors_of, with_entries
-
-_WIDE = (torch.float32, torch.float64)
 
 
 def adam(
@@ -51,18 +48,15 @@ def adam(
 
 def _serves(hyper: Hyper, params: Tensors, grads: Tensors, states: list[Entries]) -> bool:
     one_eps = isinstance(hyper["eps"], (float, int))  # and not one for each parameter
-    if not one_eps or tensors_of([hyper]) or values_unknown() or in_forward_mode():
+    if not one_eps or tensors_of([hyper]) or values_unknown():
         return False
-    recording = torch.is_grad_enabled()
     moments = [x for s in states for key, x in s.items() if key != "step"]
     dtype = params[0].dtype
     return (
-        dtype in _WIDE
+        dtype in WIDE
+        and may_overwrite(params, grads, moments)  # what are copies of these
         and all(
-            type(x) in (Tensor, torch.nn.Parameter)
-            and x.is_cpu
-            and x.dtype is dtype
-            and not (recording and x.requires_grad)
+            type(x) in (Tensor, torch.nn.Parameter) and x.is_cpu and x.dtype is dtype
             for x in (*params, *grads, *moments)
         )
         and all(x.is_contiguous() for x in (*params, *moments))

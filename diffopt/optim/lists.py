@@ -79,7 +79,7 @@ def _one_call_with_many(c: Coefficient) -> TypeGuard[Any]:
     return not any(isinstance(v, Tensor) for v in values) and _one_call()
 
 
-def _may_overwrite(*operands: Tensors) -> bool:
+def may_overwrite(*operands: Tensors) -> bool:
     """Whether memory that is given up may be written into: nothing is being recorded."""
     if torch.is_grad_enabled() and any(x.requires_grad for xs in operands for x in xs):
         return False
@@ -94,7 +94,7 @@ def _computed(
     give_up: bool,
 ) -> Tensors:
     """One call of ``new``, or of ``in_place`` where the first operand's memory may be reused."""
-    if give_up and _may_overwrite(*operands):
+    if give_up and may_overwrite(*operands):
         in_place(*operands, *numbers)
         return operands[0]
     return list(new(*operands, *numbers))
@@ -109,13 +109,14 @@ def _operand(c: Any, xs: Tensors) -> Any:
     dtype = xs[0].dtype
     is_number = (
         type(c) in (int, float)
-        and dtype in _WIDE
+        and dtype in WIDE
         and all(x.is_cpu and x.dtype is dtype and not x.requires_grad for x in xs)
     )
     return torch.scalar_tensor(c, dtype=dtype) if is_number and not values_unknown() else c
 
 
-_WIDE = (torch.float32, torch.float64)
+#: The dtypes that numbers of double precision are computed with as they are.
+WIDE = (torch.float32, torch.float64)
 
 
 def neg(xs: Tensors) -> Tensors:
@@ -131,7 +132,7 @@ def magnitude(xs: Tensors) -> Tensors:
 def add(xs: Tensors, ys: Tensors, c: Coefficient = 1.0, *, give_up_ys: bool = False) -> Tensors:
     """x + c·y."""
     if _one_call_with(c):
-        if give_up_ys and _may_overwrite(xs, ys):
+        if give_up_ys and may_overwrite(xs, ys):
             torch._foreach_mul_(ys, c)
             torch._foreach_add_(ys, xs)
             return ys
@@ -151,7 +152,7 @@ def scale(
 ) -> Tensors:
     """c·x. ``into`` are tensors that are not needed any more, of the same shapes as x."""
     if _one_call_with_many(c):
-        if into is not None and _may_overwrite(xs, into):
+        if into is not None and may_overwrite(xs, into):
             torch._foreach_copy_(into, xs)
             xs, give_up = into, True
         factor = _operand(c, xs)
@@ -234,7 +235,7 @@ def sqrt(xs: Tensors, *, give_up: bool = False) -> Tensors:
 def divide_by_roots(xs: Tensors, roots: Tensors) -> Tensors:
     """x / √y of the roots √y, 0 where they are 0: in derivatives of ``sqrt``. x is given up."""
     quotients = div(xs, roots, give_up=True)
-    fill = Tensor.masked_fill_ if _may_overwrite(xs, roots) else Tensor.masked_fill
+    fill = Tensor.masked_fill_ if may_overwrite(xs, roots) else Tensor.masked_fill
     return [fill(q, root == 0, 0.0) for q, root in zip(quotients, roots, strict=True)]
 
 
