@@ -158,16 +158,18 @@ class CompiledStep(InnerStep):
             return self.eager(state, t, generators).advance()
         return result
 
-    def linearize(self, state: State, t: int, observer: Observer | None = None) -> Linearization:
+    def linearize(
+        self, state: State, t: int, observer: Observer | None = None, *, values: bool = True
+    ) -> Linearization:
         """As for ``InnerStep``, except that nothing is evaluated before it is needed."""
         if _transformed():
             self._module.enter()
-            return super().linearize(state, t, observer)
+            return super().linearize(state, t, observer, values=values)
         given = self._reader.at(t, observer)
         call, code = self._matched(state, t, given)
         if code is None:
             self._module.enter()
-            return super().linearize(state, t, observer)
+            return super().linearize(state, t, observer, values=values)
         generators = self._generators.get() if code.step.draws else ()
         return CompiledLinearization(self, code, call, given, generators, code.step.draw())
 

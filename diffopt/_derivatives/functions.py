@@ -64,6 +64,11 @@ def refuse_unrecorded(nodes: Iterable[Node], step: int, recorded: set[type]) -> 
             )
 
 
+def is_own(function: type) -> bool:
+    """Whether a Function is this package's."""
+    return function.__module__.startswith("diffopt.")
+
+
 def _is_recorded(node: Node) -> bool | None:
     """Whether the results depend on the cotangents; None where every result is zero."""
     cotangents = cotangents_of(node)

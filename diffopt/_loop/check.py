@@ -5,8 +5,8 @@ from what it gives: its loss, the hyperparameters that callables gave, and the n
 gradients. They are there anyway, and are compared up to rounding, once at the end of a backward
 pass, so that no step waits for an accelerator.
 
-Limit: a step that changes none of these is not told apart. ``verify=True`` compares every bit of
-the state.
+Limits: infinity and NaN count as one value. A step that changes none of these is not told apart.
+``verify=True`` compares every bit of the state.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ def _agree(a: Sequence[float], b: Sequence[float], tolerance: float, scale: floa
         return True
     return len(a) == len(b) and all(
         x == y
-        or (math.isnan(x) and math.isnan(y))
+        or not (math.isfinite(x) or math.isfinite(y))
         or abs(x - y) <= tolerance * max(abs(x), abs(y)) + tolerance**2 * scale
         for x, y in zip(a, b, strict=True)
     )
@@ -185,6 +185,7 @@ def _agree(a: Sequence[float], b: Sequence[float], tolerance: float, scale: floa
 def _differ(a: Tensor, b: Tensor, tolerance: float) -> Tensor:
     if a.shape != b.shape:
         return torch.ones((), dtype=torch.bool, device=a.device)
+    a, b = (torch.where(x.isfinite(), x, torch.nan) for x in (a, b))
     return ~torch.isclose(b, a, rtol=tolerance, atol=tolerance**2, equal_nan=True).all()
 
 

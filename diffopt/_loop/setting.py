@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from diffopt._derivatives.table import with_second_derivatives
 from diffopt._loop.check import Check
 from diffopt._loop.extras import Extras
 from diffopt._loop.losses import Losses
@@ -89,7 +91,7 @@ class Setting:
 
     def first_session(self) -> AbstractContextManager[None]:
         """``session``, for a first pass, whose observer calls the replacements of operations."""
-        return self._session.entered(routed=False)
+        return self._session.entered()
 
     def session(self) -> AbstractContextManager[None]:
         """Where steps may be taken: the module and the modes are the call's, and put back.
@@ -97,7 +99,13 @@ class Setting:
         A session inside a session is the same one, so the module keeps the weights of the last
         step until its derivative has been taken: layers that recompute themselves need them.
         """
-        return self._session.entered(routed=self.observer.replaced)
+        replaced = self.observer.replaced
+        # A custom Function may call anything in its backward pass, also when the derivative of a
+        # step is taken. Nothing else does: there operations need to be seen in evaluations alone.
+        return self._session.entered(
+            routed=replaced and self.captured.functions,
+            within=with_second_derivatives if replaced and not self.captured.functions else None,
+        )
 
     def together(self) -> AbstractContextManager[None]:
         """A pass over the steps, which the processes of a group begin and end together."""
@@ -131,11 +139,14 @@ class _Session:
         self._active = False
 
     @contextmanager
-    def entered(self, *, routed: bool) -> Iterator[None]:
+    def entered(
+        self, *, routed: bool = False, within: AbstractContextManager[Any] | None = None
+    ) -> Iterator[None]:
         if self._active:
             yield
             return
         step = self._step
+        step.hooks.within = within or nullcontext()
         inside = standing(step.loss.slots, self._modes, step.hooks, as_at_call=True, routed=routed)
         with step.session(inside):
             self._active = True
@@ -144,6 +155,7 @@ class _Session:
                     yield
             finally:
                 self._active = False
+                step.hooks.within = nullcontext()
                 self._progress.close()
 
 

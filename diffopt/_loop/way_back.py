@@ -45,7 +45,7 @@ class WayBack(Setting):
         if self.ledger is not None:
             with self.generators.undisturbed():
                 self.again(state, t)
-        linearization = self.step.linearize(state, t)
+        linearization = self.step.linearize(state, t, values=values)
         self._compare(t, linearization.checked)
         self._refuse_others(t, linearization.graph)
         if not self.step.first_order:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,7 +20,11 @@ import torch.utils.hooks as torch_hooks
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from diffopt._derivatives.table import beyond_second_derivatives, is_beyond_second
+from diffopt._derivatives.table import (
+    beyond_second_derivatives,
+    is_beyond_second,
+    with_second_derivatives,
+)
 from diffopt._model.modes import Modes
 from diffopt._model.slots import ModuleSlots, Values
 from diffopt._torch import dtensors
@@ -38,22 +42,30 @@ class InnerHooks:
     The hooks are part of how the inner gradient is computed, and act only then. Another backward
     pass over the same graph takes the gradient's derivative, where PyTorch would call the hooks
     again. A step is evaluated inside ``with``.
+
+    Attributes:
+        within: what every evaluation is done within besides.
     """
 
+    within: AbstractContextManager[Any] = nullcontext()
+
     def __init__(self) -> None:
-        self._acting = False
+        self.acting = False
         self.registered = False  # whether any was
+        self.recomputes = False  # whether a layer is computed again in the backward pass
 
     def __enter__(self) -> None:
-        self._acting = True
+        self.acting = True
+        self.within.__enter__()
 
-    def __exit__(self, *exception: object) -> None:
-        self._acting = False
+    def __exit__(self, *exception: Any) -> None:
+        self.within.__exit__(*exception)
+        self.acting = False
 
     def only_here(self, hook: Hook) -> Hook:
         """``hook``, doing nothing in other backward passes."""
         self.registered = True
-        return lambda *args: hook(*args) if self._acting else None
+        return lambda *args: hook(*args) if self.acting else None
 
 
 class _Standing(threading.local):
@@ -112,6 +124,9 @@ class _Moment:
         """The recomputation works on copies of the buffers: they are not advanced a second time."""
         now = {slots for slots, *_ in _standing.stack}
         with ExitStack() as stack:
+            hooks = _standing.hooks()
+            if hooks is not None and not hooks.acting:  # a step's derivative is being taken
+                stack.enter_context(with_second_derivatives)
             stack.enter_context(beyond_second_derivatives(self._beyond_second))
             for slots, modes, training, params, buffers in self._values:
                 if slots in now:
@@ -186,6 +201,9 @@ class _Frame(CheckpointFrame):
 
     def __init__(self, recompute: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         moment = _Moment()
+        hooks = _standing.hooks()
+        if hooks is not None:
+            hooks.recomputes = True
 
         def recompute_as_now(*inputs: Any) -> None:
             with moment.again():

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from diffopt._derivatives.functions import refuse_unrecorded
+from diffopt._derivatives.functions import is_own, refuse_unrecorded
 from diffopt._derivatives.table import is_suspect, refuse_wrong
 from diffopt._step.graph import (
     Edge,
@@ -43,7 +43,8 @@ class Captured:
 
     Attributes:
         tensors: in the order in which they were found.
-        functions: whether a custom ``autograd.Function`` was found in the graph of a step.
+        functions: whether a custom ``autograd.Function`` was found in the graph of a step, other
+            than this package's.
     """
 
     functions = False
@@ -127,8 +128,9 @@ class Captured:
             else:
                 if kind not in _ORDINARY:
                     refuse_wrong(node, twice)
-                    if function_of(node) is not None:
-                        self.functions = True
+                    function = function_of(node)
+                    if function is not None:
+                        self.functions = self.functions or not is_own(function)
                     elif not is_suspect(node):
                         _ORDINARY.add(kind)
                 if node._sequence_nr() < since and not _comes_to(node, leaves, stops, observer):

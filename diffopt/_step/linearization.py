@@ -168,6 +168,9 @@ class Split(Linearization):
     ) -> None:
         super().__init__(step, number, state, leaves, evaluated)
         self._ends: Mapping[str, _Root] = evaluated.grads
+        self._unread = evaluated.unread
+        if self._unread:  # their shapes alone
+            self.grads = {**self.grads, **{name: state.params[name] for name in self._unread}}
 
     def advance(self) -> StepResult:
         params = {name: x.detach() for name, x in self._state.params.items()}
@@ -182,7 +185,7 @@ class Split(Linearization):
         Those are as large as the parameters. ``grads`` and ``raw`` are gone then.
         """
         given, step = present(self.grads), self._step
-        if reads_gradients(
+        if not self._unread and reads_gradients(
             step.opt,
             given,
             self._state.opt,
@@ -191,7 +194,8 @@ class Split(Linearization):
             tasks=step.loss.tasks,
         ):
             return
-        self._ends = {n: gradient_edge(g) for n, g in given.items() if g.requires_grad}
+        ends = {n: g for n, g in given.items() if n not in self._unread and g.requires_grad}
+        self._ends = {n: gradient_edge(g) for n, g in ends.items()}
         self.grads = {name: self._state.params[name] for name in given}  # their shapes alone
         self.raw = {}
 
@@ -223,6 +227,9 @@ class Split(Linearization):
         roots: list[tuple[_Root, Tensor | None]] = [
             (self._ends.get(name), c) for name, c in update.grads.items()
         ]
+        for name, weight in self._unread.items():
+            if name in update.grads:
+                roots += weight.roots(update.grads[name])
         roots += [(x, flowing.buffers.get(name)) for name, x in self._buffers.items()]
         roots += self._output_roots(outputs)
         found, others = self.pulled(roots, captured, retain_graph)

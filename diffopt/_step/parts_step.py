@@ -76,10 +76,12 @@ class PartsStep(InnerStep):
         own: Sequence[Tensor],
         connected: bool,
         observer: Observer | None = None,
+        *,
+        values: bool = True,
     ) -> Evaluated:
         """As for ``InnerStep``; unless ``connected``, the graphs of the parts are freed."""
         if connected:
-            return super().evaluate(state, t, own, connected, observer)
+            return super().evaluate(state, t, own, connected, observer, values=values)
         number, extras, since = self.first_step + t, list[Any](), present_sequence()
         if self.group is not None:
             self.group.at(number)
@@ -174,7 +176,9 @@ class PartsStep(InnerStep):
         with self.hooks, torch.enable_grad(), no_collectives():
             return self.loss.parts(number - self.first_step).weight
 
-    def linearize(self, state: State, t: int, observer: Observer | None = None) -> Linearization:
+    def linearize(
+        self, state: State, t: int, observer: Observer | None = None, *, values: bool = True
+    ) -> Linearization:
         """As for ``InnerStep``; nothing is evaluated before it is needed, unless observed."""
         kept = None if self.gradients is None else self.gradients.taken(state)
         linearization = InParts(self, state, t, kept)

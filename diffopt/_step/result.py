@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from diffopt._derivatives.unread import Unread, is_large, shadow
 from diffopt._step.graph import Graph
 from diffopt._torch.operations import flattened
 from diffopt._values.state import State
@@ -22,7 +23,8 @@ class Checked:
     Attributes:
         loss: before the update.
         hyper: the hyperparameters that callables gave, in order.
-        grads: the norms of the gradients that the update was given.
+        grads: the norms of the gradients that the update was given; of large matrices, those of
+            their ``shadow``.
         aux: the norms of the extras that derivatives flow to.
     """
 
@@ -66,6 +68,7 @@ class Evaluated:
         graph: where the graph of all that begins.
         token: of gradients that were averaged over processes, a zero for a derivative to start
             from as well (``Group.averaged``).
+        unread: the weights whose gradients were left out. They are None in ``raw`` and ``grads``.
     """
 
     loss: Tensor
@@ -78,6 +81,15 @@ class Evaluated:
     checked: Checked
     graph: Graph
     token: Tensor | None = None
+    unread: Mapping[str, Unread] = field(default_factory=dict)
+
+
+def norms_of_gradients(
+    grads: Iterable[Tensor | None], unread: Iterable[Unread] = ()
+) -> Sequence[Tensor]:
+    """The norms by which steps are compared."""
+    small = [shadow(g) if g is not None and is_large(g) else g for g in grads]
+    return norms_of([*small, *(weight.shadow for weight in unread)])
 
 
 def norms_of(tensors: Iterable[Tensor | None]) -> Sequence[Tensor]:

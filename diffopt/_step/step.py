@@ -21,13 +21,22 @@ import torch
 from torch import Tensor
 
 from diffopt._derivatives.table import beyond_second_derivatives, refuse_missing
+from diffopt._derivatives.unread import Unread, left_out, unread
 from diffopt._model.standing import InnerHooks
 from diffopt._step.graph import Graph, comes_to
 from diffopt._step.group import Group
 from diffopt._step.linearization import Linearization, Split, Whole
 from diffopt._step.loss import InnerLoss
 from diffopt._step.observe import Observer
-from diffopt._step.result import Checked, Evaluated, StepResult, norms_of, present, small
+from diffopt._step.result import (
+    Checked,
+    Evaluated,
+    StepResult,
+    norms_of,
+    norms_of_gradients,
+    present,
+    small,
+)
 from diffopt._step.transform import (
     GradTransform,
     arguments_of,
@@ -44,7 +53,7 @@ from diffopt.optim import Optimizer
 from diffopt.optim.mapped import update_over_tasks
 from diffopt.optim.options import is_scheduled
 from diffopt.optim.terms import Hyper, tensors_of
-from diffopt.optim.vjp import is_known
+from diffopt.optim.vjp import is_known, reads_gradients
 
 _NOTHING = nullcontext()
 
@@ -133,9 +142,10 @@ class InnerStep:
             grads = {
                 n: g.detach() if g is not None and g.requires_grad else g for n, g in grads.items()
             }
-        within = None if self._is_pure else observer  # a pure rule uses its arguments alone
-        shown = within is not None and not self.is_known(evaluated.hyper)
-        with torch.set_grad_enabled(connected or shown), within or _NOTHING:
+        # A pure rule uses its arguments alone, by operations that are not replaced.
+        within = _NOTHING if self._is_pure else observer or self.hooks.within
+        shown = within is observer and not self.is_known(evaluated.hyper)
+        with torch.set_grad_enabled(connected or shown), within:
             new_params, new_opt = self.update(evaluated.hyper, params, grads, state.opt)
         new = State(new_params, new_opt, evaluated.buffers)
         if shown:
@@ -155,13 +165,19 @@ class InnerStep:
         own: Sequence[Tensor],
         connected: bool,
         observer: Observer | None = None,
+        *,
+        values: bool = True,
     ) -> Evaluated:
-        """The loss and its gradients, with their graph if ``connected``."""
+        """The loss and its gradients, with their graph if ``connected``.
+
+        Args:
+            values: whether those of the gradients are read, and not their derivative alone.
+        """
         if self.group is not None:
             self.group.at(self.first_step + t)
         if observer is not None:
             observer.begin(self.first_step + t, own, present_sequence())
-        return self.evaluate_as_begun(state, t, own, connected, observer)
+        return self.evaluate_as_begun(state, t, own, connected, observer, values=values)
 
     def evaluate_as_begun(
         self,
@@ -170,11 +186,14 @@ class InnerStep:
         own: Sequence[Tensor],
         connected: bool,
         observer: Observer | None = None,
+        *,
+        values: bool = True,
     ) -> Evaluated:
         """``evaluate``, of a step that ``observer`` has been told of."""
         number, within = self.first_step + t, observer or _NOTHING
         used: Mapping[int, Tensor] = {}
         token = None
+        since = present_sequence()
         with self.hooks, torch.enable_grad(), no_collectives():
             loss, aux, left = self.loss(state.params, state.buffers, t, within)
             if any(x.is_leaf and x.grad is not None for x in state.params.values()):
@@ -189,7 +208,10 @@ class InnerStep:
                 observer.see(tensors)
                 observer.refuse_duals([loss, *tensors])
                 observer.begin_gradient()
-            raw = self._gradients(loss, state.params, number, connected, within)
+            idle: dict[str, Unread] = {}
+            if not values and connected and not self._reads_gradients(state, hyper):
+                idle = unread(loss, state.params, since)
+            raw = self._gradients(loss, state.params, number, connected, within, idle)
             if observer is not None:
                 used = observer.end_gradient()
         if self.group is not None:
@@ -206,8 +228,21 @@ class InnerStep:
         graph.roots["loss"] = [loss, *_learning(left.values())]
         outputs = attached(aux)
         self.note_roots(graph, outputs, hyper, grads)
-        checked = self._checked(loss, outputs.values(), hyper, grads)
-        return Evaluated(loss, aux, outputs, left, hyper, raw, grads, checked, graph, token)
+        checked = self._checked(loss, outputs.values(), hyper, grads, idle.values())
+        return Evaluated(loss, aux, outputs, left, hyper, raw, grads, checked, graph, token, idle)
+
+    def _reads_gradients(self, state: State, hyper: Sequence[Hyper]) -> bool:
+        """Whether anything may read the values of the gradients, or change them by a hook."""
+        return (
+            self.loss.tasks is not None
+            or self.first_order
+            or self.group is not None
+            or self.grad_transform is not None
+            or self.hooks.registered
+            or self.hooks.recomputes
+            or not self.is_known(hyper)
+            or reads_gradients(self.opt, state.params, state.opt, hyper=hyper, groups=self.groups)
+        )
 
     def note_roots(
         self,
@@ -241,19 +276,15 @@ class InnerStep:
         number: int,
         connected: bool,
         within: AbstractContextManager[Any],
+        idle: dict[str, Unread],
     ) -> dict[str, Tensor | None]:
-        grads: Sequence[Tensor | None] = ()
+        """The gradient of the loss, but of ``idle``, from which goes what could not be left out."""
+        raw: dict[str, Tensor | None] = dict.fromkeys(params)
         if loss.requires_grad:
             try:
                 total = self.loss.total(loss)
-                with within:
-                    grads = gradient(
-                        total,
-                        list(params.values()),
-                        create_graph=connected and not self.first_order,
-                        # A transform may take gradients of what the loss has computed.
-                        retain_graph=connected or self.grad_transform is not None,
-                    )
+                with within, left_out(idle.values()):
+                    self._differentiate(total, params, connected, raw, idle)
             except RuntimeError as error:
                 refuse_missing(error, number)
                 if "backward through the graph a second time" in str(error):
@@ -263,10 +294,38 @@ class InnerStep:
                         "the loss, whose gradient diffopt.unroll takes itself"
                     ) from error
                 raise
-        raw = dict(zip(params, grads or [None] * len(params), strict=True))
-        if not self.only_gradient:
+        if not self.only_gradient and not idle:
             self.check_gradient(raw, number)
         return raw
+
+    def _differentiate(
+        self,
+        total: Tensor,
+        params: Mapping[str, Tensor],
+        connected: bool,
+        raw: dict[str, Tensor | None],
+        idle: dict[str, Unread],
+    ) -> None:
+        """Put the gradient of ``total`` into ``raw``."""
+
+        def differentiate(names: Sequence[str]) -> None:
+            grads = gradient(
+                total,
+                [params[name] for name in names],
+                create_graph=connected and not self.first_order,
+                # A transform may take gradients of what the loss has computed.
+                retain_graph=connected or self.grad_transform is not None,
+            )
+            raw.update(zip(names, grads, strict=True))
+
+        wanted = [name for name in params if name not in idle]
+        if wanted:
+            differentiate(wanted)
+        incomplete = [name for name, weight in idle.items() if not weight.is_complete]
+        for name in incomplete:  # no gradient was taken on the way to it
+            del idle[name]
+        if incomplete:
+            differentiate(incomplete)
 
     def check_gradient(self, raw: Mapping[str, Tensor | None], number: int) -> None:
         """Raise where the loss of step ``number`` has no gradient."""
@@ -336,6 +395,7 @@ class InnerStep:
         outputs: Iterable[Tensor],
         hyper: Sequence[Hyper],
         grads: Mapping[str, Tensor | None],
+        idle: Iterable[Unread] = (),
     ) -> Checked:
         # The sum over parts is compared, not the part; of dual numbers, norms cannot be taken.
         if self.only_gradient or in_forward_mode():
@@ -344,7 +404,7 @@ class InnerStep:
             return Checked(
                 loss.detach(),
                 [small(hyper[i][key]) for i, key in self._called],
-                norms_of(grads.values()),
+                norms_of_gradients(grads.values(), idle),
                 norms_of(outputs),
             )
 
@@ -380,11 +440,17 @@ class InnerStep:
             if path[0] != "buffers" or path[1] in self.loss.buffers.tracked
         }
 
-    def linearize(self, state: State, t: int, observer: Observer | None = None) -> Linearization:
-        """Evaluate step ``t`` and keep its graph, for vector-Jacobian products."""
+    def linearize(
+        self, state: State, t: int, observer: Observer | None = None, *, values: bool = True
+    ) -> Linearization:
+        """Evaluate step ``t`` and keep its graph, for vector-Jacobian products.
+
+        Args:
+            values: whether anything but ``Linearization.vjp`` is wanted.
+        """
         state, leaves = self.on_leaves(state)
         since = present_sequence()
-        evaluated = self.evaluate(state, t, [*leaves.values()], True, observer)
+        evaluated = self.evaluate(state, t, [*leaves.values()], True, observer, values=values)
         return self.linearized(state, t, leaves, evaluated, since, observer)
 
     def on_leaves(self, state: State) -> tuple[State, dict[Path, Tensor]]:
@@ -416,7 +482,7 @@ class InnerStep:
         flowing = self.differentiable(State({}, state.opt, {}))
         opt = {path: _leaf(x) for path, x in flowing.items()}
         evaluated.graph.own = [*evaluated.graph.own, *opt.values()]
-        with observer or _NOTHING:
+        with observer or self.hooks.within:
             whole = Whole(self, number, state.replace(opt), leaves | opt, evaluated)
         whole.checked = self._with_update(evaluated.checked, whole.after)
         if not known:
