@@ -25,6 +25,7 @@ from torch import Tensor
 
 from diffopt._derivatives.conditions import differentiated, normalised, to_be_written_out
 from diffopt._derivatives.low_precision import by_kernel, in_low_precision
+from diffopt._torch.modes import unseen
 
 _batch_norm: Any = F.batch_norm
 _instance_norm: Any = F.instance_norm
@@ -156,7 +157,9 @@ class _BatchNorm(torch.autograd.Function):
         def first(grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
             wanted = [ctx.needs_input_grad[0], True, True]
             inputs = (ctx.kernel, x, grad, scale, None, None, mean, rate)
-            return _backward(*inputs, True, ctx.eps, wanted, reserve)  # type: ignore[no-any-return]
+            with unseen():
+                found = _backward(*inputs, True, ctx.eps, wanted, reserve)
+            return found  # type: ignore[no-any-return]
 
         if torch.is_grad_enabled():
             to_x, to_weight, to_bias = _BatchNormBackward.apply(  # type: ignore[no-untyped-call]

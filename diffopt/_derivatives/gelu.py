@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffopt._derivatives.conditions import differentiated
+from diffopt._torch.modes import unseen
 
 _gelu: Any = F.gelu
 _gelu_backward: Any = torch.ops.aten.gelu_backward.default
@@ -36,7 +37,8 @@ class _Gelu(torch.autograd.Function):
         if torch.is_grad_enabled():
             to_x = _GeluBackward.apply(grad, x, ctx.approximate)  # type: ignore[no-untyped-call]
         else:
-            to_x = _gelu_backward(grad, x, approximate=ctx.approximate)
+            with unseen():
+                to_x = _gelu_backward(grad, x, approximate=ctx.approximate)
         return to_x, None
 
 
@@ -47,7 +49,8 @@ class _GeluBackward(torch.autograd.Function):
     def forward(ctx: Any, grad: Tensor, x: Tensor, approximate: str) -> Tensor:
         ctx.approximate = approximate
         ctx.save_for_backward(grad, x)
-        return _gelu_backward(grad, x, approximate=approximate)  # type: ignore[no-any-return]
+        with unseen():
+            return _gelu_backward(grad, x, approximate=approximate)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> Any:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from diffopt._derivatives.conditions import differentiated, normalised, to_be_written_out
 from diffopt._derivatives.low_precision import by_kernel, in_low_precision
+from diffopt._torch.modes import unseen
 
 _layer_norm: Any = F.layer_norm
 _forward: Any = torch.ops.aten.native_layer_norm.default
@@ -81,7 +82,8 @@ class _LayerNorm(torch.autograd.Function):
 
         def first(grad: Tensor) -> tuple[Tensor | None, ...]:
             inputs = grad, x, ctx.shape, mean, rate, weight, bias
-            return _backward(*inputs, wanted)  # type: ignore[no-any-return]
+            with unseen():
+                return _backward(*inputs, wanted)  # type: ignore[no-any-return]
 
         if torch.is_grad_enabled():
             to_x, to_weight, to_bias = _LayerNormBackward.apply(  # type: ignore[no-untyped-call]
