@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import diffopt
 from diffopt._derivatives import unread
+from diffopt._step import result
 from diffopt._step import step as inner_step
 
 #: Which weights each evaluation of a step has left out.
@@ -26,6 +27,7 @@ LeftOut = list[set[str]]
 def small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     """Here small matrices count as large."""
     monkeypatch.setattr(unread, "LARGE", 1)
+    monkeypatch.setattr(result, "LARGE", 1)
     monkeypatch.setattr(unread, "_WORTH", 0)
 
 

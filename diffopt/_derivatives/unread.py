@@ -30,7 +30,7 @@ from torch import Tensor
 
 from diffopt._torch.autograd import saved
 
-#: So many entries make a matrix large.
+#: So many entries make a matrix large. Fewer are copied faster than gone through one by one.
 LARGE = 1 << 14
 
 #: So many multiplications of numbers take longer than what leaving them out costs.

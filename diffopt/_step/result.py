@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffopt._derivatives.unread import Unread, is_large, shadow
+from diffopt._derivatives.unread import LARGE, Unread, is_large, shadow
 from diffopt._step.graph import Graph
 from diffopt._torch.operations import flattened
 from diffopt._values.state import State
@@ -84,29 +84,23 @@ class Evaluated:
     unread: Mapping[str, Unread] = field(default_factory=dict)
 
 
-def norms_of_gradients(
-    grads: Iterable[Tensor | None], unread: Iterable[Unread] = ()
-) -> Sequence[Tensor]:
-    """The norms by which steps are compared."""
-    small = [shadow(g) if g is not None and is_large(g) else g for g in grads]
-    return norms_of([*small, *(weight.shadow for weight in unread)])
+def norms_of(tensors: Iterable[Tensor | None], *, of_shadows: bool = False) -> Sequence[Tensor]:
+    """Norms of the dense ones: of all together where they are few numbers, else of each.
 
-
-def norms_of(tensors: Iterable[Tensor | None]) -> Sequence[Tensor]:
-    """Norms of the dense ones: of all together where they are few numbers, else of each."""
+    Args:
+        of_shadows: of a large matrix, take that of its ``shadow``.
+    """
     dense = [x for x in tensors if x is not None and x.layout is torch.strided]
     if not dense:
         return ()
     first = dense[0]
-    if sum(x.numel() for x in dense) < _FEW and all(
+    if sum(x.numel() for x in dense) < LARGE and all(
         x.is_cpu and x.dtype is first.dtype for x in dense
     ):
         return (torch.linalg.vector_norm(flattened(dense)),)
+    if of_shadows:
+        dense = [shadow(x) if is_large(x) else x for x in dense]
     return torch._foreach_norm(dense)
-
-
-#: So few numbers are copied faster than they are gone through one tensor at a time.
-_FEW = 1 << 14
 
 
 def present(grads: Mapping[str, Tensor | None]) -> dict[str, Tensor]:

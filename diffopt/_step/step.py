@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from diffopt._derivatives.table import beyond_second_derivatives, refuse_missing
-from diffopt._derivatives.unread import Unread, left_out, unread
+from diffopt._derivatives.unread import Unread, is_large, left_out, unread
 from diffopt._model.standing import InnerHooks
 from diffopt._step.graph import Graph, comes_to
 from diffopt._step.group import Group
@@ -33,7 +33,6 @@ from diffopt._step.result import (
     Evaluated,
     StepResult,
     norms_of,
-    norms_of_gradients,
     present,
     small,
 )
@@ -102,6 +101,7 @@ class InnerStep:
             if is_scheduled(group[key])
         ]
         self._constants: Sequence[Hyper] | None = None
+        self._has_large: bool | None = None  # whether any parameter is a large matrix
         self._is_pure = opt.is_pure and all(rule.is_pure for rule in opt.rules)
 
     def of_first_order(self) -> InnerStep:
@@ -209,7 +209,7 @@ class InnerStep:
                 observer.refuse_duals([loss, *tensors])
                 observer.begin_gradient()
             idle: dict[str, Unread] = {}
-            if not values and connected and not self._reads_gradients(state, hyper):
+            if not values and connected and self._may_leave_out(state, hyper):
                 idle = unread(loss, state.params, since)
             raw = self._gradients(loss, state.params, number, connected, within, idle)
             if observer is not None:
@@ -231,17 +231,22 @@ class InnerStep:
         checked = self._checked(loss, outputs.values(), hyper, grads, idle.values())
         return Evaluated(loss, aux, outputs, left, hyper, raw, grads, checked, graph, token, idle)
 
-    def _reads_gradients(self, state: State, hyper: Sequence[Hyper]) -> bool:
-        """Whether anything may read the values of the gradients, or change them by a hook."""
+    def _may_leave_out(self, state: State, hyper: Sequence[Hyper]) -> bool:
+        """Whether nothing reads the values of large gradients, or changes them by a hook."""
+        if self._has_large is None:
+            self._has_large = any(map(is_large, state.params.values()))
         return (
-            self.loss.tasks is not None
-            or self.first_order
-            or self.group is not None
-            or self.grad_transform is not None
-            or self.hooks.registered
-            or self.hooks.recomputes
-            or not self.is_known(hyper)
-            or reads_gradients(self.opt, state.params, state.opt, hyper=hyper, groups=self.groups)
+            self._has_large
+            and self.loss.tasks is None
+            and not self.first_order
+            and self.group is None
+            and self.grad_transform is None
+            and not self.hooks.registered
+            and not self.hooks.recomputes
+            and self.is_known(hyper)
+            and not reads_gradients(
+                self.opt, state.params, state.opt, hyper=hyper, groups=self.groups
+            )
         )
 
     def note_roots(
@@ -279,12 +284,20 @@ class InnerStep:
         idle: dict[str, Unread],
     ) -> dict[str, Tensor | None]:
         """The gradient of the loss, but of ``idle``, from which goes what could not be left out."""
+        wanted: Sequence[str] = [*params]
+        if idle:
+            wanted = [name for name in params if name not in idle]
         raw: dict[str, Tensor | None] = dict.fromkeys(params)
         if loss.requires_grad:
             try:
                 total = self.loss.total(loss)
-                with within, left_out(idle.values()):
-                    self._differentiate(total, params, connected, raw, idle)
+                with within, left_out(idle.values()) if idle else _NOTHING:
+                    self._differentiate(total, params, wanted, connected, raw)
+                    if idle:
+                        wanted = [name for name, weight in idle.items() if not weight.is_complete]
+                        for name in wanted:  # no gradient was taken on the way to it
+                            del idle[name]
+                        self._differentiate(total, params, wanted, connected, raw)
             except RuntimeError as error:
                 refuse_missing(error, number)
                 if "backward through the graph a second time" in str(error):
@@ -302,30 +315,20 @@ class InnerStep:
         self,
         total: Tensor,
         params: Mapping[str, Tensor],
+        wanted: Sequence[str],
         connected: bool,
         raw: dict[str, Tensor | None],
-        idle: dict[str, Unread],
     ) -> None:
-        """Put the gradient of ``total`` into ``raw``."""
-
-        def differentiate(names: Sequence[str]) -> None:
+        """Put the gradient of ``total`` by the parameters ``wanted`` into ``raw``."""
+        if wanted:
             grads = gradient(
                 total,
-                [params[name] for name in names],
+                [params[name] for name in wanted],
                 create_graph=connected and not self.first_order,
                 # A transform may take gradients of what the loss has computed.
                 retain_graph=connected or self.grad_transform is not None,
             )
-            raw.update(zip(names, grads, strict=True))
-
-        wanted = [name for name in params if name not in idle]
-        if wanted:
-            differentiate(wanted)
-        incomplete = [name for name, weight in idle.items() if not weight.is_complete]
-        for name in incomplete:  # no gradient was taken on the way to it
-            del idle[name]
-        if incomplete:
-            differentiate(incomplete)
+            raw.update(zip(wanted, grads, strict=True))
 
     def check_gradient(self, raw: Mapping[str, Tensor | None], number: int) -> None:
         """Raise where the loss of step ``number`` has no gradient."""
@@ -404,7 +407,7 @@ class InnerStep:
             return Checked(
                 loss.detach(),
                 [small(hyper[i][key]) for i, key in self._called],
-                norms_of_gradients(grads.values(), idle),
+                norms_of([*grads.values(), *(w.shadow for w in idle)], of_shadows=True),
                 norms_of(outputs),
             )
 
