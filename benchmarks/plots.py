@@ -20,7 +20,7 @@ STYLES = {
     "diffopt": ("#1f4e9c", "o"),
     "diffopt-segment5": ("#1f4e9c", "s"),
     "diffopt-sqrt": ("#1f4e9c", "^"),
-    "diffopt-budget": ("#5b8fd9", "D"),
+    "diffopt-default": ("#5b8fd9", "D"),
     "diffopt-store": ("#5b8fd9", "v"),
     "diffopt-compile": ("#00a2c7", "*"),
     "higher": ("#c0392b", "o"),

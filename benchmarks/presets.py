@@ -21,7 +21,7 @@ class Cell:
     most_repeats: int = 1000
 
 
-EAGER = ("diffopt", "diffopt-sqrt", "diffopt-budget", "diffopt-store")
+EAGER = ("diffopt", "diffopt-sqrt", "diffopt-default", "diffopt-store")
 STORING = ("higher", "torchopt", "torch_maml")
 
 
@@ -70,7 +70,7 @@ def full() -> list[Cell]:
     long = (
         "diffopt",
         "diffopt-sqrt",
-        "diffopt-budget",
+        "diffopt-default",
         "diffopt-compile",
         "higher",
         "torchopt",
@@ -85,7 +85,7 @@ def full() -> list[Cell]:
             cells.append(
                 Cell(
                     Case(workload, optimizer),
-                    ("diffopt", "diffopt-budget", *STORING),
+                    ("diffopt", "diffopt-default", *STORING),
                     3,
                 )
             )

@@ -37,7 +37,7 @@ LIBRARIES = {
     "diffopt": Library("diffopt", "`Segmented(1)`", {"segment": 1}),
     "diffopt-segment5": Library("diffopt", "`Segmented(5)`", {"segment": 5}),
     "diffopt-sqrt": Library("diffopt", "`Segmented()`"),
-    "diffopt-budget": Library("diffopt", "`MemoryBudget`, to spare", {"budget": "8GiB"}),
+    "diffopt-default": Library("diffopt", "the default, `MemoryBudget()`", {"default": True}),
     "diffopt-512": Library("diffopt", '`MemoryBudget("512MiB")`', {"budget": "512MiB"}),
     "diffopt-store": Library("diffopt", "`StoreAll()`", {"store_all": True}),
     "diffopt-compile": Library(

@@ -16,6 +16,7 @@ def prepare(
     problem: Problem,
     *,
     segment: int | None = None,
+    default: bool = False,
     store_all: bool = False,
     budget: str | None = None,
     compile: bool = False,
@@ -23,7 +24,7 @@ def prepare(
 ) -> Callable[[], dict[str, Tensor]]:
     model, loss_fn = problem.model, problem.loss_fn
     params = dict(model.named_parameters())
-    options: dict[str, Any] = {"adjoint": diffopt.Segmented(segment)}
+    options: dict[str, Any] = {} if default else {"adjoint": diffopt.Segmented(segment)}
     if store_all:
         options["adjoint"] = diffopt.StoreAll()
     if budget is not None:
