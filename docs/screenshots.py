@@ -4,7 +4,8 @@
     python docs/screenshots.py site pictures
 
 Each page is seen on a desktop and on a phone of 390 pixels, light and dark, and asked whether it
-scrolls sideways and what it wrote to the console. Needs `chromium` (or `--browser`).
+scrolls sideways, in which colours it is, and what it wrote to the console. Without a folder for
+pictures it is only asked. Needs `chromium` (or `--browser`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import contextlib
 import functools
 import http.server
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -26,6 +28,7 @@ from typing import Any
 
 WIDTHS = {"desktop": 1280, "phone": 390}
 SCHEMES = {"light": "default", "dark": "slate"}
+VIEWS = [("phone", "light"), ("phone", "dark"), ("desktop", "dark"), ("desktop", "light")]
 #: Which elements reach beyond the page's right edge, of those that nothing around them clips.
 SIDEWAYS = """
 (() => {
@@ -67,6 +70,7 @@ class Browser:
             stderr=subprocess.DEVNULL,
         )
         self.number, self.events, self.session = 0, [], None
+        self.unread = bytearray()
         target = self.ask("Target.createTarget", url="about:blank")["targetId"]
         found = self.ask("Target.attachToTarget", targetId=target, flatten=True)
         self.session = found["sessionId"]
@@ -78,12 +82,16 @@ class Browser:
         )
 
     def _read(self) -> Any:
-        data = bytearray()
-        while (byte := self.process.stdout.read(1)) != b"\0":
-            if not byte:
+        searched = 0
+        while (end := self.unread.find(0, searched)) < 0:
+            searched = len(self.unread)
+            more = os.read(self.process.stdout.fileno(), 2**20)
+            if not more:
                 raise RuntimeError("the browser has ended")
-            data += byte
-        return json.loads(data)
+            self.unread += more
+        message = json.loads(self.unread[:end])
+        del self.unread[: end + 1]
+        return message
 
     def ask(self, method: str, **params: Any) -> Any:
         self.number += 1
@@ -108,23 +116,29 @@ class Browser:
         found = self.ask("Runtime.evaluate", expression=script, returnByValue=True)
         return found["result"].get("value")
 
-    def look(self, url: str, width: int, scheme: str, picture: Path) -> list[str]:
-        """Take a picture of the page, and list what is wrong with it."""
-        self.ask(
-            "Emulation.setDeviceMetricsOverride",
-            **{"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600},
-        )
-        dark = "dark" if scheme == "slate" else "light"
-        features = [{"name": "prefers-color-scheme", "value": dark}]
-        self.ask("Emulation.setEmulatedMedia", features=features)
+    def open(self, url: str) -> None:
         self.events.clear()
         self.ask("Page.navigate", url=url)
         self.wait_for("Page.loadEventFired")
-        wrong = [f"scrolls sideways at {e}" for e in self.run(SIDEWAYS) or []]
-        size = self.ask("Page.getLayoutMetrics")["cssContentSize"]
-        clip = {"x": 0, "y": 0, "width": width, "height": min(size["height"], 16000), "scale": 1}
-        shot = self.ask("Page.captureScreenshot", clip=clip, captureBeyondViewport=True)
-        picture.write_bytes(base64.b64decode(shot["data"]))
+
+    def set_width(self, width: int) -> None:
+        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+        self.ask("Emulation.setDeviceMetricsOverride", **size)
+
+    def prefer(self, scheme: str) -> None:
+        """As a reader's system does, before a page is opened."""
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        self.ask("Emulation.setEmulatedMedia", features=features)
+
+    def switch(self, scheme: str) -> None:
+        """By the page's own switch."""
+        self.run(f"document.querySelector('input[data-md-color-scheme={SCHEMES[scheme]}]').click()")
+
+    def look(self, scheme: str) -> list[str]:
+        """What is wrong with the page as it stands, and with what it wrote since it was opened."""
+        wrong = [f"scrolls sideways at {e}" for e in self.run(SIDEWAYS)]
+        if (found := self.run("document.body.dataset.mdColorScheme")) != SCHEMES[scheme]:
+            wrong.append(f"has the colours {found}")
         for event in self.events:
             params = event.get("params", {})
             if event.get("method") == "Runtime.exceptionThrown":
@@ -134,6 +148,12 @@ class Browser:
                 wrong.append(f"console: {entry['text']} {entry.get('url', '')}")
         return wrong
 
+    def photograph(self, width: int, picture: Path) -> None:
+        size = self.ask("Page.getLayoutMetrics")["cssContentSize"]
+        clip = {"x": 0, "y": 0, "width": width, "height": min(size["height"], 16000), "scale": 1}
+        shot = self.ask("Page.captureScreenshot", clip=clip, captureBeyondViewport=True)
+        picture.write_bytes(base64.b64decode(shot["data"]))
+
     def close(self) -> None:
         self.ask("Browser.close") if self.process.poll() is None else None
         self.process.wait(timeout=20)
@@ -142,37 +162,46 @@ class Browser:
         self.folder.cleanup()
 
 
-def look_at(site: Path, pictures: Path, browser: str, widths: list[str]) -> dict[str, list[str]]:
-    """What is wrong, by page and how it was looked at."""
-    pictures.mkdir(parents=True, exist_ok=True)
+def look_at(
+    site: Path, browser: str, views: list[tuple[str, str]], pictures: Path | None = None
+) -> Iterator[tuple[str, list[str]]]:
+    """Each page and how it was looked at, "home-phone-dark", with what is wrong there.
+
+    For a picture the page is loaded anew, as a reader would load it; else once, and switched.
+    """
     pages = sorted(page.parent.relative_to(site) for page in site.rglob("index.html"))
-    found: dict[str, list[str]] = {}
     chromium = Browser(browser)
     try:
         with served(site) as address:
             for page in pages:
-                for width in widths:
-                    for name, scheme in SCHEMES.items():
-                        stem = "-".join([*(page.parts or ["home"]), width, name])
-                        url = f"{address}/{page.as_posix()}/"
-                        picture = pictures / f"{stem}.png"
-                        if wrong := chromium.look(url, WIDTHS[width], scheme, picture):
-                            found[stem] = wrong
+                for number, (view, scheme) in enumerate(views):
+                    chromium.set_width(WIDTHS[view])
+                    if pictures or number == 0:
+                        chromium.prefer(scheme)
+                        chromium.open(f"{address}/{page.as_posix()}/")
+                    else:
+                        chromium.switch(scheme)
+                    stem = "-".join([*(page.parts or ["home"]), view, scheme])
+                    yield stem, chromium.look(scheme)
+                    if pictures:
+                        chromium.photograph(WIDTHS[view], pictures / f"{stem}.png")
     finally:
         chromium.close()
-    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("site", type=Path)
-    parser.add_argument("pictures", type=Path)
+    parser.add_argument("pictures", type=Path, nargs="?")
     parser.add_argument("--browser", default=shutil.which("chromium") or "chromium")
     args = parser.parse_args()
-    found = look_at(args.site, args.pictures, args.browser, list(WIDTHS))
+    if args.pictures:
+        args.pictures.mkdir(parents=True, exist_ok=True)
+    found = dict(look_at(args.site, args.browser, VIEWS, args.pictures))
     for page, wrong in found.items():
-        print(page, *wrong, sep="\n  ")
-    sys.exit(bool(found))
+        if wrong:
+            print(page, *wrong, sep="\n  ")
+    sys.exit(any(found.values()))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -60,10 +60,9 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return handed
 
 
-@pytest.fixture(scope="module")
-def pools() -> Iterator[Callable[[int], Processes]]:
-    """Processes by their number, started when they are asked for first, one set a module."""
-    started: dict[int, Processes] = {}
-    yield lambda world: started.setdefault(world, Processes(world))
-    for pool in started.values():
-        pool.close()
+@pytest.fixture(scope="session")
+def processes() -> Iterator[Processes]:
+    """Started when they are asked for first: PyTorch takes each some seconds to import."""
+    started = Processes()
+    yield started
+    started.close()

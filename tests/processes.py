@@ -1,7 +1,7 @@
 """Several processes that run functions of test modules together, started once and kept.
 
-``Processes(2).run(case)`` calls ``case(rank, world)`` in two processes, inside a fresh gloo group,
-and returns what it returned on each. A case that hangs is stopped, and its processes with it.
+``Processes().run(case, 2)`` calls ``case(rank, world)`` in two processes, inside a fresh gloo
+group, and returns what it returned on each. A case that hangs is stopped, with its processes.
 """
 
 from __future__ import annotations
@@ -24,28 +24,30 @@ EXCHANGE, CASE = 30, 240
 
 
 class Processes:
-    """``world`` processes. ``close`` ends them."""
+    """As many as a case needs, which serve the next ones too. ``close`` ends them."""
 
-    def __init__(self, world: int) -> None:
-        self.world = world
+    def __init__(self) -> None:
         self._alive: list[subprocess.Popen[bytes]] = []
 
-    def run(self, case: Callable[[int, int], Any], dying: tuple[int, ...] = ()) -> list[Any]:
+    def run(
+        self, case: Callable[[int, int], Any], world: int, dying: tuple[int, ...] = ()
+    ) -> list[Any]:
         """What ``case`` returned on each process; None for those of ``dying``, which end there.
 
         Raises:
             AssertionError: the case raised on a process; the message has every traceback.
         """
-        self._start()
+        self._alive += [_started() for _ in range(len(self._alive), world)]
+        taking = self._alive[:world]
         with tempfile.TemporaryDirectory() as folder:
-            order = case.__module__, case.__name__, str(Path(folder) / "store"), self.world
-            for process in self._alive:
+            for rank, process in enumerate(taking):
+                order = case.__module__, case.__name__, str(Path(folder) / "store"), rank, world
                 assert process.stdin is not None
                 pickle.dump(order, process.stdin)
                 process.stdin.flush()
-            answers = [self._answer(p, r in dying) for r, p in enumerate(self._alive)]
-        if dying or any(kind == "hung" for kind, _ in answers):
-            self.close()
+            answers = [self._answer(p, r in dying) for r, p in enumerate(taking)]
+        hung = any(kind == "hung" for kind, _ in answers)
+        self._end(self._alive if hung else [taking[r] for r in dying])
         wrong = [f"process {r}: {x}" for r, (kind, x) in enumerate(answers) if kind != "returned"]
         if wrong:
             raise AssertionError("\n\n".join(wrong))
@@ -63,41 +65,40 @@ class Processes:
             return ("returned", None) if dies else ("hung", "died")
         return answer
 
-    def _start(self) -> None:
-        if self._alive:
-            return
-        paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-        for rank in range(self.world):
-            self._alive.append(
-                subprocess.Popen(
-                    [sys.executable, "-W", "error", __file__, str(rank)],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-                )
-            )
-
     def close(self) -> None:
-        for process in self._alive:
+        self._end(self._alive)
+
+    def _end(self, processes: list[subprocess.Popen[bytes]]) -> None:
+        for process in processes:
             process.kill()
             process.communicate()
-        self._alive = []
+        self._alive = [p for p in self._alive if p not in processes]
 
 
-def _work(rank: int) -> None:
+def _started() -> subprocess.Popen[bytes]:
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    return subprocess.Popen(
+        [sys.executable, "-W", "error", __file__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def _work() -> None:
     """Take orders until there are no more."""
     import torch
     from torch import distributed as dist
 
     orders, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a case prints is not an answer
-    torch.set_default_dtype(torch.float64)
     while True:
         try:
-            module, name, store, world = pickle.load(orders)
+            module, name, store, rank, world = pickle.load(orders)
         except EOFError:
             return
         torch.manual_seed(0)
+        torch.set_default_dtype(torch.float64)
         dist.init_process_group(
             "gloo",
             init_method=f"file://{store}",
@@ -116,4 +117,4 @@ def _work(rank: int) -> None:
 
 
 if __name__ == "__main__":
-    _work(int(sys.argv[1]))
+    _work()

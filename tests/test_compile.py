@@ -13,7 +13,6 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,16 +32,14 @@ from diffopt._torch import inductor as _inductor
 T = 4
 
 
-@pytest.fixture
-def inductor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """TorchInductor with a cache of its own."""
+@pytest.fixture(scope="module")
+def inductor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """TorchInductor with a cache of its own, where it also keeps what it found the compiler can."""
     from torch._inductor import config
     from torch._inductor.utils import fresh_cache
 
-    with (
-        fresh_cache(dir=str(tmp_path)),
-        config.patch({"cpp.simdlen": 0, "cpp_cache_precompile_headers": False}),
-    ):
+    quick = {"cpp_cache_precompile_headers": False, "aot_inductor.debug_compile": True}
+    with fresh_cache(dir=str(tmp_path_factory.mktemp("inductor"))), config.patch(quick):
         yield
 
 
@@ -529,6 +526,8 @@ def test_errors_are_those_of_uncompiled_steps(graphs: list[bool]) -> None:
 def test_compiled_by_inductor(
     inductor: None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from torch._inductor import config
+
     monkeypatch.setattr(_inductor, "_FEW", 0)  # by TorchInductor's own loops
     # One parameter: every kernel is a run of the C++ compiler.
     model = nn.Sequential(nn.Dropout(0.3), nn.Linear(3, 1, bias=False)).double()
@@ -548,7 +547,7 @@ def test_compiled_by_inductor(
 
     want = grads(False)
     before = diffopt.compile_seconds()
-    with caplog.at_level(logging.INFO, logger="diffopt"):
+    with config.patch({"cpp.simdlen": 0}), caplog.at_level(logging.INFO, logger="diffopt"):
         assert_all_close(grads(True), want, rtol=1e-10, atol=1e-12)
     said = [r.getMessage() for r in caplog.records if r.name == "diffopt"]
     assert sum("compiled a graph of" in line for line in said) == 2
@@ -577,10 +576,7 @@ class _Products(nn.Module):
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 @pytest.mark.skipif(torch.__version__ < "2.13", reason="where other private names are needed")
-def test_small_loops(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    from torch._inductor import config
-    from torch._inductor.utils import fresh_cache
-
+def test_small_loops(inductor: None, caplog: pytest.LogCaptureFixture) -> None:
     model = _Products().double()
     data = [torch.randn(11, 7, dtype=torch.float64) for _ in range(T)]
 
@@ -591,11 +587,7 @@ def test_small_loops(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         return torch.autograd.grad(fast.losses.sum() + sum(ends), [*model.parameters()])
 
     want = grads(False)
-    with (
-        fresh_cache(dir=str(tmp_path)),
-        config.patch({"cpp_cache_precompile_headers": False}),
-        caplog.at_level(logging.INFO, logger="diffopt"),
-    ):
+    with caplog.at_level(logging.INFO, logger="diffopt"):
         for adjoint in (diffopt.Segmented(1), diffopt.Segmented(3), diffopt.Binomial(2)):
             got = grads(True, adjoint=adjoint)
             assert_all_close(got, want, rtol=1e-10, atol=1e-13)

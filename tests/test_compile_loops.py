@@ -131,15 +131,21 @@ class Table:
         return [x.detach().double() for x in values], grads
 
 
-@pytest.mark.parametrize("adjoint", ADJOINTS, ids=repr)
-def test_equals_uncompiled_steps(adjoint: diffopt.Adjoint, graphs: list[bool]) -> None:
+def beginning_with(number: int) -> list[diffopt.Adjoint]:
+    """All adjoints: the first is the one whose steps are traced."""
+    return ADJOINTS[number:] + ADJOINTS[:number]
+
+
+@pytest.mark.parametrize("first", [0, 3])
+def test_equals_uncompiled_steps(first: int, graphs: list[bool], subtests: pytest.Subtests) -> None:
     problem = Table()
-    want_values, want = problem.outcome(adjoint=adjoint)
-    got_values, got = problem.outcome(adjoint=adjoint, compile=True)
-    assert_all_close(got_values, want_values, rtol=1e-12, atol=1e-13)
-    assert_all_close(got, want, rtol=1e-9, atol=1e-12)
-    assert graphs
-    assert all(graphs)
+    for adjoint in beginning_with(first):
+        with subtests.test(adjoint=adjoint):
+            want_values, want = problem.outcome(adjoint=adjoint)
+            got_values, got = problem.outcome(adjoint=adjoint, compile=True)
+            assert_all_close(got_values, want_values, rtol=1e-12, atol=1e-13)
+            assert_all_close(got, want, rtol=1e-9, atol=1e-12)
+    assert graphs == [True, True]
 
 
 def test_one_pair_of_loops_serves_all_plans_and_lengths(graphs: list[bool]) -> None:
@@ -216,30 +222,36 @@ def test_a_second_way_back(graphs: list[bool]) -> None:
         assert_all_close(again, once, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("adjoint", ADJOINTS, ids=repr)
-@pytest.mark.parametrize("bound", [None, 0.3])
-@pytest.mark.parametrize("shows", [False, True], ids=["", "shown"])
+@pytest.mark.parametrize(
+    ("bound", "shows", "first"),
+    [(None, False, 6), (None, True, 1), (0.3, False, 4), (0.3, True, 3)],
+)
 def test_between_the_steps(
-    adjoint: diffopt.Adjoint, bound: float | None, shows: bool, graphs: list[bool]
+    bound: float | None,
+    shows: bool,
+    first: int,
+    graphs: list[bool],
+    subtests: pytest.Subtests,
 ) -> None:
     """What flows back is shown and bounded before each step, in the loop."""
     problem = Table()
-    found = []
-    for compile in (False, True):
-        shown: list[tuple[int, dict[str, Tensor]]] = []
-        monitor = (lambda t, c: shown.append((t, c))) if shows else None  # noqa: B023
-        _, grads = problem.outcome(
-            adjoint=adjoint, compile=compile, max_cotangent_norm=bound, monitor=monitor
-        )
-        found.append((grads, shown))
-    (want, events), (got, compiled_events) = found
-    assert_all_close(got, want, rtol=1e-9, atol=1e-12)
-    assert [t for t, _ in compiled_events] == [*reversed(range(T))] * shows
-    for (_, a), (_, b) in zip(compiled_events, events, strict=True):
-        assert a.keys() == b.keys()
-        assert_all_close([*a.values()], [*b.values()], rtol=1e-9, atol=1e-12)
+
+    def run(**how: Any) -> tuple[tuple[Tensor, ...], list[tuple[int, dict[str, Tensor]]]]:
+        events: list[tuple[int, dict[str, Tensor]]] = []
+        monitor = (lambda t, c: events.append((t, c))) if shows else None
+        return problem.outcome(max_cotangent_norm=bound, monitor=monitor, **how)[1], events
+
+    for adjoint in beginning_with(first):
+        with subtests.test(adjoint=adjoint):
+            want, expected = run(adjoint=adjoint)
+            got, events = run(adjoint=adjoint, compile=True)
+            assert_all_close(got, want, rtol=1e-9, atol=1e-12)
+            assert [t for t, _ in events] == [*reversed(range(T))] * shows
+            for (_, a), (_, b) in zip(events, expected, strict=True):
+                assert a.keys() == b.keys()
+                assert_all_close([*a.values()], [*b.values()], rtol=1e-9, atol=1e-12)
     # Steps that a plan goes back through alone are bounded outside of their code.
-    assert graphs in ([True] * 2, [True] * 3)
+    assert graphs == [True] * (3 if bound or shows else 2)
 
 
 def test_nothing_is_shown_of_what_nothing_flows_to(graphs: list[bool]) -> None:

@@ -213,12 +213,12 @@ def shard_refuses(rank: int, world: int) -> None:
         shard_refuses,
     ],
 )
-def test_together(case: Any, world: int, pools: Callable[[int], Processes]) -> None:
-    pools(world).run(case)
+def test_together(case: Any, world: int, processes: Processes) -> None:
+    processes.run(case, world)
 
 
-def test_mean_grads_refuses(pools: Callable[[int], Processes]) -> None:
-    zero, one = pools(2).run(mean_grads_refuses)
+def test_mean_grads_refuses(processes: Processes) -> None:
+    zero, one = processes.run(mean_grads_refuses, 2)
     advice = ": pass the same ones, in the same order, on every process"
     assert zero[:2] == one[:2]
     assert zero[0] == "process 0 has 1 tensors and process 1 2" + advice

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -241,12 +241,12 @@ def bad_weights(rank: int, world: int) -> str:
 @pytest.mark.parametrize(
     "case", [averages, nothing_flows_on_one, none_stays_none, means_of_cotangents]
 )
-def test_together(case: Any, world: int, pools: Callable[[int], Processes]) -> None:
-    pools(world).run(case)
+def test_together(case: Any, world: int, processes: Processes) -> None:
+    processes.run(case, world)
 
 
-def test_what_differs_is_named_on_all(pools: Callable[[int], Processes]) -> None:
-    zero, one = pools(2).run(what_differs)
+def test_what_differs_is_named_on_all(processes: Processes) -> None:
+    zero, one = processes.run(what_differs, 2)
     assert zero[:3] == one[:3]
     same = ". Call unroll on all of them with the same model"
     steps, shapes, order, failure = zero
@@ -264,12 +264,12 @@ def test_what_differs_is_named_on_all(pools: Callable[[int], Processes]) -> None
     assert one[3] == "'wrong argument'"
 
 
-def test_a_failure_on_one_ends_all(pools: Callable[[int], Processes]) -> None:
-    (zero, _), (one, notes) = pools(2).run(fail_at_step_one)
+def test_a_failure_on_one_ends_all(processes: Processes) -> None:
+    (zero, _), (one, notes) = processes.run(fail_at_step_one, 2)
     assert "process 1 stopped at step 1 with ZeroDivisionError: one process. So this" in zero
     assert one == "one process"
     assert "process 1 stopped" in notes[0]
-    zero, one, *rest = pools(4).run(fail_after_the_last_step)
+    zero, one, *rest = processes.run(fail_after_the_last_step, 4)
     assert zero == "after the exchange"
     assert {one, *rest} == {
         "process 0 stopped at step 0 with ZeroDivisionError: after the exchange. So this unroll "
@@ -277,8 +277,8 @@ def test_a_failure_on_one_ends_all(pools: Callable[[int], Processes]) -> None:
     }
 
 
-def test_processes_that_come_apart_are_told(pools: Callable[[int], Processes]) -> None:
-    zero, one = pools(2).run(come_apart)
+def test_processes_that_come_apart_are_told(processes: Processes) -> None:
+    zero, one = processes.run(come_apart, 2)
     assert zero == one
     assert (
         "process 0 is at the end of the forward pass; process 1 is computing step 2 in the "
@@ -287,13 +287,13 @@ def test_processes_that_come_apart_are_told(pools: Callable[[int], Processes]) -
     assert "process 0 is computing step 0 in a backward pass; process 1 is differ" in zero[1]
 
 
-def test_a_process_that_dies(pools: Callable[[int], Processes]) -> None:
-    message, _ = pools(2).run(die, dying=(1,))
+def test_a_process_that_dies(processes: Processes) -> None:
+    message, _ = processes.run(die, 2, dying=(1,))
     assert "the exchange at step 1 could not be completed: a process of the group" in message
 
 
-def test_a_weight_has_to_be_positive(pools: Callable[[int], Processes]) -> None:
-    zero, one = pools(2).run(bad_weights)
+def test_a_weight_has_to_be_positive(processes: Processes) -> None:
+    zero, one = processes.run(bad_weights, 2)
     assert "the weight of this process's share at step 2 is 0.0: it has to be a finite" in one
     assert "process 1 stopped at step 2 with ValueError" in zero
 

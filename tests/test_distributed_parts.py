@@ -251,16 +251,16 @@ def errors(rank: int, world: int) -> list[tuple[str, str]]:
 @pytest.mark.parametrize(
     "case", [equal_to_a_plain_loop, equal_to_one_process, with_options, second_derivative]
 )
-def test_together(case: Any, world: int, pools: Callable[[int], Processes]) -> None:
-    pools(world).run(case)
+def test_together(case: Any, world: int, processes: Processes) -> None:
+    processes.run(case, world)
 
 
-def test_one_process_reads_gradients(pools: Callable[[int], Processes]) -> None:
-    pools(2).run(differently_differentiable)
+def test_one_process_reads_gradients(processes: Processes) -> None:
+    processes.run(differently_differentiable, 2)
 
 
-def test_errors_are_everyones(pools: Callable[[int], Processes]) -> None:
-    zero, one = pools(2).run(errors)
+def test_errors_are_everyones(processes: Processes) -> None:
+    zero, one = processes.run(errors, 2)
     for n in (0, 1):
         assert zero[n] == one[n]
         assert "ways of weighting microbatches differ between the processes" in zero[n][1]

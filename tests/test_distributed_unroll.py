@@ -278,12 +278,12 @@ def errors_of_the_second_derivative(rank: int, world: int) -> list[tuple[int, li
 
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("case", [equal_to_one_process, clipped, second_derivative, under_no_grad])
-def test_together(case: Any, world: int, pools: Callable[[int], Processes]) -> None:
-    pools(world).run(case)
+def test_together(case: Any, world: int, processes: Processes) -> None:
+    processes.run(case, world)
 
 
-def test_errors_are_everyones(pools: Callable[[int], Processes]) -> None:
-    zero, one = pools(2).run(errors)
+def test_errors_are_everyones(processes: Processes) -> None:
+    zero, one = processes.run(errors, 2)
     assert zero[0] == one[0]
     assert "adjoints differ between the processes of the group: process 0 has Segm" in zero[0][1]
     assert "numbers of steps differ between the processes of the group: process 0 h" in zero[1][1]
@@ -297,9 +297,9 @@ def test_errors_are_everyones(pools: Callable[[int], Processes]) -> None:
     assert zero[8] == one[8] == ("", "")
 
 
-def test_a_second_derivative_fails_on_all(pools: Callable[[int], Processes]) -> None:
+def test_a_second_derivative_fails_on_all(processes: Processes) -> None:
     started = time.monotonic()
-    zero, one = pools(2).run(errors_of_the_second_derivative)
+    zero, one = processes.run(errors_of_the_second_derivative, 2)
     assert time.monotonic() - started < EXCHANGE  # none of them has waited for the group's timeout
     assert zero[0] == one[0] == zero[-1] == one[-1] == (-1, [])
     assert len(zero) > 8
@@ -351,5 +351,5 @@ def wrapped_outside(rank: int, world: int) -> None:
 
 
 @pytest.mark.parametrize("case", [refused_models, wrapped_outside])
-def test_models_of_other_libraries(case: Any, pools: Callable[[int], Processes]) -> None:
-    pools(2).run(case)
+def test_models_of_other_libraries(case: Any, processes: Processes) -> None:
+    processes.run(case, 2)

@@ -498,10 +498,10 @@ TWO = [
 
 
 @pytest.mark.parametrize("case", TWO, ids=lambda case: case.__name__)
-def test_two_processes(pools: Callable[[int], Processes], case: Any) -> None:
-    pools(2).run(case)
+def test_two_processes(processes: Processes, case: Any) -> None:
+    processes.run(case, 2)
 
 
 @pytest.mark.parametrize("case", [as_a_plain_loop, with_a_group], ids=lambda case: case.__name__)
-def test_four_processes(pools: Callable[[int], Processes], case: Any) -> None:
-    pools(4).run(case)
+def test_four_processes(processes: Processes, case: Any) -> None:
+    processes.run(case, 4)

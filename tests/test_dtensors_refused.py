@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -174,8 +173,8 @@ CASES = [changed_in_place, others_differ, rules_of_other_kinds, refused]
 
 @served
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
-def test_two_processes(pools: Callable[[int], Processes], case: Any) -> None:
-    pools(2).run(case)
+def test_two_processes(processes: Processes, case: Any) -> None:
+    processes.run(case, 2)
 
 
 def test_a_pytorch_that_cannot_serve_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

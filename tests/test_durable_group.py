@@ -170,8 +170,8 @@ def other_intervals(rank: int, world: int) -> None:
 @pytest.mark.parametrize(
     "case", [ends_anywhere, one_lacks_entries, nothing_in_common, other_intervals]
 )
-def test_two_processes(case: Callable[[int, int], None], pools: Any) -> None:
-    pools(2).run(case)
+def test_two_processes(case: Callable[[int, int], None], processes: Processes) -> None:
+    processes.run(case, 2)
 
 
 def killed(rank: int, world: int) -> None:
@@ -197,10 +197,6 @@ def taken_up(rank: int, world: int) -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="kills by signal")
-def test_a_kill() -> None:
-    processes = Processes(2)
-    try:
-        processes.run(killed, dying=(1,))
-        processes.run(taken_up)
-    finally:
-        processes.close()
+def test_a_kill(processes: Processes) -> None:
+    processes.run(killed, 2, dying=(1,))
+    processes.run(taken_up, 2)
