@@ -90,11 +90,8 @@ class CompiledStep(InnerStep):
         indexed: bool,
         given: Collection[Tensor],
     ) -> None:
+        self.__dict__.update(step.__dict__)
         loss, opt, groups = step.loss, step.opt, step.groups
-        super().__init__(
-            loss, opt, groups, first_step=step.first_step, grad_transform=step.grad_transform
-        )
-        self.hooks = step.hooks
         self._eager = step
         self._generators = generators
         self._counted = counted
@@ -289,9 +286,9 @@ class CompiledStep(InnerStep):
         forms = tuple(map(form_of, call.state))
         tracked = len(self.loss.buffers.tracked)  # it only grows
         key = call.layout, forms, given.key, tracked
-        if key not in self._known:
-            self._known[key] = self._made(call, given)
-        code = self._known[key]
+        code = self._known.get(key, _UNKNOWN)
+        if code is _UNKNOWN:
+            code = self._known[key] = self._made(call, given)
         if code is not None and not self._originals.isdisjoint(code.step.ends):
             code = None  # an uncompiled step is refused
         if code is not None:
@@ -314,6 +311,8 @@ class CompiledStep(InnerStep):
             self.warn(call.t, reason)
             return None
 
+
+_UNKNOWN: Any = object()
 
 # What every optimizer has and no rule is made of.
 _EVERY_OPTIMIZERS = {"defaults", "param_groups", "state"}

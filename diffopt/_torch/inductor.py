@@ -82,7 +82,9 @@ def _without_wrappers(
         run = _compiled(graph, examples, config, inner)
     if len(made) != 1:
         return run
-    code = made[0]
+    code: Any = made[0]
+    if all(x.device.type == "cpu" for x in examples):  # nothing is tuned at the first call
+        code = getattr(code, "current_callable", None) or code
     return lambda *inputs: code(list(inputs))
 
 
