@@ -245,8 +245,7 @@ class CompiledStep(InnerStep):
 
     def call(self, state: State, t: int, given: StepInputs) -> Call:
         """Step ``t`` with its inputs."""
-        # What several tasks share at the start they do not share after a step.
-        tensors = [x.contiguous() if 0 in x.stride() else x for x in flat(state)]
+        tensors = list(map(_regular, flat(state)))
         tensors = [x.detach() if x.requires_grad else x for x in tensors]
 
         def bound(hyper: Sequence[Tensor], *, traced: bool) -> InnerStep:
@@ -313,6 +312,16 @@ class CompiledStep(InnerStep):
 
 
 _UNKNOWN: Any = object()
+
+
+def _regular(x: Tensor) -> Tensor:
+    """A tensor of the state in the memory layout that it has after other steps."""
+    if 0 in x.stride():  # what several tasks share at the start they do not share after a step
+        return x.clone(memory_format=torch.contiguous_format)
+    if 1 in x.shape and x.is_contiguous():  # whatever the strides of dimensions of size 1 are
+        return x.view(-1).view(x.shape)
+    return x
+
 
 # What every optimizer has and no rule is made of.
 _EVERY_OPTIMIZERS = {"defaults", "param_groups", "state"}
