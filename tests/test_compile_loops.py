@@ -393,3 +393,33 @@ def test_a_fallback_names_the_line_that_reads_a_value(graphs: list[bool]) -> Non
     with pytest.warns(diffopt.CompileWarning, match=rf"test_compile_loops\.py, line {line}"):
         diffopt.unroll(model, opt, batches(2), _reads, compile=True)
     assert not graphs
+
+
+@pytest.mark.parametrize("strided", [False, True], ids=["", "as_strided"])
+@pytest.mark.parametrize("each", [False, True], ids=["one batch", "a batch each"])
+@pytest.mark.parametrize("adjoint", [diffopt.Segmented(1), diffopt.MemoryBudget("100MiB")])
+def test_tasks_on_parts_of_tensors(
+    adjoint: diffopt.Adjoint, each: bool, strided: bool, graphs: list[bool]
+) -> None:
+    """Batches have gaps in their memory, and weights dimensions of size 1, of any stride."""
+    model = nn.Sequential(nn.Linear(1, 3), nn.Tanh(), nn.Linear(3, 1)).double()
+    whole = torch.randn(2, 6, 1 + T, 2, dtype=torch.float64, requires_grad=True)
+    data = [(whole[:, :4, t * each, :1], whole[:, 2:, 1, 1:]) for t in range(T)]
+
+    def loss_fn(m: Any, pair: Any) -> Tensor:
+        x = pair[0].as_strided((2, 1), (4 * (1 + T), 1)) if strided else pair[0]
+        y = pair[1][:2] if strided else pair[1]
+        return (m(x) - y).square().mean()
+
+    if strided:  # which torch.vmap does not know with a derivative
+        data = [(x[0], y[0]) for x, y in data]
+    found = []
+    for compile in (False, True):
+        more = {} if strided else {"tasks": 2}
+        opt = diffopt.Adam(model.parameters(), lr=0.1)
+        fast = diffopt.unroll(model, opt, data, loss_fn, adjoint=adjoint, compile=compile, **more)
+        total = fast.losses.square().sum() + sum(x.sum() for x in fast.params.values())
+        found.append(torch.autograd.grad(total, [whole, *model.parameters()]))
+    assert_all_close(found[1], found[0], rtol=1e-10, atol=1e-13)
+    assert graphs
+    assert all(graphs) != strided

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import platform
 import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
 from helpers import assert_all_close, batches, mse, tiny
 
 import diffopt
-from diffopt._torch import inductor
+from diffopt._torch import inductor, vector_isa
 
 
 def test_the_loop_operator_scans() -> None:
@@ -49,3 +54,74 @@ def test_without_an_operator_for_loops_steps_are_compiled_one_by_one(
         found.append(torch.autograd.grad(fast.losses.sum(), list(model.parameters())))
     assert_all_close(found[1], found[0], rtol=1e-10, atol=1e-13)
     assert graphs == [False, False]
+
+
+@dataclass
+class Instructions:
+    """A set of them, as TorchInductor has it: true where a program that uses them runs."""
+
+    name: str
+    work: bool
+    asked: list[tuple[str, bool]]
+    gate: threading.Event = field(default_factory=threading.Event)
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __bool__(self) -> bool:
+        here = threading.current_thread() is threading.main_thread()
+        self.asked.append((self.name, here))
+        if not here:
+            assert self.gate.wait(60)
+        return self.work
+
+
+@pytest.fixture
+def sets(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Instructions]]:
+    """Sets of instructions for TorchInductor, of which the processor has all but the first."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("TorchInductor tests instructions on x86 alone")
+    from torch._inductor import cpu_vec_isa
+
+    asked: list[tuple[str, bool]] = []
+    gate = threading.Event()
+    given = [("w new", True), ("w", False), ("middle", True), ("narrow", True)]
+    sets = [Instructions(name, work, asked, gate) for name, work in given]
+    monkeypatch.setattr(cpu_vec_isa, "supported_vec_isa_list", sets)
+    monkeypatch.setattr(cpu_vec_isa, "x86_isa_checker", lambda: ["w", "middle", "narrow"])
+    monkeypatch.setattr(vector_isa, "_looking", [])
+    cpu_vec_isa.valid_vec_isa_list.cache_clear()
+    yield sets
+    cpu_vec_isa.valid_vec_isa_list.cache_clear()
+
+
+def test_instructions_are_looked_for_until_some_work(sets: list[Instructions]) -> None:
+    from torch._inductor import config, cpu_vec_isa
+
+    known: Any = cpu_vec_isa.valid_vec_isa_list
+    with vector_isa.widest_alone:
+        assert known() == sets[2:3]
+    assert "narrow" not in {name for name, _ in sets[0].asked}
+    assert cpu_vec_isa.supported_vec_isa_list is sets
+    assert known() == sets[2:]  # for everybody else
+    with vector_isa.widest_alone:
+        assert known() == sets[2:]  # where that is known
+    known.cache_clear()
+    with config.patch({"cpp.simdlen": 256}), vector_isa.widest_alone:
+        assert known() == sets[2:]  # where somebody chooses among them
+
+
+def test_instructions_are_looked_for_on_another_thread(sets: list[Instructions]) -> None:
+    from torch._inductor import cpu_vec_isa
+
+    vector_isa.find_out()
+    vector_isa.find_out()
+    opened = threading.Timer(0.1, sets[0].gate.set)
+    opened.start()
+    with vector_isa.widest_alone:
+        assert cpu_vec_isa.valid_vec_isa_list() == sets[2:3]
+    first_here = [here for _, here in sets[0].asked].index(True)
+    assert not any(here for _, here in sets[0].asked[:first_here])
+    assert ("middle", False) in sets[0].asked[:first_here]  # it had come to its end
+    assert len(vector_isa._looking) == 1
+    opened.join()

@@ -15,10 +15,20 @@ import torch
 import torch.utils.checkpoint
 from torch import nn
 from torch.autograd import forward_ad, graph
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import diffopt
 from diffopt._model import standing
-from diffopt._torch import autograd, checkpoint, compiling, engine, functorch, operations
+from diffopt._torch import (
+    attention,
+    autograd,
+    checkpoint,
+    compiling,
+    engine,
+    functorch,
+    modes,
+    operations,
+)
 from diffopt._torch.feature import optional, private
 from diffopt._torch.version import check_torch
 
@@ -116,6 +126,14 @@ NAMES = [
     ("torch._C", "_is_any_autocast_enabled"),
     ("torch._C", "_DisableAutocast"),
     ("torch._inductor.compile_fx", "compile_fx"),
+    ("torch._inductor", "config"),
+    ("torch._inductor", "cpu_vec_isa"),
+    ("torch._inductor.cpu_vec_isa", "pick_vec_isa"),
+    ("torch._inductor.cpu_vec_isa", "valid_vec_isa_list"),
+    ("torch._inductor.cpu_vec_isa", "x86_isa_checker"),
+    ("torch._C", "_len_torch_function_stack"),
+    ("torch._C", "_get_math_sdp_enabled"),
+    ("torch._C", "_set_sdp_use_math"),
     ("torch._C._functorch", "is_legacy_batchedtensor"),
     ("torch._C", "_vmapmode_increment_nesting"),
     ("torch._C", "_vmapmode_decrement_nesting"),
@@ -213,6 +231,36 @@ def test_compiling() -> None:
         assert (x @ x).dtype == torch.float32
     with compiling.without_autocast():
         assert (x @ x).dtype == torch.float32
+
+
+def test_the_default_device() -> None:
+    assert modes.default_device() == torch.get_default_device() == torch.device("cpu")
+    with torch.device("meta"):
+        assert modes.default_device() == torch.device("meta")
+        assert torch.nn.functional.relu(torch.ones(1)).device == modes.default_device()
+    torch.set_default_device("meta")
+    try:
+        assert modes.default_device() == torch.device("meta")
+    finally:
+        torch.set_default_device(None)
+    assert modes.default_device() == torch.device("cpu")
+
+
+def ways_of_attention() -> list[SDPBackend]:
+    return torch.nn.attention._cur_sdpa_kernel_backends()
+
+
+@pytest.mark.parametrize("are_known", [True, False])
+def test_attention_by_separate_operations(monkeypatch: pytest.MonkeyPatch, are_known: bool) -> None:
+    """The same as PyTorch's own context does, and afterwards what was before."""
+    assert attention._ARE_KNOWN
+    monkeypatch.setattr(attention, "_ARE_KNOWN", are_known)
+    for before in ([SDPBackend.FLASH_ATTENTION], [SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION]):
+        with sdpa_kernel(before):
+            allowed = ways_of_attention()
+            with attention.only_math():
+                assert ways_of_attention() == [SDPBackend.MATH]
+            assert ways_of_attention() == allowed
 
 
 def test_forward_mode(monkeypatch: pytest.MonkeyPatch) -> None:

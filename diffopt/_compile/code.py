@@ -14,6 +14,7 @@ from diffopt._compile.steps import Steps
 from diffopt._compile.trace import Untraceable
 from diffopt._compile.way_back import Cotangents
 from diffopt._step.result import Checked, StepResult
+from diffopt._torch.vector_isa import find_out
 from diffopt._values.outputs import StepCotangents
 from diffopt._values.state import Cotangent
 
@@ -34,6 +35,7 @@ class Code:
     """
 
     def __init__(self, call: Call, given: StepInputs) -> None:
+        find_out()
         self.step = Specialisation(call)
         self._loops: Loops | None = None
         try:

@@ -90,11 +90,8 @@ class CompiledStep(InnerStep):
         indexed: bool,
         given: Collection[Tensor],
     ) -> None:
+        self.__dict__.update(step.__dict__)
         loss, opt, groups = step.loss, step.opt, step.groups
-        super().__init__(
-            loss, opt, groups, first_step=step.first_step, grad_transform=step.grad_transform
-        )
-        self.hooks = step.hooks
         self._eager = step
         self._generators = generators
         self._counted = counted
@@ -250,8 +247,7 @@ class CompiledStep(InnerStep):
 
     def call(self, state: State, t: int, given: StepInputs) -> Call:
         """Step ``t`` with its inputs."""
-        # What several tasks share at the start they do not share after a step.
-        tensors = [x.contiguous() if 0 in x.stride() else x for x in flat(state)]
+        tensors = list(map(_regular, flat(state)))
         tensors = [x.detach() if x.requires_grad else x for x in tensors]
 
         def bound(hyper: Sequence[Tensor], *, traced: bool) -> InnerStep:
@@ -291,9 +287,9 @@ class CompiledStep(InnerStep):
         forms = tuple(map(form_of, call.state))
         tracked = len(self.loss.buffers.tracked)  # it only grows
         key = call.layout, forms, given.key, tracked
-        if key not in self._known:
-            self._known[key] = self._made(call, given)
-        code = self._known[key]
+        code = self._known.get(key, _UNKNOWN)
+        if code is _UNKNOWN:
+            code = self._known[key] = self._made(call, given)
         if code is not None and not self._originals.isdisjoint(code.step.ends):
             code = None  # an uncompiled step is refused
         if code is not None:
@@ -315,6 +311,18 @@ class CompiledStep(InnerStep):
         except Untraceable as reason:
             self.warn(call.t, reason)
             return None
+
+
+_UNKNOWN: Any = object()
+
+
+def _regular(x: Tensor) -> Tensor:
+    """A tensor of the state in the memory layout that it has after other steps."""
+    if 0 in x.stride():  # what several tasks share at the start they do not share after a step
+        return x.clone(memory_format=torch.contiguous_format)
+    if 1 in x.shape and x.is_contiguous():  # whatever the strides of dimensions of size 1 are
+        return x.view(-1).view(x.shape)
+    return x
 
 
 # What every optimizer has and no rule is made of.

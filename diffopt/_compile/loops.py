@@ -22,7 +22,7 @@ from diffopt._compile.specialise import Call, Specialisation
 from diffopt._compile.step_inputs import nbytes
 from diffopt._compile.steps import STEP, Rows, Steps
 from diffopt._compile.trace import Untraceable
-from diffopt._compile.way_back import Cotangents, Stacked, WayBack
+from diffopt._compile.way_back import Cotangents, Stacked, WayBack, check_gaps
 from diffopt._torch.inductor import loop_operator
 from diffopt._values.state import Cotangent, State
 
@@ -184,8 +184,9 @@ def _check(step: Specialisation, call: Call) -> None:
             raise Untraceable("a step changes shapes, dtypes or memory layouts of the state")
         if not x.is_contiguous():
             raise Untraceable("the state has tensors that are not contiguous")
-    if not all(map(is_dense, call.fixed)):
-        raise Untraceable("a batch has tensors with gaps in their memory")
+    if not all(map(is_dense, call.fixed[: call.shared])):
+        raise Untraceable("loss_fn uses tensors with gaps in their memory")
+    check_gaps(step.traced, call)
 
 
 def _by_tensor(tensors: Sequence[Tensor], cotangents: Tensor) -> list[tuple[Tensor, Tensor]]:

@@ -27,9 +27,12 @@ def distinct(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[int] | None]
 def in_rows(tensors: Sequence[Tensor]) -> Tensor:
     """The tensors as rows, each in the memory layout that they have; a single one is not copied.
 
-    Cut from any graph.
+    Those with gaps in their memory are copied without the gaps. Cut from any graph.
     """
     first = tensors[0].detach()
+    if not is_dense(first):
+        with torch.no_grad():
+            return torch.stack([x.contiguous() for x in tensors])
     if len(tensors) == 1:
         return first.as_strided((1, *first.shape), (first.numel(), *first.stride()))
     if first.is_contiguous():

@@ -7,11 +7,13 @@ and so on. Where it is not, each step is looked at by itself.
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, overload
 
 import torch
@@ -135,7 +137,6 @@ class Reader:
         self.scheduled = any(
             callable(x) for group in step.opt.param_groups for _, x in entries([group])
         )
-        self._numbers: dict[float, Tensor] = {}
         self._options: tuple[Any, ...] | None = None
         self._last: StepInputs | None = None
         self._leaves: tuple[Any, ...] = ()
@@ -252,17 +253,25 @@ class Reader:
         tensors = []
         for name, value in entries(options):
             if is_input(name, value):
-                x = value if isinstance(value, Tensor) else self._number(value)
+                x = value if isinstance(value, Tensor) else _number(value)
                 tensors.append(x)
                 key.append(form_of(x))
             else:
                 key.append(value)
         return options, tensors, constant, tuple(key)
 
-    def _number(self, value: float) -> Tensor:
-        if value not in self._numbers:
-            self._numbers[value] = torch.tensor(value, dtype=torch.float64)
-        return self._numbers[value]
+
+def _number(value: float) -> Tensor:
+    """A number as a tensor, the one of the last time if nothing has written into that."""
+    if torch.is_inference_mode_enabled():  # whose tensors no later unroll could use
+        return torch.tensor(value, dtype=torch.float64, device="cpu")
+    kept = _kept_number(value, math.copysign(1.0, value))
+    return kept if kept.item() == value else torch.tensor(value, dtype=torch.float64, device="cpu")
+
+
+@lru_cache(maxsize=1024)
+def _kept_number(value: float, sign: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64, device="cpu")
 
 
 def form_of(x: Tensor) -> Hashable:
@@ -277,14 +286,20 @@ def nbytes(tensors: Iterable[Tensor]) -> int:
 
 _PARTS: tuple[Callable[[Any], Hashable], ...] = (
     type,
-    *map(operator.attrgetter, ("dtype", "shape", "device", "requires_grad")),
-    Tensor.stride,
+    *map(operator.attrgetter, ("dtype", "requires_grad", "shape")),
 )
+_ON_CPU, _ON_DEVICE = map(operator.attrgetter, ("is_cpu", "device"))
 
 
-def _is_uniform(column: Collection[Tensor]) -> bool:
+def _is_uniform(column: Sequence[Tensor]) -> bool:
     """Whether tensors are of one form."""
-    return all(len({*map(part, column)}) == 1 for part in _PARTS)
+    first = column[0]
+    parts = (
+        *_PARTS,
+        _ON_CPU if first.is_cpu else _ON_DEVICE,
+        Tensor.is_contiguous if first.is_contiguous() else Tensor.stride,
+    )
+    return all(len({*map(part, column)}) == 1 for part in parts)
 
 
 def _alike(x: Tensor, y: Tensor) -> bool:

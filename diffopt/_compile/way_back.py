@@ -11,8 +11,10 @@ from torch import Tensor
 
 from diffopt._compile.compiled_loop import CompiledLoop
 from diffopt._compile.loop_graph import Carried
-from diffopt._compile.specialise import Flowing, Specialisation, Vjp
+from diffopt._compile.rows import is_dense
+from diffopt._compile.specialise import Call, Flowing, Specialisation, Vjp
 from diffopt._compile.steps import STEP, Rows, Steps
+from diffopt._compile.trace import Traced, Untraceable
 from diffopt._values.state import Cotangent
 
 
@@ -74,6 +76,7 @@ class WayBack:
             losses = [] if given.losses is None else [given.losses[0].contiguous()]
             flows = Flowing(tuple(flowing), bool(losses), (), given.norm is not None)
             vjp = Vjp(step, call, flows, [*cotangents, *losses, *_number(given.norm)])
+            check_gaps(vjp.traced, call)
             more = [path for path in vjp.before if path not in flowing]
             if not more:
                 break
@@ -124,6 +127,19 @@ class WayBack:
             {i: x for i, x in stacked.items() if i < h},
             dict(zip(self._shown, shown, strict=True)),
         )
+
+
+def check_gaps(traced: Traced, call: Call) -> None:
+    """Raise where code for batches without gaps in their memory, as rows are, may be another.
+
+    Raises:
+        Untraceable: it reads memory by its addresses.
+    """
+    nodes = traced.graph.graph.nodes
+    if any(n.target is torch.ops.aten.as_strided.default for n in nodes) and not all(
+        map(is_dense, call.fixed[call.shared :])
+    ):
+        raise Untraceable("a batch has tensors with gaps in their memory, and strides are used")
 
 
 def _number(x: float | None) -> list[Tensor]:

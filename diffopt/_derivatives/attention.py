@@ -7,14 +7,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from diffopt._torch.attention import only_math
 from diffopt._torch.replaced import Shared
 
 _attention: Any = F.scaled_dot_product_attention
 
 #: Where attention is computed by separate operations, in the whole process.
-math_attention = Shared(lambda: sdpa_kernel(SDPBackend.MATH))
+math_attention = Shared(only_math)
 
 
 def scaled_dot_product_attention(
@@ -33,6 +33,6 @@ def scaled_dot_product_attention(
         or enabled.cudnn_sdp_enabled()
     )
     if others and enabled.math_sdp_enabled():
-        with sdpa_kernel(SDPBackend.MATH):
+        with only_math():
             return _attention(query, key, value, *args, **kwargs)  # type: ignore[no-any-return]
     return _attention(query, key, value, *args, **kwargs)  # type: ignore[no-any-return]

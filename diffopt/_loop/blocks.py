@@ -141,7 +141,8 @@ def first_block(loop: Loop, state: State, start: int, stop: int, *, keep: bool) 
         return None
     if loop.check is not None:
         _note(loop, block, since)
-    loop.refuse_originals(state, start, _result(block))
+    if loop.observer.originals_used:
+        loop.refuse_originals(state, start, _result(block))
     loop.losses.extend(block.losses)
     for t, aux in enumerate(block.aux(), block.start):
         loop.extras.append(loop.step.first_step + t, aux, block.attached)

@@ -104,11 +104,11 @@ def _forward_stretch(
 
 def _keep(kept: Kept, kind: str, block: Block) -> None:
     """Hold what a stretch is to leave of the steps of a block."""
-    for t in range(block.start, block.stop):
-        if kind == "save":
-            kept.save(t, InBlock(block, t))
-        elif kind == "record":
-            kept.record(t, InBlock(block, t))
+    held = {t: InBlock(block, t) for t in range(block.start, block.stop)}
+    if kind == "save":
+        kept.save_each(held)
+    elif kind == "record":
+        kept.record_each(held)
 
 
 def run_backward(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from diffopt._loop.blocks import InBlock
@@ -33,12 +34,20 @@ class Kept:
         self.snapshots[t] = snapshot
         self.peak_states = max(self.peak_states, len(self.snapshots))
 
+    def save_each(self, snapshots: Mapping[int, Snapshot]) -> None:
+        self.snapshots.update(snapshots)
+        self.peak_states = max(self.peak_states, len(self.snapshots))
+
     def count(self, more: int) -> None:
         """Count states that are held besides the snapshots."""
         self.peak_states = max(self.peak_states, len(self.snapshots) + more)
 
     def record(self, t: int, linearization: Linearization | InBlock) -> None:
         self.graphs[t] = linearization
+        self.peak_graphs = max(self.peak_graphs, len(self.graphs))
+
+    def record_each(self, held: Mapping[int, InBlock]) -> None:
+        self.graphs.update(held)
         self.peak_graphs = max(self.peak_graphs, len(self.graphs))
 
 

@@ -33,19 +33,25 @@ def check_shared_memory(params: Mapping[str, Tensor], buffers: Mapping[str, Tens
     """
     for name, x in params.items():
         strided = x.layout is torch.strided
-        if strided and any(n > 1 and not step for n, step in zip(x.shape, x.stride(), strict=True)):
+        if (
+            strided
+            and 0 in x.stride()
+            and any(n > 1 and not step for n, step in zip(x.shape, x.stride(), strict=True))
+        ):
             raise NotImplementedError(
                 f"entries of parameter {name!r} share memory, as it is expanded, and could not be "
                 "trained apart: give it a copy, x.clone(), or expand a smaller one in forward"
             )
     kinds = ((params, "parameter"), (buffers, "buffer"))
-    named = [
-        (f"{kind} {name!r}", stored(x))
-        for tensors, kind in kinds
-        for name, x in tensors.items()
-        if x.layout is torch.strided and stored(x).numel() and _storage(stored(x))
-    ]
-    if len({_storage(x) for _, x in named}) == len(named):
+    named = []
+    storages = set()
+    for tensors, kind in kinds:
+        for name, x in tensors.items():
+            own = stored(x)
+            if x.layout is torch.strided and own.numel() and (storage := _storage(own)):
+                named.append((f"{kind} {name!r}", own))
+                storages.add(storage)
+    if len(storages) == len(named):
         return
     ranges = sorted([(_storage(x), *_range(x), name, x) for name, x in named], key=itemgetter(0, 1))
     active: list[tuple[int, int, int, str, Tensor]] = []  # entries that reach into the next range

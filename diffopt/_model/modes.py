@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from diffopt._derivatives.table import math_attention, with_second_derivatives
+from diffopt._torch.modes import default_device
 from diffopt._torch.replaced import Shared, replaced
 
 
@@ -32,7 +33,7 @@ class Modes:
         # Where that is imported, the loss may call something compiled as well.
         self._compiled = "torch._dynamo" in sys.modules or any(map(_is_compiled, model.modules()))
         self._dtype = torch.get_default_dtype()
-        self._device = torch.get_default_device()
+        self._device = default_device()
 
     @property
     def autocast_dtypes(self) -> set[torch.dtype]:
@@ -62,7 +63,7 @@ class Modes:
             if self._recurrent:
                 stack.enter_context(_without_cudnn)
             stack.enter_context(_default_dtype(self._dtype))
-            if torch.get_default_device() != self._device:
+            if default_device() != self._device:
                 stack.enter_context(self._device)
             for kind, dtype in self._autocast.items():
                 if dtype is not None:

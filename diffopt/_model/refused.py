@@ -7,13 +7,14 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from diffopt._model.memory import check_shared_memory
 from diffopt._torch.dtensors import can_redistribute_twice, has_plain_placements, is_dtensor
 
+_PLAIN = (Tensor, nn.Parameter)
 _SHARDED = {"FullyShardedDataParallel", "FSDPModule"}
 
 
@@ -24,6 +25,8 @@ def check_model(model: nn.Module) -> None:
         for reason in _reasons(module):
             raise NotImplementedError(f"{where} {reason}")
         for kind, x in chain(module._parameters.items(), module._buffers.items()):
+            if type(x) in _PLAIN and not (x.is_meta or x.is_inference()):
+                continue
             if x is not None and is_lazy(x):
                 raise ValueError(
                     f"{where} is a {type(module).__name__} whose {kind!r} has no shape yet: call "
@@ -75,6 +78,12 @@ def _check_dtensor(x: Any, where: str, *, buffer: bool) -> None:
 
 def _reasons(module: nn.Module) -> Iterator[str]:
     name = type(module).__name__
+    if (
+        type(module).__module__.startswith("torch.nn.modules.")
+        and not module._backward_hooks
+        and "scale_grad_by_freq" not in module.__dict__
+    ):
+        return  # a layer of PyTorch's own, of which there is nothing to be said
     if isinstance(module, nn.DataParallel):
         yield (
             f"is wrapped in {name}, whose replicas would not see the fast weights: pass the "

@@ -292,6 +292,8 @@ _TABLES = [key for key, value in nn.Module().__dict__.items() if isinstance(valu
 
 Contents = list[tuple[dict[str, Any], dict[str, Any]]]
 
+_EMPTY: dict[str, Any] = {}  # what most of them are
+
 
 def _contents(modules: list[nn.Module]) -> Contents:
     """Each dict that holds part of a module, with a shallow copy of it."""
@@ -301,7 +303,7 @@ def _contents(modules: list[nn.Module]) -> Contents:
             continue  # has no parameters and buffers, or was refused
         held.append(module.__dict__)
         held += [table for key in _TABLES if (table := module.__dict__.get(key)) is not None]
-    return [(table, dict(table)) for table in held]
+    return [(table, dict(table) if table else _EMPTY) for table in held]
 
 
 def _put_back(contents: Contents) -> None:

@@ -10,7 +10,7 @@ module. The replacements do nothing else than PyTorch's own on a thread where no
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -160,7 +160,7 @@ def load_again(slots: ModuleSlots, loaded: tuple[Values, Values] | None) -> None
 _READING_NOTHING = ("diffopt._derivatives.", "diffopt._torch.", "torch.distributed.tensor.")
 
 
-def stand_again_in_backward(result: Any, inputs: Any, since: int) -> None:
+def stand_again_in_backward(result: Any, inputs: Iterable[Tensor], since: int) -> None:
     """Stand the present values in the module again where custom Functions run backward.
 
     The backward pass of a ``torch.autograd.Function`` may read the module, as adjoint methods do
@@ -168,12 +168,12 @@ def stand_again_in_backward(result: Any, inputs: Any, since: int) -> None:
 
     Args:
         result: a pytree of what was computed while the values stood.
-        inputs: a pytree of what ``result`` was computed from.
+        inputs: what ``result`` was computed from.
         since: ``present_sequence()`` before that. Nodes with a smaller number were there before.
 
     Limits: a Function is found where it was called on this thread, behind a tensor in ``result``.
     """
-    passed: set[Any] = {None, *(x.grad_fn for x in tensors_in(inputs))}
+    passed: set[Any] = {None, *(x.grad_fn for x in inputs)}
     nodes: list[Any] = [x.grad_fn for x in tensors_in(result)]
     moment: _Moment | None = None
     while nodes:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from diffopt._torch.vector_isa import widest_alone
+
 Run = Callable[..., Sequence[Tensor]]
 
 _log = logging.getLogger("diffopt")
@@ -32,8 +34,11 @@ def compile_graph(graph: GraphModule, examples: Sequence[Tensor], *, loop: bool 
     Args:
         loop: the graph is a loop, which is written in C++ together with its kernels.
     """
-    if not loop:
-        return _compiled(graph, examples, {})
+    with widest_alone:
+        return _compiled(graph, examples, {}) if not loop else _compiled_loop(graph, examples)
+
+
+def _compiled_loop(graph: GraphModule, examples: Sequence[Tensor]) -> Run:
     config: dict[str, Any] = {"cpp_wrapper": True, **_kept_on_disk()}
     if _is_small(graph):
         try:
@@ -82,7 +87,9 @@ def _without_wrappers(
         run = _compiled(graph, examples, config, inner)
     if len(made) != 1:
         return run
-    code = made[0]
+    code: Any = made[0]
+    if all(x.device.type == "cpu" for x in examples):  # nothing is tuned at the first call
+        code = getattr(code, "current_callable", None) or code
     return lambda *inputs: code(list(inputs))
 
 

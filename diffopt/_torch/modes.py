@@ -17,10 +17,17 @@ from functools import lru_cache
 from types import FunctionType
 from typing import Any
 
+import torch
 from torch import _C
+
+from diffopt._torch.feature import optional
 
 #: A context: within it calls go straight to PyTorch, and no ``TorchFunctionMode`` is shown them.
 unseen: Any = _C.DisableTorchFunction
+
+#: How many modes are active here.
+_modes: Any = optional("torch._C", "_len_torch_function_stack")
+_CPU = torch.device("cpu")
 
 _QUESTIONS = frozenset(
     {"has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"}
@@ -36,6 +43,15 @@ class _Names(dict[str, Any]):
 
     def __missing__(self, name: str) -> Any:
         return self._module[name]
+
+
+def default_device() -> torch.device:
+    """``torch.get_default_device()``, quickly where no mode can have set another than the CPU."""
+    if _modes is not None and not _modes():
+        set_before = getattr(getattr(torch, "_GLOBAL_DEVICE_CONTEXT", None), "device_context", None)
+        if set_before is None:
+            return _CPU
+    return torch.get_default_device()
 
 
 @lru_cache(maxsize=1024)

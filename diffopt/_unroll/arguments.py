@@ -15,7 +15,7 @@ from torch.utils.data import IterableDataset
 from diffopt._loop import progress as _progress
 from diffopt._step.loss import loss_and_aux
 from diffopt._step.transform import arguments_of
-from diffopt._torch.autograd import graph_was_freed
+from diffopt._torch.autograd import graph_was_freed, in_forward_mode
 from diffopt._torch.functorch import active_transform
 from diffopt._unroll.in_place import InPlace
 from diffopt._values.tree import tensors_in
@@ -222,7 +222,7 @@ def check_surroundings(tensors: Iterable[Tensor]) -> None:
             "torch.autograd.functional for derivatives, diffopt.ForwardMode for those of forward "
             "mode, and tasks=N to map over many tasks"
         )
-    for x in tensors:
+    for x in tensors if in_forward_mode() else ():
         if has_tangent(x):
             raise NotImplementedError(
                 f"a tensor of shape {tuple(x.shape)} that diffopt.unroll is given is a dual number "

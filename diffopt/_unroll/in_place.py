@@ -245,7 +245,8 @@ def _evaluate(
             value = list(value)
         return lazy, _replaced(value, lambda x: standing.get(id(x), x))
 
-    args, kwargs = _replaced((args, kwargs), _module_of)
+    if kwargs or not all(type(x) is Tensor for x in args):
+        args, kwargs = _replaced((args, kwargs), _module_of)
     lazy, value = fast._evaluate(inside, args, kwargs, mapped=mapped)
     shown = _replaced(value, partial(_shown, fast))
     return iter(shown) if lazy else shown
@@ -281,6 +282,8 @@ def _replaced(tree: Any, function: Callable[[Any], Any]) -> Any:
 
     The tables of a module, which are trees, too, hold other tensors when the values are gone.
     """
+    if isinstance(tree, Tensor):
+        return function(tree)
     leaves, spec = tree_flatten(tree)
     new = [function(x) for x in leaves]
     if all(a is b and not isinstance(a, Tensor) for a, b in zip(new, leaves, strict=True)):

@@ -149,11 +149,12 @@ def inner_problem(model: Any, opt: Any, tasks: int | None) -> InnerProblem:
                     f"after `import {_ADAPTED_BY[package]}`"
                 )
     _check_model(model)
-    names = {x: name for name, x in model.named_parameters()}
+    params = dict(model.named_parameters())
+    names = {x: name for name, x in params.items()}
     rule = convert(opt, names)
     groups = _names_by_group(names, rule)
     state = {names[x]: as_tensors(entries) for x, entries in rule.state.items() if x in names}
-    problem = InnerProblem(model, rule, dict(model.named_parameters()), groups, state)
+    problem = InnerProblem(model, rule, params, groups, state)
     problem.options = UnchangedOptions(several)
     return problem
 

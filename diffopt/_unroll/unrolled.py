@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from diffopt._torch.autograd import present_sequence
 from diffopt._unroll import saved
 from diffopt._unroll.in_place import InPlace, contained, refuse_setting
 from diffopt._values.state import State
-from diffopt._values.tree import map_tensors
+from diffopt._values.tree import map_tensors, tensors_in
 from diffopt.optim.convert import Optimizers
 
 P = ParamSpec("P")
@@ -146,7 +147,9 @@ class Unrolled(InPlace):
             if self.tasks is None or not mapped:
                 since = present_sequence()
                 out = on_model(inner, buffers, (args, kwargs))
-                stand_again_in_backward(out, (inner, buffers, args, kwargs), since)
+                given = tensors_in(args), tensors_in(kwargs)
+                computed_from = chain(inner.values(), buffers.values(), *given)
+                stand_again_in_backward(out, computed_from, since)
                 return out
             check_leads((args, kwargs), self.tasks, "an argument")
             result: R = over_tasks(on_model, inner, buffers, (args, kwargs))

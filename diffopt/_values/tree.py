@@ -20,12 +20,18 @@ from diffopt._torch.functorch import in_functorch
 Path = tuple[str, ...]
 
 
+_WITHOUT = {bool, int, float, str, type(None)}
+
+
 def tensors_in(tree: Any) -> Iterator[Tensor]:
     """The tensors of a pytree, in order; anything else in it is passed over."""
+    kind = type(tree)
+    if kind is tuple and all(type(x) is Tensor for x in tree):  # most batches
+        return iter(tree)
+    if kind in _WITHOUT:
+        return iter(())
     if isinstance(tree, Tensor):
         return iter((tree,))
-    if type(tree) is tuple and all(type(x) is Tensor for x in tree):  # most batches
-        return iter(tree)
     return (leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor))
 
 
