@@ -47,6 +47,7 @@ class DurableSnapshots(Snapshots, Journal):
     """Snapshots on a shelf, and the journal beside them."""
 
     keeps = True
+    in_place = False
 
     def __init__(self, durable: Durable) -> None:
         folder = os.fspath(durable.folder)

@@ -2,17 +2,24 @@
 
 A plan is a list of integer actions (``diffopt.schedule``). Its first part takes the loop to its
 end and belongs to the forward pass; the rest takes it back, one vector-Jacobian product a step.
+
+Stretches of a plan are carried out for many steps at once where that can be. Where a run can be
+killed and taken up where it was, the plan is carried out step by step: the journal of the snapshots
+is told of every place that the run has come to, and is asked for the last of them at the beginning.
 """
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Sequence
 from contextlib import nullcontext
+from itertools import islice
 
 from torch import Tensor
 
-from diffopt._loop import journaled
 from diffopt._loop.blocks import Block, InBlock, block_again, block_vjp, first_block
-from diffopt._loop.kept import AHEAD, Begun, Kept
+from diffopt._loop.journal import Way, WayBack
+from diffopt._loop.kept import Begun, Kept
 from diffopt._loop.loop import Loop
 from diffopt._loop.snapshots import Layer, Snapshots
 from diffopt._loop.stretches import Stretch, of_plan
@@ -23,6 +30,9 @@ from diffopt._values.outputs import OutputCotangents
 from diffopt._values.state import Cotangent, State
 from diffopt.optim.lists import one_by_one
 from diffopt.schedule import Action, Plan
+
+#: How many snapshots are fetched ahead of the one in use.
+_AHEAD = 2
 
 
 def run_forward(
@@ -43,38 +53,42 @@ def run_forward(
         raise
 
 
+def pass_through(loop: Loop) -> State:
+    """Take all steps for their result alone."""
+    return _first_steps(loop, Kept(Snapshots()), loop.start, "advance", 0, loop.steps, None)
+
+
 def _forward(loop: Loop, plan: Plan, kept: Kept, begun: Begun | None) -> State:
-    if kept.snapshots.journal.keeps:
-        return journaled.forward(loop, plan, kept, begun)
-    state = loop.start
-    for part in of_plan(plan)[0]:
-        if isinstance(part, Stretch):
-            state = _forward_stretch(loop, kept, state, part, begun if part.start == 0 else None)
-        elif part.kind == "save":
-            taken = begun if part.start == 0 else None
-            kept.save(part.start, loop.snapshot(state) if taken is None else taken.start)
-        elif part.kind == "free":
-            del kept.snapshots[part.start]
+    journal = kept.snapshots.journal
+    way = journal.begin(loop, plan)
+    state = way.state
+    parts: Sequence[Stretch | Action] = of_plan(plan)[0]
+    if journal.keeps:
+        parts = plan.forward_actions[way.action :]
+    for i, part in enumerate(parts, way.action):
+        kind, start, stop = part.kind, part.start, part.stop
+        taken = begun if start == 0 else None
+        if kind == "free":
+            del kept.snapshots[start]
+        elif kind == "save" and isinstance(part, Action):
+            kept.save(start, loop.snapshot(state) if taken is None else taken.start)
+            journal.forward(Way(i + 1, start, state))
+        elif kind == "advance" and journal.keeps:
+            for t in range(max(start, way.position), stop):
+                state = _first_steps(loop, kept, state, kind, t, t + 1, taken if not t else None)
+                journal.forward(Way(i, t + 1, state))
+        elif kind in ("advance", "save", "record"):
+            state = _first_steps(loop, kept, state, kind, start, stop, taken)
         else:
-            raise ValueError(f"a plan cannot {part.kind!r} before it has reached the end")
+            raise ValueError(f"a plan cannot {kind!r} before it has reached the end")
+    journal.arrived(state)
     return state
 
 
-def pass_through(loop: Loop) -> State:
-    """Take all steps for their result alone."""
-    kept = Kept(Snapshots())
-    steps = loop.steps
-    whole = Stretch("advance", 0, steps, (Action("advance", 0, steps),))
-    return _forward_stretch(loop, kept, loop.start, whole, None)
-
-
-def _forward_stretch(
-    loop: Loop, kept: Kept, state: State, stretch: Stretch, begun: Begun | None
+def _first_steps(
+    loop: Loop, kept: Kept, state: State, kind: str, t: int, stop: int, begun: Begun | None
 ) -> State:
-    """Take the steps of a stretch for the first time: many at once where that can be."""
-    kind, t = stretch.kind, stretch.start
-    if kind not in ("advance", "save", "record"):
-        raise ValueError(f"a plan cannot {kind!r} before it has reached the end")
+    """Take steps for the first time, and save or record each if that is what ``kind`` says."""
     if begun is not None and (kind != "record" or begun.graph is not None):
         if kind == "save":
             kept.save(0, begun.start)
@@ -83,11 +97,9 @@ def _forward_stretch(
             kept.record(0, begun.graph)
         state, begun.graph = begun.after, None
         t += 1
-    while t < stretch.stop:
-        block = None
-        if kind != "save" or kept.snapshots.in_place:
-            block = first_block(loop, state, t, stretch.stop, keep=kind != "advance")
-        if block is not None:
+    at_once = not kept.snapshots.journal.keeps and (kind != "save" or kept.snapshots.in_place)
+    while t < stop:
+        if at_once and (block := first_block(loop, state, t, stop, keep=kind != "advance")):
             _keep(kept, kind, block)
             state, t = block.after, block.stop
             continue
@@ -135,33 +147,16 @@ def run_backward(
     many = any_batched([*cotangent.values(), *outputs.tensors()])
     if keep:
         kept = Kept(Layer(kept.snapshots), dict(kept.graphs), kept.peak_states, kept.peak_graphs)
+    run = _Backward(loop, plan, kept, cotangent, outputs, keep)
     try:
         with one_by_one() if many else nullcontext():
-            return _backward(loop, plan, kept, cotangent, outputs, keep)
+            run.journaled() if kept.snapshots.journal.keeps else run.in_stretches()
     finally:
         kept.snapshots.close()
+    return run.cotangent, run.captured.total
 
 
-def _backward(
-    loop: Loop,
-    plan: Plan,
-    kept: Kept,
-    cotangent: Cotangent,
-    outputs: OutputCotangents,
-    keep: bool,
-) -> tuple[Cotangent, list[Tensor | None]]:
-    if kept.snapshots.journal.keeps:
-        return journaled.backward(loop, plan, kept, cotangent, outputs, keep)
-    way = _WayBack(loop, plan, kept, cotangent, outputs, keep)
-    for part in of_plan(plan)[1]:
-        if isinstance(part, Stretch):
-            way.stretch(part)
-        else:
-            way.act(*part)
-    return way.cotangent, way.captured.total
-
-
-class _WayBack:
+class _Backward:
     """A plan's second part while it is carried out.
 
     Attributes:
@@ -181,34 +176,63 @@ class _WayBack:
         self.cotangent = cotangent
         self.captured = CapturedSum(loop.captured)
         self._loop = loop
+        self._plan = plan
         self._kept = kept
         self._outputs = outputs
         self._keep = keep
-        self._state: State | None = None
-        self._loads = [action.start for action in plan.backward_actions if action.kind == "load"]
-        self._loaded = 0
+        self._state: State | None = None  # the working state
+        self._loads = deque(a.start for a in plan.backward_actions if a.kind == "load")
 
-    def stretch(self, stretch: Stretch) -> None:
-        """Carry out a stretch: for many steps at once where that can be."""
-        kind, in_place = stretch.kind, self._kept.snapshots.in_place
-        if kind == "vjp":
-            self._held(stretch)
-        elif kind in ("record", "advance"):
-            self._again(stretch)
-        elif kind == "reverse" and in_place:
-            self._reversed(stretch)
-        elif not (kind == "segment" and in_place and self._segment(stretch)):
-            for action in stretch.actions:
-                self.act(*action)
+    def in_stretches(self) -> None:
+        """Carry out the plan, many steps at once where that can be."""
+        in_place = self._kept.snapshots.in_place
+        for part in of_plan(self._plan)[1]:
+            if isinstance(part, Action):
+                self._act(*part)
+            elif part.kind == "vjp":
+                self._from_graphs(part)
+            elif part.kind in ("record", "advance"):
+                self._again(part)
+            elif part.kind == "reverse" and in_place:
+                self._from_snapshots(part)
+            elif not (part.kind == "segment" and in_place and self._segment(part)):
+                for action in part.actions:
+                    self._act(*action)
+
+    def journaled(self) -> None:
+        """Carry out the plan step by step, from where the journal says."""
+        journal, outputs = self._kept.snapshots.journal, self._outputs
+        way = journal.turn(WayBack(0, self.cotangent, self.captured.total), outputs)
+        self.cotangent, self.captured.total = way.cotangent, way.captured
+        self._state, position = way.state, way.position
+        actions = self._plan.backward_actions[way.action :]
+        self._loads = deque(a.start for a in actions if a.kind == "load")
+        for i, (kind, start, stop) in enumerate(actions, way.action):
+            if kind == "load":
+                journal.backward(WayBack(i, self.cotangent, self.captured.total))
+            if kind != "advance":
+                self._act(kind, start, stop)
+                continue
+            for t in range(max(start, position), stop):
+                self._act(kind, t, t + 1)
+                total = self.captured.total
+                journal.backward(WayBack(i, self.cotangent, total, t + 1, self._state))
+            position = 0
+        journal.finished()
+
+    @property
+    def _working(self) -> State:
+        assert self._state is not None
+        return self._state
 
     def _again(self, stretch: Stretch) -> None:
+        """Take steps again, and record them if that is what the stretch says."""
         t, record = stretch.start, stretch.kind == "record"
         while t < stretch.stop:
-            assert self._state is not None
             with not_batched():
-                block = block_again(self._loop, self._state, t, stretch.stop, keep=record)
+                block = block_again(self._loop, self._working, t, stretch.stop, keep=record)
             if block is None:
-                self.act("record" if record else "advance", t, t + 1)
+                self._act(stretch.kind, t, t + 1)
                 t += 1
             else:
                 _keep(self._kept, stretch.kind, block)
@@ -222,51 +246,41 @@ class _WayBack:
             block = block_again(self._loop, state, start, stop, keep=True)
         if block is None or block.stop < stop:
             return False
-        self._kept.count(len(stretch.saved))
-        for action in stretch.actions:
-            if action.kind == "load":
-                self._loaded += 1
+        self._kept.count(len(stretch.positions("save")))
         self._pull(block, start, stop)
-        if start in stretch.freed:
+        if start in stretch.positions("free"):
             del self._kept.snapshots[start]
         return True
 
-    def _reversed(self, stretch: Stretch) -> None:
+    def _from_snapshots(self, stretch: Stretch) -> None:
         """Go back from snapshots, through all at once that lie in one block."""
-        snapshots, freed, stop = self._kept.snapshots, stretch.freed, stretch.stop
-        actions = iter(stretch.actions)
+        snapshots, freed, stop = self._kept.snapshots, stretch.positions("free"), stretch.stop
         while stop > stretch.start:
             snapshot = snapshots[stop - 1]
-            if isinstance(snapshot, InBlock):
-                start = max(snapshot.block.start, stretch.start)
-                self._pull(snapshot.block, start, stop)
-                for t in reversed(range(start, stop)):
-                    if t in freed:
-                        del snapshots[t]
-                    while next(actions).kind != "vjp":
-                        pass
-                    self._loaded += 1
-                stop = start
+            block = snapshot.block if isinstance(snapshot, InBlock) else None
+            start = stop - 1 if block is None else max(block.start, stretch.start)
+            if block is None:
+                self._act("load", start, start)
+            for t in freed.intersection(range(start, stop)):
+                del snapshots[t]
+            if block is None:
+                self._act("vjp", start, stop)
             else:
-                kind = None
-                while kind != "vjp":
-                    kind, start, end = next(actions)
-                    self.act(kind, start, end)
-                stop -= 1
+                self._pull(block, start, stop)
+            stop = start
 
-    def _held(self, stretch: Stretch) -> None:
+    def _from_graphs(self, stretch: Stretch) -> None:
         """Go back through steps, through all at once that are held in one block."""
         graphs, stop = self._kept.graphs, stretch.stop
         while stop > stretch.start:
-            held = graphs.get(stop - 1)
-            if not isinstance(held, InBlock):
-                self.act("vjp", stop - 1, stop)
-                stop -= 1
-                continue
-            start = max(held.block.start, stretch.start)
-            self._pull(held.block, start, stop)
-            for t in range(start, stop):
-                del graphs[t]
+            held, start = graphs.get(stop - 1), stop - 1
+            if isinstance(held, InBlock):
+                start = max(held.block.start, stretch.start)
+                self._pull(held.block, start, stop)
+                for t in range(start, stop):
+                    del graphs[t]
+            else:
+                self._act("vjp", start, stop)
             stop = start
 
     def _pull(self, block: Block, start: int, stop: int) -> None:
@@ -275,43 +289,38 @@ class _WayBack:
         )
         self.captured.add(indices, found)
 
-    def act(self, kind: str, start: int, stop: int) -> None:
+    def _act(self, kind: str, start: int, stop: int) -> None:
         """Carry out one action."""
-        loop, kept, state = self._loop, self._kept, self._state
+        loop, kept = self._loop, self._kept
         if kind == "load":
             self._state = loop.restored(kept.snapshots[start])
-            self._loaded += 1
-            for upcoming in self._loads[self._loaded : self._loaded + AHEAD]:
+            while self._loads.popleft() != start:
+                pass  # those that a block served
+            for upcoming in islice(self._loads, _AHEAD):
                 if upcoming in kept.snapshots:
                     kept.snapshots.prefetch(upcoming)
         elif kind == "save":
-            assert state is not None
-            kept.save(start, loop.snapshot(state))
-        elif kind == "advance":
-            assert state is not None
-            with not_batched():
-                for t in range(start, stop):
-                    state = loop.again(state, t)
-            self._state = state
-        elif kind == "record":
-            assert state is not None
-            with not_batched():
-                linearization, self._state = loop.recorded(state, start)
-            kept.record(start, linearization)
-        elif kind == "vjp":
-            self._vjp(start)
+            kept.save(start, loop.snapshot(self._working))
         elif kind == "free":
             del kept.snapshots[start]
+        elif kind == "vjp":
+            self._vjp(start)
+        elif kind == "advance":
+            with not_batched():
+                for t in range(start, stop):
+                    self._state = loop.again(self._working, t)
+        elif kind == "record":
+            with not_batched():
+                linearization, self._state = loop.recorded(self._working, start)
+            kept.record(start, linearization)
         else:
             raise ValueError(f"a plan cannot {kind!r} on the way back")
 
     def _vjp(self, t: int) -> None:
-        loop, kept = self._loop, self._kept
-        held = kept.graphs.pop(t, None)
+        loop, held = self._loop, self._kept.graphs.pop(t, None)
         if held is None:
-            assert self._state is not None
             with not_batched():
-                held = loop.linearize(self._state, t, values=False)
+                held = loop.linearize(self._working, t, values=False)
             self._state = None
         assert isinstance(held, Linearization)
         self.cotangent, found = loop.vjp(

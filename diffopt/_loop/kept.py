@@ -9,9 +9,6 @@ from diffopt._loop.snapshots import Snapshot, Snapshots
 from diffopt._step.linearization import Linearization
 from diffopt._values.state import State
 
-#: How many snapshots are fetched ahead of the one in use.
-AHEAD = 2
-
 
 @dataclass
 class Kept:
