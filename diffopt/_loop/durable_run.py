@@ -21,10 +21,12 @@ import json
 import os
 import weakref
 import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
+
+from torch import Tensor
 
 from diffopt._loop.background import Background
 from diffopt._loop.durable import Durable
@@ -37,7 +39,7 @@ from diffopt._loop.run_terms import digest, terms_of
 from diffopt._loop.shelf import Damaged, File, Shelf
 from diffopt._loop.snapshots import Snapshot, Snapshots
 from diffopt._loop.transfer import Copier
-from diffopt._loop.written import Read, Written, of_snapshot, of_way_back, snapshot_of, way_back_of
+from diffopt._loop.written import tree_of, written
 from diffopt._values.outputs import OutputCotangents
 from diffopt._values.state import Cotangent, State
 from diffopt.schedule import Plan
@@ -59,7 +61,7 @@ class DurableSnapshots(Snapshots, Journal):
         self._copier = Copier()
         self._background = Background("diffopt-durable")
         self._files: dict[int, File] = {}
-        self._reading: dict[int, Future[Read]] = {}
+        self._reading: dict[int, Future[tuple[dict[str, Tensor], Any]]] = {}
         self._entries = 0
         self._passed = Passed()
         self._records: list[File] = []
@@ -81,9 +83,7 @@ class DurableSnapshots(Snapshots, Journal):
     # Snapshots.
 
     def __setitem__(self, t: int, snapshot: Snapshot) -> None:
-        file = self._shelf.file("state")
-        self._files[t] = file
-        self._write(file, of_snapshot(snapshot))
+        self._files[t] = self._write("state", _tree_of(snapshot))
 
     def __getitem__(self, t: int) -> Snapshot:
         self.prefetch(t)
@@ -95,7 +95,7 @@ class DurableSnapshots(Snapshots, Journal):
                 f"{error}: the state at step {t} is lost. Empty the folder "
                 f"{self._shelf.name!r} to begin anew"
             ) from error
-        return self._snapshot(read)
+        return _snapshot_of(tree_of(*read))
 
     def __delitem__(self, t: int) -> None:
         del self._files[t]  # its file goes when no entry names it
@@ -146,16 +146,20 @@ class DurableSnapshots(Snapshots, Journal):
         self._files = {int(t): File(*file) for t, file in note["states"].items()}
         self._records = [File(*file) for file in note["records"]]
         self._final = file_of(note["final"])
-        start = None if entry.first is None else self._snapshot(entry.first)
+        start = None if entry.first is None else _snapshot_of(entry.first)
         captured = meet_again(loop, passed, start, self)
         self._passed, self._since = passed, len(passed.steps)
         passed.deliver(loop, captured)
         if entry.back is not None:
             self._given = note["given"]
-            places = note["back action"], note["back position"]
-            self._came_back = way_back_of(entry.back, captured, *places)
-            self._again = None if entry.again is None else self._snapshot(entry.again)
-        reached = loop.restored(self._snapshot(entry.reached))
+            self._came_back = WayBack(
+                note["back action"],
+                entry.back["cotangent"],
+                _by_index(entry.back["captured"], captured),
+                note["back position"],
+            )
+            self._again = None if entry.again is None else _snapshot_of(entry.again)
+        reached = loop.restored(_snapshot_of(entry.reached))
         return Way(note["action"], self._since, reached)
 
     # The journal: making entries.
@@ -169,8 +173,7 @@ class DurableSnapshots(Snapshots, Journal):
     def arrived(self, state: State) -> None:
         if self._final is None:
             self._record(self._plan.steps)
-            self._final = self._shelf.file("final")
-            self._write(self._final, of_snapshot(self._run.snapshot(state)))
+            self._final = self._write("final", _tree_of(self._run.snapshot(state)))
             self._publish(len(self._plan.forward_actions), None)
         # What the caller is given is the caller's to change, and may be a tensor to be written.
         self._background.finish()
@@ -195,8 +198,8 @@ class DurableSnapshots(Snapshots, Journal):
             return
         self._work = 0
         if self._back is None or self._back[0] is not way.cotangent:
-            self._back = way.cotangent, self._shelf.file("back")
-            self._write(self._back[1], of_way_back(way))
+            tree = {"cotangent": way.cotangent, "captured": way.captured}
+            self._back = way.cotangent, self._write("back", tree)
         here = None if way.state is None else self._here(way.position, way.state)
         self._publish(len(self._plan.forward_actions), here, way)
 
@@ -211,29 +214,29 @@ class DurableSnapshots(Snapshots, Journal):
 
     def _record(self, stop: int) -> None:
         """Write what is to be known of the steps since the last record."""
-        file = self._shelf.file("record")
-        self._write(file, self._passed.record(self._run, stop))
-        self._records = [*self._records, file]
+        self._records.append(self._write("record", self._passed.record(self._run, stop)))
         self._since = stop
 
     def _here(self, position: int, state: State) -> File:
         """Where the state at ``position`` is written, the present one."""
         if position in self._files:
             return self._files[position]
-        file = self._shelf.file("state")
-        self._write(file, of_snapshot(self._run.snapshot(state)))
-        return file
+        return self._write("state", _tree_of(self._run.snapshot(state)))
 
-    def _write(self, file: File, written: Written) -> None:
+    def _write(self, kind: str, tree: Any) -> File:
+        """Write a tree to a new file, later."""
         self._refuse_lost()
         self._background.make_room()
-        copy = self._copier.to_host(written[0])
+        file = self._shelf.file(kind)
+        tensors, note = written(tree)
+        copy = self._copier.to_host(tensors)
 
         def write() -> None:
             copy.synchronize()
-            self._shelf.write(file, copy.tensors, written[1])
+            self._shelf.write(file, copy.tensors, note)
 
         self._background.write(write)
+        return file
 
     def _publish(self, action: int, here: File | None, way: WayBack | None = None) -> None:
         """Make an entry, once all that it names is written."""
@@ -277,9 +280,6 @@ class DurableSnapshots(Snapshots, Journal):
         self._lost = why
         self._release()
 
-    def _snapshot(self, read: Read) -> Snapshot:
-        return snapshot_of(read, list(self._run.start.opt))
-
 
 #: Those that are open in this process, by folder.
 _open: weakref.WeakValueDictionary[str, DurableSnapshots] = weakref.WeakValueDictionary()
@@ -289,6 +289,27 @@ def _close(background: Background, shelf: Shelf) -> None:
     if background.mine:  # a forked process has no thread, and its lock is its parent's
         background.close()
         shelf.close()
+
+
+def _tree_of(snapshot: Snapshot) -> Any:
+    state = snapshot.state
+    opt = {name: dict(entries) for name, entries in state.opt.items()}
+    return dict(state.params), opt, dict(state.buffers), snapshot.generators
+
+
+def _snapshot_of(tree: Any) -> Snapshot:
+    """The snapshot that a tree was made of."""
+    *tables, generators = tree
+    return Snapshot(State(*tables), generators)
+
+
+def _by_index(found: Sequence[Tensor | None], indices: Sequence[int]) -> list[Tensor | None]:
+    """What flows to the captured tensors, at the index that each has in this process."""
+    total: list[Tensor | None] = [None] * (max(indices, default=-1) + 1)
+    for i, x in enumerate(found):
+        if x is not None:
+            total[indices[i]] = x
+    return total
 
 
 def _given(cotangent: Cotangent, outputs: OutputCotangents) -> str:

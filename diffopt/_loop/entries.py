@@ -9,17 +9,16 @@ from typing import Any
 from diffopt._loop.passed import Passed
 from diffopt._loop.run_terms import differences
 from diffopt._loop.shelf import Damaged, File, Shelf
-from diffopt._loop.written import Read
+from diffopt._loop.written import tree_of
 from diffopt._step.group import Group
 from diffopt._step.message import MOST
 
 
 @dataclass(frozen=True)
 class Entry:
-    """An entry of the journal, of which everything that is needed at once has been read.
+    """An entry of the journal, of which everything that is needed at once has been read, as trees.
 
     Attributes:
-        number: how many entries there were before, and one.
         note: the entry as it was written.
         reached: the state that the forward pass had come to.
         back: what the backward pass had come back with; None before that had begun.
@@ -27,13 +26,17 @@ class Entry:
         first: the earliest state that is kept, if one is.
     """
 
-    number: int
     note: Mapping[str, Any]
     passed: Passed
-    reached: Read
-    back: Read | None
-    again: Read | None
-    first: Read | None
+    reached: Any
+    back: Any
+    again: Any
+    first: Any
+
+    @property
+    def number(self) -> int:
+        """How many entries there were before, and one."""
+        return int(self.note["number"])
 
 
 def newest(shelf: Shelf, terms: Mapping[str, Any], group: Group | None) -> Entry | None:
@@ -96,16 +99,17 @@ def _read(shelf: Shelf, note: Mapping[str, Any]) -> Entry:
         if not shelf.is_there(file):
             raise Damaged(f"the file {shelf.path(file)!r} is gone")
     final, back, here = (file_of(note[key]) for key in ("final", "back", "here"))
-    reached = final or here
-    assert reached is not None
+
+    def read(file: File | None) -> Any:
+        return None if file is None else tree_of(*shelf.read(file))
+
     return Entry(
-        note["number"],
         note,
-        Passed.read([shelf.read(file) for file in records]),
-        shelf.read(reached),
-        None if back is None else shelf.read(back),
-        None if back is None or here is None else shelf.read(here),
-        shelf.read(states[min(states)]) if states else None,
+        Passed.read(map(read, records)),
+        read(final or here),
+        read(back),
+        None if back is None else read(here),
+        read(states[min(states)]) if states else None,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -18,7 +18,7 @@ from diffopt._loop.progress import Progress
 from diffopt._loop.run_terms import digest
 from diffopt._loop.shelf import Damaged
 from diffopt._loop.snapshots import Snapshot, Snapshots
-from diffopt._loop.written import Read, Written, of_tree, tree_of
+from diffopt._loop.written import foreign
 from diffopt._step.message import MOST
 from diffopt._values.tree import Path
 
@@ -46,20 +46,24 @@ class Passed:
     extras: dict[int, tuple[Any, list[int]]] = field(default_factory=dict)
     digests: dict[int, dict[Path, int]] = field(default_factory=dict)
 
-    def record(self, loop: Loop, stop: int) -> Written:
-        """Take note of the steps up to ``stop``. Gives what is to be written of them."""
+    def record(self, loop: Loop, stop: int) -> dict[str, Any]:
+        """Take note of the steps up to ``stop``. Gives what is to be written of them, as a tree.
+
+        Raises:
+            NotImplementedError: a step gave extras that cannot be written.
+        """
         start, known = len(self.steps), len(self.first)
         for t in range(start, stop):
             self.steps.append({**loop.captured.use(t), **loop.given(t)})
             self._note_first(loop, t)
         losses = loop.losses.all()
-        piece = torch.empty(0) if losses is None else losses[start:stop].clone()
-        runs = [(len(list(same)), step) for step, same in groupby(self.steps[start:])]
-        tensors = {"losses": piece}
-        note = {"runs": runs, "first": self.first[known:]}
-        note["extras"] = list(_extras_of(loop, range(start, stop), tensors))
-        note["digests"] = list(_digests_of(loop, range(start, stop), tensors))
-        return tensors, note
+        return {
+            "runs": [(len(list(same)), step) for step, same in groupby(self.steps[start:])],
+            "first": self.first[known:],
+            "losses": torch.empty(0) if losses is None else losses[start:stop].clone(),
+            "extras": {t: x for t in range(start, stop) if (x := _extras(loop, t)) is not None},
+            "digests": {t: row for t in range(start, stop) if (row := _digests(loop, t))},
+        }
 
     def _note_first(self, loop: Loop, t: int) -> None:
         new = [i for i in loop.captured.at(t) if i >= len(self.first)]
@@ -68,21 +72,18 @@ class Passed:
             self.first[i] = t, digest(loop.captured.tensors[i]), place
 
     @classmethod
-    def read(cls, records: Sequence[Read]) -> Passed:
-        """From all that was written."""
+    def read(cls, records: Iterable[Mapping[str, Any]]) -> Passed:
+        """From all that ``record`` gave."""
         passed = cls()
-        for tensors, note in records:
-            for count, step in note["runs"]:
+        for record in records:
+            for count, step in record["runs"]:
                 passed.steps += [step] * count
-            passed.first += [(t, value, place) for t, value, place in note["first"]]
-            passed.losses.append(tensors["losses"])
-            if len(passed.losses[-1]) != sum(count for count, _ in note["runs"]):
+            passed.first += record["first"]
+            passed.losses.append(record["losses"])
+            if len(record["losses"]) != sum(count for count, _ in record["runs"]):
                 raise Damaged("a record of steps has not as many losses as steps")
-            for t, tree, attached in note["extras"]:
-                passed.extras[t] = tree_of(tree, tensors), attached
-            for t, *paths in note["digests"]:
-                row = tensors[f"digests {t}"].tolist()
-                passed.digests[t] = dict(zip(map(tuple, paths), row, strict=True))
+            passed.extras |= record["extras"]
+            passed.digests |= record["digests"]
         return passed
 
     def deliver(self, loop: Loop, captured: Sequence[int]) -> None:
@@ -100,37 +101,20 @@ class Passed:
         self.extras, self.digests = {}, {}
 
 
-def _extras_of(loop: Loop, steps: range, tensors: dict[str, Tensor]) -> Iterator[Any]:
-    """Of each step that gave extras, what is to be known of them; their tensors are put apart."""
-    for t in steps:
-        tree, attached = loop.extras.at(t)
-        if tree is None:
-            continue
-        number, count = loop.step.first_step + t, 0
-
-        def put(x: Tensor, t: int = t) -> str:
-            nonlocal count
-            name, count = f"aux {t} {count}", count + 1
-            tensors[name] = x
-            return name
-
-        def refuse(kind: str, number: int = number) -> Exception:
-            return NotImplementedError(
-                f"aux of step {number} holds a {kind}, which Durable cannot keep: return plain "
-                "tensors, numbers and texts, in lists, tuples and dicts"
-            )
-
-        yield t, of_tree(tree, put, refuse), attached
+def _extras(loop: Loop, t: int) -> tuple[Any, list[int]] | None:
+    """What step ``t`` gave besides its loss, and to which of its tensors derivatives flow."""
+    tree, attached = loop.extras.at(t)
+    if (kind := foreign(tree)) is not None:
+        raise NotImplementedError(
+            f"aux of step {loop.step.first_step + t} holds a {kind}, which Durable cannot keep: "
+            "return plain tensors, numbers and texts, in lists, tuples and dicts"
+        )
+    return None if tree is None else (tree, attached)
 
 
-def _digests_of(loop: Loop, steps: range, tensors: dict[str, Tensor]) -> Iterator[Any]:
-    """Of each step with digests, its position and their paths; the digests are put apart."""
-    if loop.ledger is None:
-        return
-    for t in steps:
-        if found := loop.ledger.noted(loop.step.first_step + t):
-            tensors[f"digests {t}"] = torch.tensor(list(found.values()))
-            yield t, *found
+def _digests(loop: Loop, t: int) -> dict[Path, int]:
+    """The digests of step ``t``, by path, where there are any."""
+    return {} if loop.ledger is None else loop.ledger.noted(loop.step.first_step + t)
 
 
 def meet_again(loop: Loop, passed: Passed, first: Snapshot | None, states: Snapshots) -> list[int]:

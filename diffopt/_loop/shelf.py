@@ -105,19 +105,20 @@ class Shelf:
         Raises:
             Damaged: they are not what was written.
         """
+        library, folder = self._safetensors, self._folder
+        unreadable = OSError, KeyError, ValueError, TypeError, library.SafetensorError
         try:
-            with self._folder.taken(file.name) as path, self._safetensors.open(path) as held:
+            with folder.taken(file.name) as path, library.safe_open(path, "pt", "cpu") as held:
                 about = held.metadata()["diffopt"]
                 flat = {key: held.get_tensor(key) for key in held.keys()}  # noqa: SIM118
             found = json.loads(about)
             flat = {key: flat[key] for key in found["form"]}
-        except (OSError, KeyError, ValueError, TypeError, self._safetensors.Error) as error:
+        except unreadable as error:
             raise Damaged(f"the file {self.path(file)!r} cannot be read ({error})") from error
         if _checksum(flat, about) != file.checksum:
             raise Damaged(f"the file {self.path(file)!r} does not hold what was written to it")
-        return {key: _formed(flat[key], *form) for key, form in found["form"].items()}, found[
-            "note"
-        ]
+        tensors = {key: _formed(flat[key], *form) for key, form in found["form"].items()}
+        return tensors, found["note"]
 
     def is_there(self, file: File) -> bool:
         """Whether there is such a file, whatever it holds."""
@@ -257,18 +258,7 @@ def _checksum(flat: Mapping[str, Tensor], about: str) -> int:
     return found
 
 
-class _Safetensors:
-    """The library, by what is used of it."""
-
-    def __init__(self, module: Any) -> None:
-        self.Error: type[Exception] = module.SafetensorError
-        self._open = module.safe_open
-
-    def open(self, path: os.PathLike[str]) -> Any:
-        return self._open(path, framework="pt", device="cpu")
-
-
-def _safetensors() -> _Safetensors:
+def _safetensors() -> Any:
     try:
         import safetensors
     except ImportError as error:
@@ -276,4 +266,4 @@ def _safetensors() -> _Safetensors:
             "diffopt.Durable needs safetensors, which is not installed: pip install "
             "'torch-diffopt[durable]'"
         ) from error
-    return _Safetensors(safetensors)
+    return safetensors
