@@ -41,6 +41,8 @@ from functools import cached_property
 from math import comb, inf, isqrt
 from typing import Literal, NamedTuple
 
+from diffopt._checks import check_int
+
 Kind = Literal["save", "load", "free", "advance", "record", "vjp"]
 
 
@@ -378,15 +380,6 @@ _NEEDS: dict[Kind, str] = {
     "record": "it needs the working state there, and a step not yet recorded or reversed",
     "vjp": "it needs all later steps run and reversed, and its graph or the working state there",
 }
-
-
-def check_int(name: str, value: object, minimum: int, advice: str) -> None:
-    """Raise unless ``value`` is an int, bools excepted, and ``minimum`` at least."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        kind = type(value).__name__
-        raise TypeError(f"{name} is {value!r}, of type {kind}, but must be an int: {advice}")
-    if value < minimum:
-        raise ValueError(f"{name} is {value}, but must be at least {minimum}: {advice}")
 
 
 def _plural(count: int, noun: str) -> str:

@@ -102,9 +102,6 @@ class Layer(Snapshots):
     def prefetch(self, t: int) -> None:
         (self._own if t in self._own else self._below).prefetch(t)
 
-    def another(self) -> Snapshots:
-        return type(self)(self._below.another())
-
     def close(self) -> None:
         """Drop what was added; what lies below stays."""
         self._visible.clear()

@@ -16,6 +16,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from diffopt._checks import check_kind
 from diffopt._loop.background import Background
 from diffopt._loop.checksum import bytes_of, checksum, memory_of
 from diffopt._loop.durable import Durable
@@ -35,11 +36,9 @@ Tensors = dict[Path, Tensor]
 
 def check_storage(storage: Any) -> None:
     """Raise where ``storage`` is not of a kind that ``open_storage`` takes."""
-    if storage is not None and not isinstance(storage, (str, os.PathLike, Durable)):
-        raise TypeError(
-            f'storage is a {type(storage).__name__}: pass "cpu", a folder, or None to keep '
-            "snapshots on their device"
-        )
+    if storage is not None:
+        advice = 'pass "cpu", a folder, or None to keep snapshots on their device'
+        check_kind("storage", storage, (str, os.PathLike, Durable), advice)
     if storage == "":
         raise ValueError(
             'storage="" names no folder: pass "." for the present one, "cpu", or None to keep '

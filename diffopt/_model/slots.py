@@ -36,12 +36,13 @@ class ModuleSlots:
         constants: its other parameters, by name.
         carried: names of more that is state: of buffers that calls of the module register or fill,
             and of constants that they change.
+        others: values that are to stand for some of the constants.
 
     Attributes:
         inner: the tensors that the module holds for those names itself.
         loaded: the parameters and buffers that stand in the module at present, if any do.
         changing: names of the buffers that calls of the module change; None until that is known.
-        constants: the tensors that the module holds itself for further names that are loaded.
+        constants: the tensors that the module holds itself for the names of ``others``.
         shards: the ``DTensor``s among the parameters, or None. Of those that are trained, parts are
             loaded.
     """
@@ -50,7 +51,6 @@ class ModuleSlots:
     #: Attributes in which a kind of module keeps its parameters of its own accord.
     _own_attributes: Collection[str] = ()
     changing: Collection[str] | None = None
-    constants: Values = MappingProxyType({})
 
     def __init__(
         self,
@@ -58,6 +58,7 @@ class ModuleSlots:
         inner: Mapping[str, Tensor],
         constants: Mapping[str, Tensor],
         carried: Iterable[str] = (),
+        others: Values = MappingProxyType({}),
     ) -> None:
         self._model = model
         self._modules = list(model.modules())
@@ -85,6 +86,12 @@ class ModuleSlots:
                 self._add_moving(name)
             else:
                 self._add_late(name)
+        named = dict(model.named_parameters()) if others else {}
+        self._others = [
+            (n, x, places[id(named[n])]) for n, x in others.items() if n not in self.buffers
+        ]
+        self.constants: Values = {name: named[name] for name, _, _ in self._others}
+        self._constants |= {name: (x, slots) for name, x, slots in self._others}
         self._apart: dict[int, bool] = {}
         self._at_call = _contents(self._modules)
 
@@ -104,6 +111,9 @@ class ModuleSlots:
         for name, slots in self._params:
             for table, key in slots:
                 table[key] = present[name]
+        for name, x, slots in self._others:
+            for table, key in slots:
+                table[key] = params.get(name, x)
         self.write_buffers(buffers)
         self.loaded = params, buffers
 

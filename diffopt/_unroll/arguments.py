@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
+from diffopt._checks import check_kind
 from diffopt._loop import progress as _progress
 from diffopt._step.loss import loss_and_aux
 from diffopt._step.transform import arguments_of
@@ -93,25 +94,18 @@ def check_options(
             "gradients alone, f(grads), or as f(grads, model, batch)"
         )
     if max_cotangent_norm is not None:
-        if isinstance(max_cotangent_norm, bool) or not isinstance(max_cotangent_norm, Real):
-            raise TypeError(
-                f"max_cotangent_norm is a {type(max_cotangent_norm).__name__}: pass a number"
-            )
+        check_kind("max_cotangent_norm", max_cotangent_norm, Real, "pass a number")
         if not float(max_cotangent_norm) > 0:
             raise ValueError(
                 f"max_cotangent_norm={max_cotangent_norm} would stop every gradient: pass a "
                 "number above 0, or None for no bound"
             )
-    for name, value in (("verify", verify), ("progress", progress)):
-        if not isinstance(value, bool):
-            raise TypeError(f"{name} is a {type(value).__name__}: pass True or False")
+    for name, value in {"verify": verify, "progress": progress, "compile": compile}.items():
+        check_kind(name, value, bool, "pass True or False")
     if tasks is not None:
-        if isinstance(tasks, bool) or not isinstance(tasks, int):
-            raise TypeError(f"tasks is a {type(tasks).__name__}: pass how many there are, an int")
+        check_kind("tasks", tasks, int, "pass how many there are, an int")
         if tasks < 1:
             raise ValueError(f"tasks={tasks}: pass 1 or more, or None for no task dimension")
-    if not isinstance(compile, bool):
-        raise TypeError(f"compile is a {type(compile).__name__}: pass True or False")
     if progress:
         _progress.check_available()
 

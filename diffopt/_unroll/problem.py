@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffopt._checks import check_kind
 from diffopt._model.refused import check_model
-from diffopt._model.slots import ModuleSlots, Values, places_in
+from diffopt._model.slots import ModuleSlots
 from diffopt._step.transform import GradTransform
 from diffopt._unroll.unrolled import Unrolled
 from diffopt.optim import Optimizer, convert
@@ -87,40 +88,10 @@ class InnerProblem:
         Args:
             carried: names of buffers, and of parameters that move like them, in an earlier result.
         """
-        if self.taken_over:
-            return SlotsWithConstants(
-                self.model, self.inner, self.constants, carried, self.taken_over
-            )
-        return ModuleSlots(self.model, self.inner, self.constants, carried)
+        return ModuleSlots(self.model, self.inner, self.constants, carried, self.taken_over)
 
     def deliver(self, result: Unrolled) -> None:
         """Hand the result to the objects the caller passed. PyTorch's own stay as they were."""
-
-
-class SlotsWithConstants(ModuleSlots):
-    """The slots of a module in which constants stand, too, for other parameters of it."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        inner: Mapping[str, Tensor],
-        constants: Mapping[str, Tensor],
-        carried: Collection[str],
-        standing: Mapping[str, Tensor],
-    ) -> None:
-        super().__init__(model, inner, constants, carried)
-        named = dict(model.named_parameters())
-        self._values = {name: x for name, x in standing.items() if name not in self.buffers}
-        self.constants = {name: named[name] for name in self._values}
-        places = places_in(self.modules)
-        self._standing = [(name, places[id(x)]) for name, x in self.constants.items()]
-        self._constants |= {name: (self._values[name], held) for name, held in self._standing}
-
-    def load(self, params: Values, buffers: Values) -> None:
-        for name, slots in self._standing:
-            for table, key in slots:
-                table[key] = params.get(name, self._values[name])
-        super().load(params, buffers)
 
 
 Make = Callable[[Any, Any, int | None], InnerProblem]
@@ -174,8 +145,7 @@ def _check_model(model: Any) -> None:
             f"model is a {type(model).__name__} of trained values: pass the model itself, and "
             "initial=fast to continue from them"
         )
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}: pass a torch.nn.Module")
+    check_kind("model", model, nn.Module, "pass a torch.nn.Module")
     check_model(model)
 
 

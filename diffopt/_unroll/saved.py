@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from diffopt._checks import check_kind
 from diffopt.optim import load_state_into
 from diffopt.optim.convert import all_of
 
@@ -59,13 +60,9 @@ def _check_kinds(model: Any, opt: Any) -> None:
             f"load_into: model is a {kind}: pass the torch.nn.Module that the "
             "values are to be written into, such as the one that was unrolled"
         )
+    advice = "pass a torch.optim or diffopt optimizer over the model's parameters, or leave it out"
     for each in () if opt is None else all_of(opt):
-        if isinstance(each, torch.optim.Optimizer):
-            continue
-        raise TypeError(
-            f"load_into: opt is a {type(each).__name__}: pass a torch.optim or diffopt optimizer "
-            "over the model's parameters, or leave it out"
-        )
+        check_kind("load_into: opt", each, torch.optim.Optimizer, advice)
 
 
 def state_dict(fast: Unrolled) -> dict[str, Any]:

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffopt._checks import check_kind
 from diffopt._model.precision import Precision
 from diffopt._model.slots import ModuleSlots
 from diffopt._unroll.problem import InnerProblem
 from diffopt._unroll.unrolled import Unrolled
 from diffopt._values.state import State
+from diffopt._values.tree import Path
 from diffopt.optim.mapped import init_over_tasks
 from diffopt.optim.terms import Entries
 
@@ -113,20 +115,12 @@ def _spread(state: State, tasks: int, leads: Collection[str], opt_leads: Collect
         opt_leads: names of those whose optimizer state has.
     """
 
-    def each(x: Tensor) -> Tensor:
-        return x.expand(tasks, *x.shape)
+    def is_for_all(path: Path, x: Tensor) -> bool:
+        kind, name, *_ = path
+        return (x.dim() > 0 and name not in opt_leads) if kind == "opt" else name not in leads
 
-    return State(
-        {name: x if name in leads else each(x) for name, x in state.params.items()},
-        {
-            name: {
-                key: each(x) if x.dim() and name not in opt_leads else x
-                for key, x in entries.items()
-            }
-            for name, entries in state.opt.items()
-        },
-        {name: x if name in leads else each(x) for name, x in state.buffers.items()},
-    )
+    shared = {path: x for path, x in state.tensors().items() if is_for_all(path, x)}
+    return state.replace({path: x.expand(tasks, *x.shape) for path, x in shared.items()})
 
 
 def _check_continues(initial: Unrolled, problem: InnerProblem, tasks: int | None) -> None:
@@ -153,11 +147,8 @@ def _checked_values(
     """The initial values given, under the names the loop has for them."""
     if initial is None:
         return {}
-    if not isinstance(initial, Mapping):
-        raise TypeError(
-            f"initial is a {type(initial).__name__}: pass an Unrolled, or a dict of tensors by "
-            "parameter name"
-        )
+    advice = "pass an Unrolled, or a dict of tensors by parameter name"
+    check_kind("initial", initial, Mapping, advice)
     if {"params", "opt_state"} <= set(initial):
         raise ValueError(
             "initial is the state_dict() of an Unrolled: write "
@@ -195,8 +186,7 @@ def _aliases(problem: InnerProblem) -> dict[str, str]:
 
 
 def _check_value(name: str, x: Any, own: Tensor, tasks: int | None) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"initial[{name!r}] is a {type(x).__name__}: pass a tensor")
+    check_kind(f"initial[{name!r}]", x, Tensor, "pass a tensor")
     shapes = [tuple(own.shape)]
     if tasks is not None:
         shapes.append((tasks, *own.shape))

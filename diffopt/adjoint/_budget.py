@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from diffopt import schedule
+from diffopt._checks import check_kind
 from diffopt._loop.executor import run_forward
 from diffopt._loop.free import free_bytes
 from diffopt._loop.kept import Begun
@@ -86,11 +87,9 @@ class MemoryBudget(Checkpointed):
 
     def __post_init__(self) -> None:
         self.bytes  # noqa: B018 - refuses what is not a number of bytes
-        if self.step is not None and not isinstance(self.step, StepBytes):
-            raise TypeError(
-                f"step is a {type(self.step).__name__}: leave it out, or write "
-                f"{self!r}.measured(model)"
-            )
+        if self.step is not None:
+            advice = f"leave it out, or write {self!r}.measured(model)"
+            check_kind("step", self.step, StepBytes, advice)
 
     @property
     def bytes(self) -> int | None:
@@ -98,11 +97,8 @@ class MemoryBudget(Checkpointed):
         size = self.budget
         if size is None:
             return None
-        if isinstance(size, bool) or not isinstance(size, (int, str)):
-            raise TypeError(
-                f"budget is a {type(size).__name__}: pass a number of bytes, an int, or a "
-                'string such as "2GiB"'
-            )
+        advice = 'pass a number of bytes, an int, or a string such as "2GiB"'
+        check_kind("budget", size, (int, str), advice)
         if isinstance(size, str):
             match = _SIZE.fullmatch(size.strip())
             if match is None:
@@ -172,13 +168,8 @@ class MemoryBudget(Checkpointed):
                 number = processes.maximum(number)
             return number
 
-        step = replace(
-            step,
-            state=maximum(step.state),
-            graph=maximum(step.graph),
-            workspace=maximum(step.workspace),
-            fixed=maximum(step.fixed),
-        )
+        sizes = ("state", "graph", "workspace", "fixed")
+        step = replace(step, **{size: maximum(getattr(step, size)) for size in sizes})
         available = min(self._available(_everything(loop.steps, step), step), MOST)
         least = MOST - maximum(MOST - available)
         return begun, replace(self, budget=least)._fitting(loop.steps, step)
@@ -221,11 +212,8 @@ class MemoryBudget(Checkpointed):
         available = self._available(everything, step)
         if everything <= available:
             return _storing_all(steps, everything)
-        in_bytes = {
-            "state_bytes": step.state,
-            "graph_bytes": step.graph,
-            "workspace_bytes": step.workspace,
-        }
+        sizes = ("state", "graph", "workspace")
+        in_bytes = {f"{size}_bytes": getattr(step, size) for size in sizes}
         smallest = _allowed(fixed + schedule.smallest_budget(steps, **in_bytes))
         if available < smallest:
             raise ValueError(self._too_small(steps, step, available, smallest))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diffopt import schedule
+from diffopt._checks import check_kind
 from diffopt._derivatives.table import with_second_derivatives
 from diffopt._loop.loop import Loop
 from diffopt._loop.replay import differentiable_backward
@@ -58,8 +59,7 @@ class ForwardMode(Adjoint):
             raise TypeError(f"wrt is a {type(wrt).__name__}: pass a list of tensors, wrt=[...]")
         tensors = list({id(x): x for x in wrt}.values())
         for i, x in enumerate(tensors):
-            if not isinstance(x, Tensor):
-                raise TypeError(f"wrt[{i}] is a {type(x).__name__}: pass a list of tensors")
+            check_kind(f"wrt[{i}]", x, Tensor, "pass a list of tensors")
             if not x.requires_grad or not is_differentiable(x):
                 raise ValueError(
                     f"wrt[{i}], of shape {tuple(x.shape)}, does not require grad, so there is no "

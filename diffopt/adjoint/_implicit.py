@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from diffopt import schedule
+from diffopt._checks import check_kind
 from diffopt._loop.loop import Loop
 from diffopt._loop.snapshots import Snapshot
 from diffopt._loop.way_back import CapturedSum
@@ -75,10 +76,7 @@ class Implicit(Adjoint):
     report: Callable[[Solution], Any] | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.solver, Solver):
-            raise TypeError(
-                f"solver is a {type(self.solver).__name__}: pass one such as diffopt.CG()"
-            )
+        check_kind("solver", self.solver, Solver, "pass one such as diffopt.CG()")
         if not self.gradient_tol >= 0:
             raise ValueError(f"gradient_tol is {self.gradient_tol}: pass a number from 0 on")
 

@@ -9,13 +9,14 @@ from typing import Any
 from torch import Tensor
 
 from diffopt import schedule
+from diffopt._checks import check_int, check_kind
 from diffopt._loop.loop import Loop
 from diffopt._values.outputs import OutputCotangents
 from diffopt._values.state import Cotangent, State
 from diffopt._values.tree import Path
 from diffopt.adjoint._base import Adjoint
 from diffopt.adjoint._segmented import Segmented
-from diffopt.schedule import Plan, check_int
+from diffopt.schedule import Plan
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,7 @@ class Truncated(Adjoint):
 
     def __post_init__(self) -> None:
         check_int("window", self.window, 1, "write window=10 for the last ten steps")
-        if not isinstance(self.inner, Adjoint):
-            raise TypeError(
-                f"inner is a {type(self.inner).__name__}: pass an adjoint, such as "
-                "diffopt.Segmented()"
-            )
+        check_kind("inner", self.inner, Adjoint, "pass an adjoint, such as diffopt.Segmented()")
 
     def plan(self, steps: int) -> Plan:
         """``inner``'s plan, after the steps that are only advanced over."""
