@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.utils import parametrize
 
-from diffopt._checks import check_kind
 from diffopt._derivatives.sharded import Layout, holds_several, part_of, stand
 from diffopt._step.collectives import (
     ProcessGroup,
@@ -33,6 +32,7 @@ from diffopt._step.collectives import (
 )
 from diffopt._torch.collectives import sum_now
 from diffopt._torch.dtensors import is_dtensor, stored
+from diffopt.schedule import check_kind
 
 __all__ = ["mean", "mean_grads", "shard"]
 

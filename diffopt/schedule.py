@@ -41,8 +41,6 @@ from functools import cached_property
 from math import comb, inf, isqrt
 from typing import Literal, NamedTuple
 
-from diffopt._checks import check_int
-
 Kind = Literal["save", "load", "free", "advance", "record", "vjp"]
 
 
@@ -380,6 +378,21 @@ _NEEDS: dict[Kind, str] = {
     "record": "it needs the working state there, and a step not yet recorded or reversed",
     "vjp": "it needs all later steps run and reversed, and its graph or the working state there",
 }
+
+
+def check_int(name: str, value: object, minimum: int, advice: str) -> None:
+    """Raise unless ``value`` is an int, bools excepted, and ``minimum`` at least."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        kind = type(value).__name__
+        raise TypeError(f"{name} is {value!r}, of type {kind}, but must be an int: {advice}")
+    if value < minimum:
+        raise ValueError(f"{name} is {value}, but must be at least {minimum}: {advice}")
+
+
+def check_kind(name: str, value: object, kinds: type | tuple[type, ...], advice: str) -> None:
+    """Raise a ``TypeError`` unless ``value`` is of one of ``kinds``; a bool counts as no number."""
+    if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
+        raise TypeError(f"{name} is a {type(value).__name__}: {advice}")
 
 
 def _plural(count: int, noun: str) -> str:

@@ -11,7 +11,6 @@ PACKAGE = Path(diffopt.__file__).parent
 
 #: From the bottom up. A part may import from itself and from the parts before it.
 LAYERS = [
-    "_checks",
     "schedule",
     "_torch",
     "_values",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from diffopt._checks import check_int, check_kind
+from diffopt.schedule import check_int, check_kind
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from diffopt._checks import check_kind
 from diffopt._loop.background import Background
 from diffopt._loop.checksum import bytes_of, checksum, memory_of
 from diffopt._loop.durable import Durable
@@ -26,6 +25,7 @@ from diffopt._loop.snapshots import Snapshot, Snapshots
 from diffopt._loop.transfer import Copier, Copy
 from diffopt._values.state import State
 from diffopt._values.tree import Path
+from diffopt.schedule import check_kind
 
 #: Where snapshots go: None for where the tensors are, "cpu", a folder (a path, or an address for
 #: fsspec), or one that lasts.

@@ -12,7 +12,6 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
-from diffopt._checks import check_kind
 from diffopt._loop import progress as _progress
 from diffopt._step.loss import loss_and_aux
 from diffopt._step.transform import arguments_of
@@ -23,6 +22,7 @@ from diffopt._values.tree import tensors_in
 from diffopt.adjoint import Adjoint, MemoryBudget, Segmented, Solver
 from diffopt.optim import Optimizer
 from diffopt.optim.scalars import has_tangent
+from diffopt.schedule import check_kind
 
 LossFn = Callable[..., Any]
 

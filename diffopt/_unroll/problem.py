@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffopt._checks import check_kind
 from diffopt._model.refused import check_model
 from diffopt._model.slots import ModuleSlots
 from diffopt._step.transform import GradTransform
@@ -22,6 +21,7 @@ from diffopt.optim import Optimizer, convert
 from diffopt.optim.base import as_tensors
 from diffopt.optim.terms import Entries
 from diffopt.optim.unchanged import UnchangedOptions
+from diffopt.schedule import check_kind
 
 
 class InnerProblem:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from diffopt._checks import check_kind
 from diffopt.optim import load_state_into
 from diffopt.optim.convert import all_of
+from diffopt.schedule import check_kind
 
 if TYPE_CHECKING:
     from diffopt._unroll.unrolled import Unrolled

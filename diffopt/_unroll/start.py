@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffopt._checks import check_kind
 from diffopt._model.precision import Precision
 from diffopt._model.slots import ModuleSlots
 from diffopt._unroll.problem import InnerProblem
@@ -18,6 +17,7 @@ from diffopt._values.state import State
 from diffopt._values.tree import Path
 from diffopt.optim.mapped import init_over_tasks
 from diffopt.optim.terms import Entries
+from diffopt.schedule import check_kind
 
 Initial = Unrolled | Mapping[str, Tensor] | None
 

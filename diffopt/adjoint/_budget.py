@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from diffopt import schedule
-from diffopt._checks import check_kind
 from diffopt._loop.executor import run_forward
 from diffopt._loop.free import free_bytes
 from diffopt._loop.kept import Begun
@@ -25,7 +24,7 @@ from diffopt._step.group import Group
 from diffopt._step.message import MOST
 from diffopt._values.state import State
 from diffopt.adjoint._base import Checkpointed, Checkpoints
-from diffopt.schedule import Plan
+from diffopt.schedule import Plan, check_kind
 
 _UNITS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _UNITS |= {f"{letter}i": 2 ** (10 * i) for i, letter in enumerate("KMGT", start=1)}
@@ -169,7 +168,8 @@ class MemoryBudget(Checkpointed):
             return number
 
         sizes = ("state", "graph", "workspace", "fixed")
-        step = replace(step, **{size: maximum(getattr(step, size)) for size in sizes})
+        most: dict[str, Any] = {size: maximum(getattr(step, size)) for size in sizes}
+        step = replace(step, **most)
         available = min(self._available(_everything(loop.steps, step), step), MOST)
         least = MOST - maximum(MOST - available)
         return begun, replace(self, budget=least)._fitting(loop.steps, step)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from diffopt import schedule
-from diffopt._checks import check_kind
 from diffopt._derivatives.table import with_second_derivatives
 from diffopt._loop.loop import Loop
 from diffopt._loop.replay import differentiable_backward
@@ -20,7 +19,7 @@ from diffopt._values.state import Cotangent, State
 from diffopt._values.tree import Path, add, is_differentiable
 from diffopt.adjoint._base import Adjoint, refuse_way_back
 from diffopt.adjoint._tangents import Tangents, stands_for
-from diffopt.schedule import Plan
+from diffopt.schedule import Plan, check_kind
 
 
 @dataclass(frozen=True, eq=False, repr=False)

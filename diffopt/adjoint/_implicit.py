@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from diffopt import schedule
-from diffopt._checks import check_kind
 from diffopt._loop.loop import Loop
 from diffopt._loop.snapshots import Snapshot
 from diffopt._loop.way_back import CapturedSum
@@ -23,7 +22,7 @@ from diffopt._values.outputs import OutputCotangents
 from diffopt._values.state import Cotangent, State
 from diffopt.adjoint._base import Adjoint, refuse_way_back
 from diffopt.adjoint._solvers import CG, Product, Solution, Solver, Vector
-from diffopt.schedule import Plan
+from diffopt.schedule import Plan, check_kind
 
 
 class ConvergenceWarning(RuntimeWarning):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from diffopt._checks import check_int
+from diffopt.schedule import check_int
 
 Vector = list[Tensor]
 Product = Callable[[Vector], Vector]

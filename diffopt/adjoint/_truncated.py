@@ -9,14 +9,13 @@ from typing import Any
 from torch import Tensor
 
 from diffopt import schedule
-from diffopt._checks import check_int, check_kind
 from diffopt._loop.loop import Loop
 from diffopt._values.outputs import OutputCotangents
 from diffopt._values.state import Cotangent, State
 from diffopt._values.tree import Path
 from diffopt.adjoint._base import Adjoint
 from diffopt.adjoint._segmented import Segmented
-from diffopt.schedule import Plan
+from diffopt.schedule import Plan, check_int, check_kind
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from diffopt._checks import check_int
+from diffopt.schedule import check_int
 
 
 def from_scheduler(
