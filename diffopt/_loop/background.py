@@ -8,8 +8,6 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from diffopt._loop.snapshots import check_process
-
 T = TypeVar("T")
 
 #: How many writes may wait. Each holds a state in host memory until it is done.
@@ -31,7 +29,12 @@ class Background:
 
     def check_mine(self) -> None:
         """Raise in a process that was forked from the one that made it."""
-        check_process(self._process)
+        if not self.mine:
+            raise RuntimeError(
+                "this process was forked after the call of unroll, whose snapshots are read by a "
+                "thread of the process that made it: call unroll in the process that calls "
+                "backward()"
+            )
 
     def make_room(self) -> None:
         """Wait until one more write may wait."""

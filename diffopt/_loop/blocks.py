@@ -142,7 +142,7 @@ def first_block(loop: Loop, state: State, start: int, stop: int, *, keep: bool) 
     if loop.check is not None:
         _note(loop, block, since)
     loop.refuse_originals(state, start, _result(block))
-    loop.losses.extend(block.losses)
+    loop.losses.extend(block.losses.detach())
     for t, aux in enumerate(block.aux(), block.start):
         loop.extras.append(loop.step.first_step + t, aux, block.attached)
     loop.progress.forward(block.stop - start)

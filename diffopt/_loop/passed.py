@@ -97,7 +97,7 @@ class Passed:
         for t, (step, loss) in enumerate(zip(self.steps, losses, strict=True)):
             loop.pass_by(t, loss, self.extras.get(t, (None, ())), step, captured)
             if loop.ledger is not None and t in self.digests:
-                loop.ledger.note_again(loop.step.first_step + t, self.digests[t])
+                loop.ledger.digests[loop.step.first_step + t] = self.digests[t]
         self.extras, self.digests = {}, {}
 
 
@@ -114,7 +114,7 @@ def _extras(loop: Loop, t: int) -> tuple[Any, list[int]] | None:
 
 def _digests(loop: Loop, t: int) -> dict[Path, int]:
     """The digests of step ``t``, by path, where there are any."""
-    return {} if loop.ledger is None else loop.ledger.noted(loop.step.first_step + t)
+    return {} if loop.ledger is None else loop.ledger.digests.get(loop.step.first_step + t, {})
 
 
 def meet_again(loop: Loop, passed: Passed, first: Snapshot | None, states: Snapshots) -> list[int]:

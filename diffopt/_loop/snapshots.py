@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Iterator, MutableMapping
 from dataclasses import dataclass
 
@@ -106,12 +105,3 @@ class Layer(Snapshots):
         """Drop what was added; what lies below stays."""
         self._visible.clear()
         self._own.close()
-
-
-def check_process(process: int) -> None:
-    """Raise in a process that was forked from ``process``: it has none of its threads."""
-    if os.getpid() != process:
-        raise RuntimeError(
-            "this process was forked after the call of unroll, whose snapshots are read by a "
-            "thread of the process that made it: call unroll in the process that calls backward()"
-        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -58,13 +59,13 @@ class Copier:
         return {device: self._streams[device] for device in used}
 
 
+@dataclass
 class Copy:
-    """Tensors on their way."""
+    """Tensors on their way, and the stream of each CUDA device that takes part."""
 
-    def __init__(self, tensors: Tensors, streams: dict[torch.device, torch.cuda.Stream]) -> None:
-        self.tensors = tensors
-        self.streams = streams
-        self._events: dict[torch.device, torch.cuda.Event] = {}
+    tensors: Tensors
+    streams: dict[torch.device, torch.cuda.Stream]
+    _events: dict[torch.device, torch.cuda.Event] = field(default_factory=dict)
 
     def mark(self) -> None:
         """All copies have been asked for."""

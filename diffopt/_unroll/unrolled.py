@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from torch import Tensor, nn
@@ -186,21 +187,10 @@ class Unrolled(InPlace):
 
     def detach(self) -> Unrolled:
         """The same values with the graph cut, to continue from without keeping the past."""
-        cut = self._copy()
-        cut.params = {name: x.detach() for name, x in self.params.items()}
-        cut.buffers = {name: x.detach() for name, x in self.buffers.items()}
-        cut.opt_state = {
-            name: {key: x.detach() for key, x in entries.items()}
-            for name, entries in self.opt_state.items()
-        }
-        cut.losses = self.losses.detach()
-        cut.aux = map_tensors(Tensor.detach, self.aux)
+        cut = copy(self)
+        for name in ("params", "buffers", "opt_state", "losses", "aux"):
+            setattr(cut, name, map_tensors(Tensor.detach, getattr(self, name)))
         return cut
-
-    def _copy(self) -> Unrolled:
-        copy = object.__new__(type(self))
-        copy.__dict__.update(self.__dict__)
-        return copy
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and an int only, for ``torch.save``; ``aux`` is left out.

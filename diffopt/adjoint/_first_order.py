@@ -150,16 +150,21 @@ class _Chain:
         """Add the update of a step that was just taken."""
         if not self.suffices:
             return
-        loop, saved = self._loop, _Saved()
+        loop, sizes = self._loop, [0]  # of what autograd saves
+
+        def packed(x: Tensor) -> Tensor:
+            sizes.append(x.numel())
+            return x
+
         gradients = {n: None if g is None else g.detach() for n, g in linearization.grads.items()}
-        with torch.enable_grad(), one_by_one(), saved_tensors_hooks(saved.pack, saved.unpack):
+        with torch.enable_grad(), one_by_one(), saved_tensors_hooks(packed, lambda x: x):
             params, opt = loop.step.update(
                 linearization.hyper, self._state.params, gradients, self._state.opt
             )
             bounded = _bounded(params, loop.max_cotangent_norm, loop.tasks)
         self._state = State(bounded, opt, self._state.buffers)
         learned = loop.captured.used_after_loss(t) or loop.step.loss.buffers.tracked
-        self.suffices = not learned and not saved.tensors
+        self.suffices = not learned and max(sizes) <= 1  # single numbers do not count
         if not self.suffices:
             self._drop()
 
@@ -180,20 +185,6 @@ class _Chain:
         pairs = [(end, cotangent[path]) for path, end in self._ends.items() if path in cotangent]
         cotangents = vjp(pairs, list(self._leaves.values()), retain_graph=keep)
         return {p: c for p, c in zip(self._leaves, cotangents, strict=True) if c is not None}
-
-
-class _Saved:
-    """Notes whether autograd saves tensors for a derivative; single numbers do not count."""
-
-    def __init__(self) -> None:
-        self.tensors = False
-
-    def pack(self, x: Tensor) -> Tensor:
-        self.tensors |= x.numel() > 1
-        return x
-
-    def unpack(self, x: Tensor) -> Tensor:
-        return x
 
 
 def _bounded(
