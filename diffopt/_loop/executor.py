@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from itertools import islice
 
 from torch import Tensor
@@ -156,37 +157,33 @@ def run_backward(
     return run.cotangent, run.captured.total
 
 
+@dataclass
 class _Backward:
     """A plan's second part while it is carried out.
 
     Attributes:
         cotangent: of the state that the way back has come to.
         captured: what has flown to the captured tensors so far.
+        state: the working state.
+        loads: the positions of the snapshots that are still to be loaded.
     """
 
-    def __init__(
-        self,
-        loop: Loop,
-        plan: Plan,
-        kept: Kept,
-        cotangent: Cotangent,
-        outputs: OutputCotangents,
-        keep: bool,
-    ) -> None:
-        self.cotangent = cotangent
-        self.captured = CapturedSum(loop.captured)
-        self._loop = loop
-        self._plan = plan
-        self._kept = kept
-        self._outputs = outputs
-        self._keep = keep
-        self._state: State | None = None  # the working state
-        self._loads = deque(a.start for a in plan.backward_actions if a.kind == "load")
+    loop: Loop
+    plan: Plan
+    kept: Kept
+    cotangent: Cotangent
+    outputs: OutputCotangents
+    keep: bool
+
+    def __post_init__(self) -> None:
+        self.captured = CapturedSum(self.loop.captured)
+        self.state: State | None = None
+        self.loads = deque(a.start for a in self.plan.backward_actions if a.kind == "load")
 
     def in_stretches(self) -> None:
         """Carry out the plan, many steps at once where that can be."""
-        in_place = self._kept.snapshots.in_place
-        for part in of_plan(self._plan)[1]:
+        in_place = self.kept.snapshots.in_place
+        for part in of_plan(self.plan)[1]:
             if isinstance(part, Action):
                 self._act(*part)
             elif part.kind == "vjp":
@@ -201,12 +198,12 @@ class _Backward:
 
     def journaled(self) -> None:
         """Carry out the plan step by step, from where the journal says."""
-        journal, outputs = self._kept.snapshots.journal, self._outputs
+        journal, outputs = self.kept.snapshots.journal, self.outputs
         way = journal.turn(WayBack(0, self.cotangent, self.captured.total), outputs)
         self.cotangent, self.captured.total = way.cotangent, way.captured
-        self._state, position = way.state, way.position
-        actions = self._plan.backward_actions[way.action :]
-        self._loads = deque(a.start for a in actions if a.kind == "load")
+        self.state, position = way.state, way.position
+        actions = self.plan.backward_actions[way.action :]
+        self.loads = deque(a.start for a in actions if a.kind == "load")
         for i, (kind, start, stop) in enumerate(actions, way.action):
             if kind == "load":
                 journal.backward(WayBack(i, self.cotangent, self.captured.total))
@@ -216,45 +213,45 @@ class _Backward:
             for t in range(max(start, position), stop):
                 self._act(kind, t, t + 1)
                 total = self.captured.total
-                journal.backward(WayBack(i, self.cotangent, total, t + 1, self._state))
+                journal.backward(WayBack(i, self.cotangent, total, t + 1, self.state))
             position = 0
         journal.finished()
 
     @property
     def _working(self) -> State:
-        assert self._state is not None
-        return self._state
+        assert self.state is not None
+        return self.state
 
     def _again(self, stretch: Stretch) -> None:
         """Take steps again, and record them if that is what the stretch says."""
         t, record = stretch.start, stretch.kind == "record"
         while t < stretch.stop:
             with not_batched():
-                block = block_again(self._loop, self._working, t, stretch.stop, keep=record)
+                block = block_again(self.loop, self._working, t, stretch.stop, keep=record)
             if block is None:
                 self._act(stretch.kind, t, t + 1)
                 t += 1
             else:
-                _keep(self._kept, stretch.kind, block)
-                self._state, t = block.after, block.stop
+                _keep(self.kept, stretch.kind, block)
+                self.state, t = block.after, block.stop
 
     def _segment(self, stretch: Stretch) -> bool:
         """Take a segment's steps again, as one block, and go back through them, if that can be."""
         start, stop = stretch.start, stretch.stop
-        state = self._loop.restored(self._kept.snapshots[start])
+        state = self.loop.restored(self.kept.snapshots[start])
         with not_batched():
-            block = block_again(self._loop, state, start, stop, keep=True)
+            block = block_again(self.loop, state, start, stop, keep=True)
         if block is None or block.stop < stop:
             return False
-        self._kept.count(len(stretch.positions("save")))
+        self.kept.count(len(stretch.positions("save")))
         self._pull(block, start, stop)
         if start in stretch.positions("free"):
-            del self._kept.snapshots[start]
+            del self.kept.snapshots[start]
         return True
 
     def _from_snapshots(self, stretch: Stretch) -> None:
         """Go back from snapshots, through all at once that lie in one block."""
-        snapshots, freed, stop = self._kept.snapshots, stretch.positions("free"), stretch.stop
+        snapshots, freed, stop = self.kept.snapshots, stretch.positions("free"), stretch.stop
         while stop > stretch.start:
             snapshot = snapshots[stop - 1]
             block = snapshot.block if isinstance(snapshot, InBlock) else None
@@ -271,7 +268,7 @@ class _Backward:
 
     def _from_graphs(self, stretch: Stretch) -> None:
         """Go back through steps, through all at once that are held in one block."""
-        graphs, stop = self._kept.graphs, stretch.stop
+        graphs, stop = self.kept.graphs, stretch.stop
         while stop > stretch.start:
             held, start = graphs.get(stop - 1), stop - 1
             if isinstance(held, InBlock):
@@ -285,18 +282,18 @@ class _Backward:
 
     def _pull(self, block: Block, start: int, stop: int) -> None:
         self.cotangent, indices, found = block_vjp(
-            self._loop, block, start, stop, self.cotangent, self._outputs, retain_graph=self._keep
+            self.loop, block, start, stop, self.cotangent, self.outputs, retain_graph=self.keep
         )
         self.captured.add(indices, found)
 
     def _act(self, kind: str, start: int, stop: int) -> None:
         """Carry out one action."""
-        loop, kept = self._loop, self._kept
+        loop, kept = self.loop, self.kept
         if kind == "load":
-            self._state = loop.restored(kept.snapshots[start])
-            while self._loads.popleft() != start:
+            self.state = loop.restored(kept.snapshots[start])
+            while self.loads.popleft() != start:
                 pass  # those that a block served
-            for upcoming in islice(self._loads, _AHEAD):
+            for upcoming in islice(self.loads, _AHEAD):
                 if upcoming in kept.snapshots:
                     kept.snapshots.prefetch(upcoming)
         elif kind == "save":
@@ -308,22 +305,22 @@ class _Backward:
         elif kind == "advance":
             with not_batched():
                 for t in range(start, stop):
-                    self._state = loop.again(self._working, t)
+                    self.state = loop.again(self._working, t)
         elif kind == "record":
             with not_batched():
-                linearization, self._state = loop.recorded(self._working, start)
+                linearization, self.state = loop.recorded(self._working, start)
             kept.record(start, linearization)
         else:
             raise ValueError(f"a plan cannot {kind!r} on the way back")
 
     def _vjp(self, t: int) -> None:
-        loop, held = self._loop, self._kept.graphs.pop(t, None)
+        loop, held = self.loop, self.kept.graphs.pop(t, None)
         if held is None:
             with not_batched():
                 held = loop.linearize(self._working, t, values=False)
-            self._state = None
+            self.state = None
         assert isinstance(held, Linearization)
         self.cotangent, found = loop.vjp(
-            held, t, self.cotangent, self._outputs.at(t), retain_graph=self._keep
+            held, t, self.cotangent, self.outputs.at(t), retain_graph=self.keep
         )
         self.captured.add(loop.captured.at(t), found)

@@ -55,7 +55,10 @@ class Passed:
         start, known = len(self.steps), len(self.first)
         for t in range(start, stop):
             self.steps.append({**loop.captured.use(t), **loop.given(t)})
-            self._note_first(loop, t)
+            new = [i for i in loop.captured.at(t) if i >= len(self.first)]
+            self.first += [(0, "", 0)] * len(new)
+            for place, i in enumerate(loop.captured.met(new, loop.observer)):
+                self.first[i] = t, digest(loop.captured.tensors[i]), place
         losses = loop.losses.all()
         return {
             "runs": [(len(list(same)), step) for step, same in groupby(self.steps[start:])],
@@ -64,12 +67,6 @@ class Passed:
             "extras": {t: x for t in range(start, stop) if (x := _extras(loop, t)) is not None},
             "digests": {t: row for t in range(start, stop) if (row := _digests(loop, t))},
         }
-
-    def _note_first(self, loop: Loop, t: int) -> None:
-        new = [i for i in loop.captured.at(t) if i >= len(self.first)]
-        self.first += [(0, "", 0)] * len(new)
-        for place, i in enumerate(loop.captured.met(new, loop.observer)):
-            self.first[i] = t, digest(loop.captured.tensors[i]), place
 
     @classmethod
     def read(cls, records: Iterable[Mapping[str, Any]]) -> Passed:
@@ -149,7 +146,7 @@ def meet_again(loop: Loop, passed: Passed, first: Snapshot | None, states: Snaps
             assert found is not None
             _compare(loop.step.first_step + t, found[-1], losses[t])
             used = trial.captured.met(trial.captured.at(t), loop.observer)
-            new = [i for i in used if not _has(trial, t, i)]
+            new = [i for i in used if all(i not in trial.captured.at(s) for s in range(t))]
             for i, (step, value, place) in enumerate(passed.first):
                 if step == t:
                     x = trial.captured.tensors[new[place]] if place < len(new) else None
@@ -177,11 +174,6 @@ def _without_consequences(loop: Loop) -> Loop:
     trial.captured = loop.captured.apart()
     trial.extras, trial.progress, trial.ledger = Extras(), Progress(0, shown=False), None
     return trial
-
-
-def _has(trial: Loop, t: int, i: int) -> bool:
-    """Whether a step before ``t`` used captured tensor ``i``."""
-    return any(i in trial.captured.at(before) for before in range(t))
 
 
 def _compare(step: int, now: Tensor, before: Tensor) -> None:

@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -63,11 +63,11 @@ class Shelf:
         self._safetensors = _safetensors()
         self._folder: Folder = folder_of(folder)
         self.name = self._folder.name
-        self._lock: _Lock | None = None
+        self._lock: IO[str] | None = None
         try:
             self._folder.make()
             if isinstance(self._folder, OnDisk):
-                self._lock = _Lock(self._folder.path("lock"), self.name)
+                self._lock = _locked(self._folder.path("lock"), self.name)
             found = self._folder.names()
         except OSError as error:
             raise restated(
@@ -162,7 +162,7 @@ class Shelf:
     def close(self) -> None:
         """Let other processes use the folder."""
         if self._lock is not None:
-            self._lock.release()
+            self._lock.close()
 
     def _body(self, name: str) -> dict[str, Any] | None:
         try:
@@ -189,26 +189,22 @@ class Shelf:
         )
 
 
-class _Lock:
-    """Keeps a folder to one process, until it is released or the process ends."""
-
-    def __init__(self, path: str, folder: str) -> None:
-        self._file = open(path, "a")  # noqa: SIM115 - held as long as the run lasts
-        try:
-            import fcntl
-        except ImportError:  # pragma: no cover - not on this system
-            return
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._file.close()
-            raise RuntimeError(
-                f"the folder {folder!r} is in use by another process: give every run a "
-                "folder of its own, Durable(folder)"
-            ) from None
-
-    def release(self) -> None:
-        self._file.close()
+def _locked(path: str, folder: str) -> IO[str]:
+    """A file that keeps a folder to one process, until it is closed or the process ends."""
+    file = open(path, "a")  # noqa: SIM115 - held as long as the run lasts
+    try:
+        import fcntl
+    except ImportError:  # pragma: no cover - not on this system
+        return file
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise RuntimeError(
+            f"the folder {folder!r} is in use by another process: give every run a "
+            "folder of its own, Durable(folder)"
+        ) from None
+    return file
 
 
 def _manifests(names: Iterable[str]) -> list[str]:

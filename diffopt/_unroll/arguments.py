@@ -74,20 +74,17 @@ def _example(cls: type) -> str:
 
 
 def check_options(
-    loss_fn: Any,
-    grad_transform: Any,
-    max_cotangent_norm: Any,
-    verify: Any,
-    tasks: Any,
-    compile: Any,
-    progress: bool,
-    monitor: Any,
+    functions: Mapping[str, Any], switches: Mapping[str, Any], max_cotangent_norm: Any, tasks: Any
 ) -> None:
-    """Raise where an option is of a wrong kind or value."""
-    functions = {"loss_fn": loss_fn, "grad_transform": grad_transform, "monitor": monitor}
+    """Raise where an option is of a wrong kind or value.
+
+    Args:
+        functions, switches: those that are functions or None, and those that are bools, by name.
+    """
     for name, value in functions.items():
         if value is not None and not callable(value):
             raise TypeError(f"{name} is a {type(value).__name__}: pass a function")
+    grad_transform = functions["grad_transform"]
     if grad_transform is not None and arguments_of(grad_transform) not in (0, 1, 3):
         raise TypeError(
             f"grad_transform takes {arguments_of(grad_transform)} arguments: it is called with the "
@@ -100,13 +97,13 @@ def check_options(
                 f"max_cotangent_norm={max_cotangent_norm} would stop every gradient: pass a "
                 "number above 0, or None for no bound"
             )
-    for name, value in {"verify": verify, "progress": progress, "compile": compile}.items():
+    for name, value in switches.items():
         check_kind(name, value, bool, "pass True or False")
     if tasks is not None:
         check_kind("tasks", tasks, int, "pass how many there are, an int")
         if tasks < 1:
             raise ValueError(f"tasks={tasks}: pass 1 or more, or None for no task dimension")
-    if progress:
+    if switches["progress"]:
         _progress.check_available()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -151,8 +151,6 @@ def _spread(value: Any, over: Processes, where: str) -> Any:
                 "0-d tensor, the same on all processes"
             )
         return spread(value, over) if value.requires_grad else value
-    return _spread_later(value, over, where) if callable(value) else value
-
-
-def _spread_later(call: Callable[[int], Any], over: Processes, where: str) -> Callable[[int], Any]:
-    return lambda step: _spread(call(step), over, where)
+    if callable(value):
+        return lambda step: _spread(value(step), over, where)
+    return value

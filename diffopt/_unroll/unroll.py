@@ -178,7 +178,10 @@ def unroll(
     """
     adjoint = chosen_adjoint(segment, adjoint, verify)
     check_options(
-        loss_fn, grad_transform, max_cotangent_norm, verify, tasks, compile, progress, monitor
+        {"loss_fn": loss_fn, "grad_transform": grad_transform, "monitor": monitor},
+        {"verify": verify, "compile": compile, "progress": progress},
+        max_cotangent_norm,
+        tasks,
     )
     if group is not None and compile:
         raise NotImplementedError(

@@ -166,7 +166,7 @@ class _Chain:
         learned = loop.captured.used_after_loss(t) or loop.step.loss.buffers.tracked
         self.suffices = not learned and max(sizes) <= 1  # single numbers do not count
         if not self.suffices:
-            self._drop()
+            self._leaves, self._state = {}, loop.start
 
     def finish(self) -> None:
         """Keep the ends of the graph only, not the values there."""
@@ -176,9 +176,6 @@ class _Chain:
             if x.requires_grad
         }
         self._state = self._loop.start
-
-    def _drop(self) -> None:
-        self._leaves, self._state = {}, self._loop.start
 
     def vjp(self, cotangent: Cotangent, keep: bool) -> Cotangent:
         """The cotangent of the start."""
