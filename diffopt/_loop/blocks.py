@@ -221,7 +221,7 @@ def block_vjp(
     if norm is not None or monitor is not None:
         between = Between(loop.bounded, monitor, norm, first)
     with captured.sealed(*steps) as shared:
-        before, found = block.vjp(
+        before, to_captured = block.vjp(
             start,
             stop,
             cotangent,
@@ -231,4 +231,4 @@ def block_vjp(
             retain_graph=retain_graph or shared,
         )
     loop.progress.backward(stop - start)
-    return before, captured.at(*steps), found
+    return before, captured.at(*steps), to_captured

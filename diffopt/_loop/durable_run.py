@@ -32,7 +32,7 @@ from diffopt._loop.background import Background
 from diffopt._loop.durable import Durable
 from diffopt._loop.entries import Entry, file_of, name_of, newest
 from diffopt._loop.files import is_address
-from diffopt._loop.journal import Journal, Way, WayBack
+from diffopt._loop.journal import BackwardPoint, ForwardPoint, Journal
 from diffopt._loop.loop import Loop
 from diffopt._loop.passed import Passed, meet_again
 from diffopt._loop.run_terms import digest, terms_of
@@ -49,7 +49,7 @@ class DurableSnapshots(Snapshots, Journal):
     """Snapshots on a shelf, and the journal beside them."""
 
     keeps = True
-    in_place = False
+    by_reference = False
 
     def __init__(self, durable: Durable) -> None:
         folder = os.fspath(durable.folder)
@@ -66,11 +66,11 @@ class DurableSnapshots(Snapshots, Journal):
         self._passed = Passed()
         self._records: list[File] = []
         self._final: File | None = None
-        self._given = ""
+        self._cotangents = ""
         self._since = 0  # how many steps are recorded
         self._work = 0  # on the way back, how many steps were taken since the last entry
         self._back: tuple[Cotangent, File] | None = None  # what was come back with at that
-        self._came_back: WayBack | None = None
+        self._came_back: BackwardPoint | None = None
         self._again: Snapshot | None = None
         self._loop: Loop | None = None
         self._plan = Plan(0, ())
@@ -131,16 +131,16 @@ class DurableSnapshots(Snapshots, Journal):
 
     # The journal: taking a run up.
 
-    def begin(self, loop: Loop, plan: Plan) -> Way:
+    def begin(self, loop: Loop, plan: Plan) -> ForwardPoint:
         self._loop, self._plan = loop, plan
         self._terms = json.loads(json.dumps(terms_of(loop, plan)))
         entry = newest(self._shelf, self._terms, loop.step.group)
         if entry is None:
             self._shelf.clear()
-            return Way(0, 0, loop.start)
+            return ForwardPoint(0, 0, loop.start)
         return self._taken_up(loop, entry)
 
-    def _taken_up(self, loop: Loop, entry: Entry) -> Way:
+    def _taken_up(self, loop: Loop, entry: Entry) -> ForwardPoint:
         note, passed = entry.note, entry.passed
         self._entries = entry.number
         self._files = {int(t): File(*file) for t, file in note["states"].items()}
@@ -151,8 +151,8 @@ class DurableSnapshots(Snapshots, Journal):
         self._passed, self._since = passed, len(passed.steps)
         passed.deliver(loop, captured)
         if entry.back is not None:
-            self._given = note["given"]
-            self._came_back = WayBack(
+            self._cotangents = note["cotangents"]
+            self._came_back = BackwardPoint(
                 note["back action"],
                 entry.back["cotangent"],
                 _by_index(entry.back["captured"], captured),
@@ -160,15 +160,15 @@ class DurableSnapshots(Snapshots, Journal):
             )
             self._again = None if entry.again is None else _snapshot_of(entry.again)
         reached = loop.restored(_snapshot_of(entry.reached))
-        return Way(note["action"], self._since, reached)
+        return ForwardPoint(note["action"], self._since, reached)
 
     # The journal: making entries.
 
-    def forward(self, way: Way) -> None:
-        t, last = way.position, self._since
+    def forward(self, point: ForwardPoint) -> None:
+        t, last = point.position, self._since
         if not self._records or (t - last >= self._every and t < self._plan.steps):
             self._record(t)
-            self._publish(way.action, self._here(t, way.state))
+            self._publish(point.action, self._here(t, point.state))
 
     def arrived(self, state: State) -> None:
         if self._final is None:
@@ -178,30 +178,30 @@ class DurableSnapshots(Snapshots, Journal):
         # What the caller is given is the caller's to change, and may be a tensor to be written.
         self._background.finish()
 
-    def turn(self, way: WayBack, outputs: OutputCotangents) -> WayBack:
-        given = _given(way.cotangent, outputs)
-        if self._given not in ("", given):
+    def turn(self, point: BackwardPoint, outputs: OutputCotangents) -> BackwardPoint:
+        now = _digest_of(point.cotangent, outputs)
+        if self._cotangents not in ("", now):
             raise RuntimeError(
                 "what flows back from the result is not what flowed back in the pass that was "
                 f"interrupted, of which {self._shelf.name!r} keeps a part: compute the same "
                 "outer loss from the same data, or empty the folder to begin anew"
             )
-        self._given = given
-        way, self._came_back = self._came_back or way, None
+        self._cotangents = now
+        point, self._came_back = self._came_back or point, None
         if self._again is not None:
-            way, self._again = replace(way, state=self._run.restored(self._again)), None
-        return way
+            point, self._again = replace(point, state=self._run.restored(self._again)), None
+        return point
 
-    def backward(self, way: WayBack) -> None:
+    def backward(self, point: BackwardPoint) -> None:
         self._work += 1
         if self._work < self._every:
             return
         self._work = 0
-        if self._back is None or self._back[0] is not way.cotangent:
-            tree = {"cotangent": way.cotangent, "captured": way.captured}
-            self._back = way.cotangent, self._write("back", tree)
-        here = None if way.state is None else self._here(way.position, way.state)
-        self._publish(len(self._plan.forward_actions), here, way)
+        if self._back is None or self._back[0] is not point.cotangent:
+            tree = {"cotangent": point.cotangent, "captured": point.captured}
+            self._back = point.cotangent, self._write("back", tree)
+        here = None if point.state is None else self._here(point.position, point.state)
+        self._publish(len(self._plan.forward_actions), here, point)
 
     def finished(self) -> None:
         self._wait_for_others()
@@ -238,14 +238,14 @@ class DurableSnapshots(Snapshots, Journal):
         self._background.write(write)
         return file
 
-    def _publish(self, action: int, here: File | None, way: WayBack | None = None) -> None:
+    def _publish(self, action: int, here: File | None, point: BackwardPoint | None = None) -> None:
         """Make an entry, once all that it names is written."""
         self._wait_for_others()
         self._entries += 1
         states, records, final = dict(self._files), list(self._records), self._final
-        back = None if way is None or self._back is None else self._back[1]
+        back = None if point is None or self._back is None else self._back[1]
         named = {f.name for f in (*states.values(), *records, final, here, back) if f is not None}
-        number, given = self._entries, self._given
+        number, cotangents = self._entries, self._cotangents
 
         def publish() -> None:
             entry = {
@@ -257,9 +257,9 @@ class DurableSnapshots(Snapshots, Journal):
                 "here": name_of(here),
                 "final": name_of(final),
                 "back": name_of(back),
-                "back action": 0 if way is None else way.action,
-                "back position": 0 if way is None else way.position,
-                "given": given,
+                "back action": 0 if point is None else point.action,
+                "back position": 0 if point is None else point.position,
+                "cotangents": cotangents,
             }
             self._shelf.publish(entry, named)
 
@@ -303,17 +303,17 @@ def _snapshot_of(tree: Any) -> Snapshot:
     return Snapshot(State(*tables), generators)
 
 
-def _by_index(found: Sequence[Tensor | None], indices: Sequence[int]) -> list[Tensor | None]:
+def _by_index(cotangents: Sequence[Tensor | None], indices: Sequence[int]) -> list[Tensor | None]:
     """What flows to the captured tensors, at the index that each has in this process."""
     total: list[Tensor | None] = [None] * (max(indices, default=-1) + 1)
-    for i, x in enumerate(found):
+    for i, x in enumerate(cotangents):
         if x is not None:
             total[indices[i]] = x
     return total
 
 
-def _given(cotangent: Cotangent, outputs: OutputCotangents) -> str:
-    """What flows to the results, as a text that differs where it does."""
+def _digest_of(cotangent: Cotangent, outputs: OutputCotangents) -> str:
+    """A digest of what flows to the results."""
     parts = {" ".join(path): digest(x) for path, x in cotangent.items()}
     parts |= {f"aux {t} {i}": digest(x) for t, aux in outputs.aux.items() for i, x in aux.items()}
     if outputs.losses is not None:

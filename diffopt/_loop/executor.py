@@ -5,7 +5,7 @@ end and belongs to the forward pass; the rest takes it back, one vector-Jacobian
 
 Stretches of a plan are carried out for many steps at once where that can be. Where a run can be
 killed and taken up where it was, the plan is carried out step by step: the journal of the snapshots
-is told of every place that the run has come to, and is asked for the last of them at the beginning.
+is told of every point that the run has come to, and is asked for the last of them at the beginning.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 from torch import Tensor
 
 from diffopt._loop.blocks import Block, InBlock, block_again, block_vjp, first_block
-from diffopt._loop.journal import Way, WayBack
-from diffopt._loop.kept import Begun, Kept
+from diffopt._loop.journal import BackwardPoint, ForwardPoint
 from diffopt._loop.loop import Loop
 from diffopt._loop.snapshots import Layer, Snapshots
+from diffopt._loop.store import Begun, Store
 from diffopt._loop.stretches import Stretch, of_plan
 from diffopt._loop.way_back import CapturedSum
 from diffopt._step.linearization import Linearization
@@ -38,7 +38,7 @@ _AHEAD = 2
 
 def run_forward(
     loop: Loop, plan: Plan, snapshots: Snapshots, begun: Begun | None = None
-) -> tuple[State, Kept]:
+) -> tuple[State, Store]:
     """The plan's first part: from the start to the end of the loop.
 
     Whatever interrupts it, ``snapshots`` is closed then.
@@ -46,9 +46,9 @@ def run_forward(
     Args:
         begun: the first step, which is not taken again then. Used up.
     """
-    kept = Kept(snapshots)
+    store = Store(snapshots)
     try:
-        return _forward(loop, plan, kept, begun), kept
+        return _forward(loop, plan, store, begun), store
     except BaseException:
         snapshots.close()
         raise
@@ -56,30 +56,30 @@ def run_forward(
 
 def pass_through(loop: Loop) -> State:
     """Take all steps for their result alone."""
-    return _first_steps(loop, Kept(Snapshots()), loop.start, "advance", 0, loop.steps, None)
+    return _first_steps(loop, Store(Snapshots()), loop.start, "advance", 0, loop.steps, None)
 
 
-def _forward(loop: Loop, plan: Plan, kept: Kept, begun: Begun | None) -> State:
-    journal = kept.snapshots.journal
-    way = journal.begin(loop, plan)
-    state = way.state
+def _forward(loop: Loop, plan: Plan, store: Store, begun: Begun | None) -> State:
+    journal = store.snapshots.journal
+    point = journal.begin(loop, plan)
+    state = point.state
     parts: Sequence[Stretch | Action] = of_plan(plan)[0]
     if journal.keeps:
-        parts = plan.forward_actions[way.action :]
-    for i, part in enumerate(parts, way.action):
+        parts = plan.forward_actions[point.action :]
+    for i, part in enumerate(parts, point.action):
         kind, start, stop = part.kind, part.start, part.stop
         taken = begun if start == 0 else None
         if kind == "free":
-            del kept.snapshots[start]
+            del store.snapshots[start]
         elif kind == "save" and isinstance(part, Action):
-            kept.save(start, loop.snapshot(state) if taken is None else taken.start)
-            journal.forward(Way(i + 1, start, state))
+            store.save(start, loop.snapshot(state) if taken is None else taken.start)
+            journal.forward(ForwardPoint(i + 1, start, state))
         elif kind == "advance" and journal.keeps:
-            for t in range(max(start, way.position), stop):
-                state = _first_steps(loop, kept, state, kind, t, t + 1, taken if not t else None)
-                journal.forward(Way(i, t + 1, state))
+            for t in range(max(start, point.position), stop):
+                state = _first_steps(loop, store, state, kind, t, t + 1, taken if not t else None)
+                journal.forward(ForwardPoint(i, t + 1, state))
         elif kind in ("advance", "save", "record"):
-            state = _first_steps(loop, kept, state, kind, start, stop, taken)
+            state = _first_steps(loop, store, state, kind, start, stop, taken)
         else:
             raise ValueError(f"a plan cannot {kind!r} before it has reached the end")
     journal.arrived(state)
@@ -87,47 +87,47 @@ def _forward(loop: Loop, plan: Plan, kept: Kept, begun: Begun | None) -> State:
 
 
 def _first_steps(
-    loop: Loop, kept: Kept, state: State, kind: str, t: int, stop: int, begun: Begun | None
+    loop: Loop, store: Store, state: State, kind: str, t: int, stop: int, begun: Begun | None
 ) -> State:
     """Take steps for the first time, and save or record each if that is what ``kind`` says."""
     if begun is not None and (kind != "record" or begun.graph is not None):
         if kind == "save":
-            kept.save(0, begun.start)
+            store.save(0, begun.start)
         elif kind == "record":
             assert begun.graph is not None
-            kept.record(0, begun.graph)
+            store.record(0, begun.graph)
         state, begun.graph = begun.after, None
         t += 1
-    at_once = not kept.snapshots.journal.keeps and (kind != "save" or kept.snapshots.in_place)
+    at_once = not store.snapshots.journal.keeps and (kind != "save" or store.snapshots.by_reference)
     while t < stop:
         if at_once and (block := first_block(loop, state, t, stop, keep=kind != "advance")):
-            _keep(kept, kind, block)
+            _keep(store, kind, block)
             state, t = block.after, block.stop
             continue
         if kind == "save":
-            kept.save(t, loop.snapshot(state))
+            store.save(t, loop.snapshot(state))
         if kind == "record":
             recorded, state = loop.first_recorded(state, t)
-            kept.record(t, recorded)
+            store.record(t, recorded)
         else:
             state = loop.first(state, t)
         t += 1
     return state
 
 
-def _keep(kept: Kept, kind: str, block: Block) -> None:
+def _keep(store: Store, kind: str, block: Block) -> None:
     """Hold what a stretch is to leave of the steps of a block."""
     for t in range(block.start, block.stop):
         if kind == "save":
-            kept.save(t, InBlock(block, t))
+            store.save(t, InBlock(block, t))
         elif kind == "record":
-            kept.record(t, InBlock(block, t))
+            store.record(t, InBlock(block, t))
 
 
 def run_backward(
     loop: Loop,
     plan: Plan,
-    kept: Kept,
+    store: Store,
     cotangent: Cotangent,
     outputs: OutputCotangents,
     *,
@@ -136,10 +136,10 @@ def run_backward(
     """The plan's second part: from the end of the loop back to its start.
 
     Args:
-        kept: what ``run_forward`` left; used up unless ``keep``.
+        store: what ``run_forward`` left; used up unless ``keep``.
         cotangent: of the final state.
         outputs: of the losses and extras.
-        keep: leave ``kept`` as it is, for another backward pass.
+        keep: leave ``store`` as it is, for another backward pass.
 
     Returns:
         the cotangents of the start and of ``loop.captured.tensors``.
@@ -147,13 +147,13 @@ def run_backward(
     # Only what is linear in the cotangents can be mapped over many of them.
     many = any_batched([*cotangent.values(), *outputs.tensors()])
     if keep:
-        kept = Kept(Layer(kept.snapshots), dict(kept.graphs), kept.peak_states, kept.peak_graphs)
-    run = _Backward(loop, plan, kept, cotangent, outputs, keep)
+        store = replace(store, snapshots=Layer(store.snapshots), graphs=dict(store.graphs))
+    run = _Backward(loop, plan, store, cotangent, outputs, keep)
     try:
         with one_by_one() if many else nullcontext():
-            run.journaled() if kept.snapshots.journal.keeps else run.in_stretches()
+            run.journaled() if store.snapshots.journal.keeps else run.in_stretches()
     finally:
-        kept.snapshots.close()
+        store.snapshots.close()
     return run.cotangent, run.captured.total
 
 
@@ -170,7 +170,7 @@ class _Backward:
 
     loop: Loop
     plan: Plan
-    kept: Kept
+    store: Store
     cotangent: Cotangent
     outputs: OutputCotangents
     keep: bool
@@ -182,7 +182,7 @@ class _Backward:
 
     def in_stretches(self) -> None:
         """Carry out the plan, many steps at once where that can be."""
-        in_place = self.kept.snapshots.in_place
+        by_reference = self.store.snapshots.by_reference
         for part in of_plan(self.plan)[1]:
             if isinstance(part, Action):
                 self._act(*part)
@@ -190,30 +190,30 @@ class _Backward:
                 self._from_graphs(part)
             elif part.kind in ("record", "advance"):
                 self._again(part)
-            elif part.kind == "reverse" and in_place:
+            elif part.kind == "reverse" and by_reference:
                 self._from_snapshots(part)
-            elif not (part.kind == "segment" and in_place and self._segment(part)):
+            elif not (part.kind == "segment" and by_reference and self._segment(part)):
                 for action in part.actions:
                     self._act(*action)
 
     def journaled(self) -> None:
         """Carry out the plan step by step, from where the journal says."""
-        journal, outputs = self.kept.snapshots.journal, self.outputs
-        way = journal.turn(WayBack(0, self.cotangent, self.captured.total), outputs)
-        self.cotangent, self.captured.total = way.cotangent, way.captured
-        self.state, position = way.state, way.position
-        actions = self.plan.backward_actions[way.action :]
+        journal, outputs = self.store.snapshots.journal, self.outputs
+        point = journal.turn(BackwardPoint(0, self.cotangent, self.captured.total), outputs)
+        self.cotangent, self.captured.total = point.cotangent, point.captured
+        self.state, position = point.state, point.position
+        actions = self.plan.backward_actions[point.action :]
         self.loads = deque(a.start for a in actions if a.kind == "load")
-        for i, (kind, start, stop) in enumerate(actions, way.action):
+        for i, (kind, start, stop) in enumerate(actions, point.action):
             if kind == "load":
-                journal.backward(WayBack(i, self.cotangent, self.captured.total))
+                journal.backward(BackwardPoint(i, self.cotangent, self.captured.total))
             if kind != "advance":
                 self._act(kind, start, stop)
                 continue
             for t in range(max(start, position), stop):
                 self._act(kind, t, t + 1)
                 total = self.captured.total
-                journal.backward(WayBack(i, self.cotangent, total, t + 1, self.state))
+                journal.backward(BackwardPoint(i, self.cotangent, total, t + 1, self.state))
             position = 0
         journal.finished()
 
@@ -232,26 +232,26 @@ class _Backward:
                 self._act(stretch.kind, t, t + 1)
                 t += 1
             else:
-                _keep(self.kept, stretch.kind, block)
+                _keep(self.store, stretch.kind, block)
                 self.state, t = block.after, block.stop
 
     def _segment(self, stretch: Stretch) -> bool:
         """Take a segment's steps again, as one block, and go back through them, if that can be."""
         start, stop = stretch.start, stretch.stop
-        state = self.loop.restored(self.kept.snapshots[start])
+        state = self.loop.restored(self.store.snapshots[start])
         with not_batched():
             block = block_again(self.loop, state, start, stop, keep=True)
         if block is None or block.stop < stop:
             return False
-        self.kept.count(len(stretch.positions("save")))
+        self.store.count(len(stretch.positions("save")))
         self._pull(block, start, stop)
         if start in stretch.positions("free"):
-            del self.kept.snapshots[start]
+            del self.store.snapshots[start]
         return True
 
     def _from_snapshots(self, stretch: Stretch) -> None:
         """Go back from snapshots, through all at once that lie in one block."""
-        snapshots, freed, stop = self.kept.snapshots, stretch.positions("free"), stretch.stop
+        snapshots, freed, stop = self.store.snapshots, stretch.positions("free"), stretch.stop
         while stop > stretch.start:
             snapshot = snapshots[stop - 1]
             block = snapshot.block if isinstance(snapshot, InBlock) else None
@@ -268,12 +268,12 @@ class _Backward:
 
     def _from_graphs(self, stretch: Stretch) -> None:
         """Go back through steps, through all at once that are held in one block."""
-        graphs, stop = self.kept.graphs, stretch.stop
+        graphs, stop = self.store.graphs, stretch.stop
         while stop > stretch.start:
-            held, start = graphs.get(stop - 1), stop - 1
-            if isinstance(held, InBlock):
-                start = max(held.block.start, stretch.start)
-                self._pull(held.block, start, stop)
+            graph, start = graphs.get(stop - 1), stop - 1
+            if isinstance(graph, InBlock):
+                start = max(graph.block.start, stretch.start)
+                self._pull(graph.block, start, stop)
                 for t in range(start, stop):
                     del graphs[t]
             else:
@@ -281,25 +281,25 @@ class _Backward:
             stop = start
 
     def _pull(self, block: Block, start: int, stop: int) -> None:
-        self.cotangent, indices, found = block_vjp(
+        self.cotangent, indices, to_captured = block_vjp(
             self.loop, block, start, stop, self.cotangent, self.outputs, retain_graph=self.keep
         )
-        self.captured.add(indices, found)
+        self.captured.add(indices, to_captured)
 
     def _act(self, kind: str, start: int, stop: int) -> None:
         """Carry out one action."""
-        loop, kept = self.loop, self.kept
+        loop, store = self.loop, self.store
         if kind == "load":
-            self.state = loop.restored(kept.snapshots[start])
+            self.state = loop.restored(store.snapshots[start])
             while self.loads.popleft() != start:
                 pass  # those that a block served
             for upcoming in islice(self.loads, _AHEAD):
-                if upcoming in kept.snapshots:
-                    kept.snapshots.prefetch(upcoming)
+                if upcoming in store.snapshots:
+                    store.snapshots.prefetch(upcoming)
         elif kind == "save":
-            kept.save(start, loop.snapshot(self._working))
+            store.save(start, loop.snapshot(self._working))
         elif kind == "free":
-            del kept.snapshots[start]
+            del store.snapshots[start]
         elif kind == "vjp":
             self._vjp(start)
         elif kind == "advance":
@@ -309,18 +309,18 @@ class _Backward:
         elif kind == "record":
             with not_batched():
                 linearization, self.state = loop.recorded(self._working, start)
-            kept.record(start, linearization)
+            store.record(start, linearization)
         else:
             raise ValueError(f"a plan cannot {kind!r} on the way back")
 
     def _vjp(self, t: int) -> None:
-        loop, held = self.loop, self.kept.graphs.pop(t, None)
-        if held is None:
+        loop, linearization = self.loop, self.store.graphs.pop(t, None)
+        if linearization is None:
             with not_batched():
-                held = loop.linearize(self._working, t, values=False)
+                linearization = loop.linearize(self._working, t, values=False)
             self.state = None
-        assert isinstance(held, Linearization)
-        self.cotangent, found = loop.vjp(
-            held, t, self.cotangent, self.outputs.at(t), retain_graph=self.keep
+        assert isinstance(linearization, Linearization)
+        self.cotangent, to_captured = loop.vjp(
+            linearization, t, self.cotangent, self.outputs.at(t), retain_graph=self.keep
         )
-        self.captured.add(loop.captured.at(t), found)
+        self.captured.add(loop.captured.at(t), to_captured)

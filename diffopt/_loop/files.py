@@ -29,7 +29,7 @@ class OnDisk:
         """Make the folder, where it is missing."""
         self.where.mkdir(exist_ok=True)
 
-    def make_own(self) -> OnDisk:
+    def make_new(self) -> OnDisk:
         """A new folder in it, of a name that no other has."""
         return OnDisk(Path(tempfile.mkdtemp(prefix="diffopt-", dir=self.where)))
 
@@ -111,10 +111,10 @@ class Elsewhere:
     def make(self) -> None:
         self._system.makedirs(self._where, exist_ok=True)
 
-    def make_own(self) -> Elsewhere:
-        own = type(self)(f"{self.name}/diffopt-{uuid.uuid4().hex}")
-        own._system.makedirs(own._where, exist_ok=True)
-        return own
+    def make_new(self) -> Elsewhere:
+        new = type(self)(f"{self.name}/diffopt-{uuid.uuid4().hex}")
+        new._system.makedirs(new._where, exist_ok=True)
+        return new
 
     def path(self, name: str) -> str:
         return f"{self.name}/{name}"
@@ -142,8 +142,8 @@ class Elsewhere:
 
     def names(self) -> list[str]:
         self._system.invalidate_cache()  # of listings, which would not show new files
-        found = self._system.ls(self._where, detail=False)
-        return [str(path).rstrip("/").rpartition("/")[2] for path in found]
+        paths = self._system.ls(self._where, detail=False)
+        return [str(path).rstrip("/").rpartition("/")[2] for path in paths]
 
     def remove(self, name: str) -> None:
         with suppress(FileNotFoundError):

@@ -142,9 +142,9 @@ def meet_again(loop: Loop, passed: Passed, first: Snapshot | None, states: Snaps
                 trial.captured.note_use({"at": [], "parts": {}}, [])
             trial.first(state, t)
             noted = t + 1
-            found = trial.losses.all()
-            assert found is not None
-            _compare(loop.step.first_step + t, found[-1], losses[t])
+            loss = trial.losses.all()
+            assert loss is not None
+            _compare(loop.step.first_step + t, loss[-1], losses[t])
             used = trial.captured.met(trial.captured.at(t), loop.observer)
             new = [i for i in used if all(i not in trial.captured.at(s) for s in range(t))]
             for i, (step, value, place) in enumerate(passed.first):

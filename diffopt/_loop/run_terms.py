@@ -47,10 +47,10 @@ def terms_of(loop: Loop, plan: Plan) -> dict[str, Any]:
     return terms
 
 
-def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[str]:
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
     """What differs between the terms of a folder and those of a call."""
-    for key in (*found, *(key for key in wanted if key not in found)):
-        a, b = found.get(key, "missing"), wanted.get(key, "missing")
+    for key in (*there, *(key for key in here if key not in there)):
+        a, b = there.get(key, "missing"), here.get(key, "missing")
         if a != b:
             values = "other values" if key.startswith("start of") else f"{a} there and {b} here"
             yield f"{key}: {values}"
@@ -58,9 +58,9 @@ def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator
 
 def digest(x: Tensor) -> str:
     """A checksum of a tensor's values, shape and dtype."""
-    plain = x.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    values = x.detach().resolve_conj().resolve_neg().cpu().contiguous()
     form = f"{tuple(x.shape)} {x.dtype}"
-    return f"{checksum(bytes_of(plain), zlib.crc32(form.encode())):08x}"
+    return f"{checksum(bytes_of(values), zlib.crc32(form.encode())):08x}"
 
 
 def _said(value: Any) -> Any:

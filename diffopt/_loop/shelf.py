@@ -68,14 +68,14 @@ class Shelf:
             self._folder.make()
             if isinstance(self._folder, OnDisk):
                 self._lock = _locked(self._folder.path("lock"), self.name)
-            found = self._folder.names()
+            names = self._folder.names()
         except OSError as error:
             raise restated(
                 error,
                 f"Durable({self.name!r}) cannot hold a run, {said(error)}: pass a folder that "
                 "can be written to, or made in one that exists",
             ) from error
-        self._number = max((_number(name) for name in found), default=0)
+        self._number = max((_number(name) for name in names), default=0)
 
     def path(self, file: File) -> str:
         """The full name of a file."""
@@ -108,17 +108,17 @@ class Shelf:
         library, folder = self._safetensors, self._folder
         unreadable = OSError, KeyError, ValueError, TypeError, library.SafetensorError
         try:
-            with folder.taken(file.name) as path, library.safe_open(path, "pt", "cpu") as held:
-                about = held.metadata()["diffopt"]
-                flat = {key: held.get_tensor(key) for key in held.keys()}  # noqa: SIM118
-            found = json.loads(about)
-            flat = {key: flat[key] for key in found["form"]}
+            with folder.taken(file.name) as path, library.safe_open(path, "pt", "cpu") as content:
+                about = content.metadata()["diffopt"]
+                flat = {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118
+            about_all = json.loads(about)
+            flat = {key: flat[key] for key in about_all["form"]}
         except unreadable as error:
             raise Damaged(f"the file {self.path(file)!r} cannot be read ({error})") from error
         if _checksum(flat, about) != file.checksum:
             raise Damaged(f"the file {self.path(file)!r} does not hold what was written to it")
-        tensors = {key: _formed(flat[key], *form) for key, form in found["form"].items()}
-        return tensors, found["note"]
+        tensors = {key: _formed(flat[key], *form) for key, form in about_all["form"].items()}
+        return tensors, about_all["note"]
 
     def is_there(self, file: File) -> bool:
         """Whether there is such a file, whatever it holds."""
@@ -134,12 +134,12 @@ class Shelf:
             self._folder.put(name, lambda path: path.write_text(text))
         except OSError as error:
             raise self._full(error) from error
-        found = self._folder.names()
-        kept = _manifests(found)[:_KEPT]
-        names = {*kept, *named}
-        for older in kept[1:]:
+        present = self._folder.names()
+        manifests = _manifests(present)[:_KEPT]
+        names = {*manifests, *named}
+        for older in manifests[1:]:
             names |= set((self._body(older) or {}).get("named", ()))
-        self._remove(set(found) - names)
+        self._remove(set(present) - names)
 
     def manifests(self) -> Iterator[dict[str, Any]]:
         """Those that are whole, the newest first."""
@@ -153,11 +153,11 @@ class Shelf:
 
     def clear(self) -> None:
         """Remove every file of the run, manifests first."""
-        found = self._folder.names()
-        manifests = _manifests(found)
+        present = self._folder.names()
+        manifests = _manifests(present)
         for name in manifests:
             self._folder.remove(name)
-        self._remove(set(found).difference(manifests))
+        self._remove(set(present).difference(manifests))
 
     def close(self) -> None:
         """Let other processes use the folder."""
@@ -169,8 +169,8 @@ class Shelf:
             with self._folder.taken(name) as path:
                 head, body = path.read_text().split("\n", 1)
             if int(head, 16) == zlib.crc32(body.encode()):
-                found: dict[str, Any] = json.loads(body)
-                return found
+                manifest: dict[str, Any] = json.loads(body)
+                return manifest
         except (OSError, ValueError):
             pass  # a manifest that is not whole is passed over for the one before it
         return None
@@ -209,8 +209,8 @@ def _locked(path: str, folder: str) -> IO[str]:
 
 def _manifests(names: Iterable[str]) -> list[str]:
     """Those of the names that are manifests', the newest first."""
-    found = (n for n in names if n.startswith("manifest-") and n.endswith(".json"))
-    return sorted(found, reverse=True)
+    manifests = (n for n in names if n.startswith("manifest-") and n.endswith(".json"))
+    return sorted(manifests, reverse=True)
 
 
 def _number(name: str) -> int:
@@ -248,10 +248,10 @@ def _save(path: Path, flat: Mapping[str, Tensor], about: str) -> None:
 
 
 def _checksum(flat: Mapping[str, Tensor], about: str) -> int:
-    found = zlib.crc32(about.encode())
+    crc = zlib.crc32(about.encode())
     for key, x in flat.items():
-        found = checksum(x, zlib.crc32(key.encode(), found))
-    return found
+        crc = checksum(x, zlib.crc32(key.encode(), crc))
+    return crc
 
 
 def _safetensors() -> Any:

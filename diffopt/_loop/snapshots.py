@@ -23,10 +23,10 @@ class Snapshots(MutableMapping[int, Snapshot]):
     """Snapshots by their position in the loop. This class keeps them where the tensors are.
 
     Attributes:
-        in_place: whether a snapshot is kept as it is given, and not copied to another place.
+        by_reference: whether the state's own tensors are kept, and no copies in another place.
     """
 
-    in_place = True
+    by_reference = True
 
     def __init__(self) -> None:
         self._held: dict[int, Snapshot] = {}
@@ -76,32 +76,32 @@ class Layer(Snapshots):
 
     def __init__(self, below: Snapshots) -> None:
         self._below = below
-        self.in_place = below.in_place
-        self._own = below.another()
+        self.by_reference = below.by_reference
+        self._added = below.another()
         self._visible = set(below)
 
     def __setitem__(self, t: int, snapshot: Snapshot) -> None:
-        self._own[t] = snapshot
+        self._added[t] = snapshot
         self._visible.add(t)
 
     def __getitem__(self, t: int) -> Snapshot:
         if t not in self._visible:
             raise KeyError(t)
-        return self._own[t] if t in self._own else self._below[t]
+        return self._added[t] if t in self._added else self._below[t]
 
     def __delitem__(self, t: int) -> None:
         self._visible.remove(t)
-        if t in self._own:
-            del self._own[t]
+        if t in self._added:
+            del self._added[t]
 
     @property
     def _positions(self) -> Collection[int]:
         return self._visible
 
     def prefetch(self, t: int) -> None:
-        (self._own if t in self._own else self._below).prefetch(t)
+        (self._added if t in self._added else self._below).prefetch(t)
 
     def close(self) -> None:
         """Drop what was added; what lies below stays."""
         self._visible.clear()
-        self._own.close()
+        self._added.close()

@@ -60,7 +60,7 @@ def open_storage(storage: Storage) -> Snapshots:
 class OnHost(Snapshots):
     """Snapshots in host memory. What is there already is not copied."""
 
-    in_place = False
+    by_reference = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,10 +75,10 @@ class OnHost(Snapshots):
         self._devices[t] = {path: x.device for path, x in tensors.items()}
 
     def __getitem__(self, t: int) -> Snapshot:
-        held = super().__getitem__(t)
+        on_host = super().__getitem__(t)
         self.prefetch(t)
         tensors = self._arriving.pop(t).received()
-        return Snapshot(held.state.replace(tensors), held.generators)
+        return Snapshot(on_host.state.replace(tensors), on_host.generators)
 
     def __delitem__(self, t: int) -> None:
         super().__delitem__(t)
@@ -107,7 +107,7 @@ class InFolder(Snapshots):
         RuntimeError: a file does not hold what was written to it.
     """
 
-    in_place = False
+    by_reference = False
 
     def __init__(self, folder: Folder) -> None:
         self._folder = folder
@@ -115,21 +115,21 @@ class InFolder(Snapshots):
         self._files: dict[int, _File] = {}
         self._reading: dict[int, Future[Tensors]] = {}
         try:
-            own = folder.make_own()
+            subfolder = folder.make_new()
         except OSError as error:
             raise restated(
                 error,
                 f"storage={folder.name!r} cannot hold snapshots, {said(error)}: pass a folder "
                 'that exists and can be written to, or "cpu"',
             ) from error
-        self._own = own
+        self._subfolder = subfolder
         self._background = Background("diffopt-snapshots")
-        self._discard = weakref.finalize(self, _discard, self._background, own)
+        self._discard = weakref.finalize(self, _discard, self._background, subfolder)
 
     def __setitem__(self, t: int, snapshot: Snapshot) -> None:
         self._background.make_room()
         copy = self._copier.to_host(snapshot.state.tensors())
-        file = _File(self._own, f"{t}.state", snapshot)
+        file = _File(self._subfolder, f"{t}.state", snapshot)
         self._files[t] = file
         self._background.write(lambda: file.write(copy))
 
@@ -147,7 +147,7 @@ class InFolder(Snapshots):
     def __delitem__(self, t: int) -> None:
         self._reading.pop(t, None)
         name = self._files.pop(t).name
-        self._background.read(lambda: self._own.remove(name))
+        self._background.read(lambda: self._subfolder.remove(name))
 
     @property
     def _positions(self) -> Collection[int]:
@@ -198,12 +198,12 @@ class _File:
     def write(self, copy: Copy) -> None:
         """Write the tensors, once they have arrived in host memory."""
         copy.synchronize()
-        found = 0
+        crc = 0
         try:
             with self._folder.open(self.name, "xb") as file:
                 for x in copy.tensors.values():
                     rest = memory_of(x)
-                    found = checksum(bytes_of(x), found)
+                    crc = checksum(bytes_of(x), crc)
                     while rest:
                         count = file.write(rest)
                         rest = rest[len(rest) if count is None else count :]
@@ -214,7 +214,7 @@ class _File:
                 f"{self._path!r}, {said(error)}: make room there, pass another folder as "
                 "storage, or keep fewer snapshots",
             ) from error
-        self._checksum = found
+        self._checksum = crc
 
     def read(self) -> Tensors:
         """The tensors, in host memory."""
@@ -223,7 +223,7 @@ class _File:
             p: torch.empty_like(x, device="cpu", pin_memory=pinned[p])
             for p, x in self.form.tensors().items()
         }
-        found = 0
+        crc = 0
         try:
             with self._folder.open(self.name, "rb") as file:
                 size = file.seek(0, os.SEEK_END)
@@ -234,14 +234,14 @@ class _File:
                     rest = memory_of(x)
                     while rest and (count := file.readinto(rest)):
                         rest = rest[count:]
-                    found = checksum(bytes_of(x), found)
+                    crc = checksum(bytes_of(x), crc)
         except OSError as error:
             raise restated(
                 error,
                 f"the snapshot file {self._path!r} cannot be read, {said(error)}: leave "
                 "the files alone until the backward pass is over",
             ) from error
-        if found != self._checksum:
+        if crc != self._checksum:
             raise self._altered("does not hold what was written to it")
         return tensors
 

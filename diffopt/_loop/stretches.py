@@ -57,18 +57,18 @@ class Stretch:
 def stretches(actions: Sequence[Action]) -> list[Stretch | Action]:
     """The actions, with stretches in the place of those that form one."""
     text = "".join(map(_letter, [Action("free", -1, -1), *actions], actions))
-    found: list[Stretch | Action] = []
+    parts: list[Stretch | Action] = []
     at = 0
     while at < len(actions):
         kind, end = _longest(text, at)
         if kind is None:
-            found.append(actions[at])
+            parts.append(actions[at])
         else:
-            part = tuple(actions[at:end])
-            start, stop = min(a.start for a in part), max(a.stop for a in part)
-            found.append(Stretch(kind, start, stop, part))
+            group = tuple(actions[at:end])
+            start, stop = min(a.start for a in group), max(a.stop for a in group)
+            parts.append(Stretch(kind, start, stop, group))
         at = end
-    return found
+    return parts
 
 
 def _letter(before: Action, action: Action) -> str:
@@ -90,8 +90,8 @@ def _longest(text: str, at: int) -> tuple[StretchKind | None, int]:
 
 def of_plan(plan: Plan) -> tuple[list[Stretch | Action], list[Stretch | Action]]:
     """The stretches of a plan's forward pass, and those of its backward pass."""
-    known = vars(plan)  # where its other derived values are kept, too
-    if "stretches" not in known:
-        known["stretches"] = stretches(plan.forward_actions), stretches(plan.backward_actions)
-    found: tuple[list[Stretch | Action], list[Stretch | Action]] = known["stretches"]
-    return found
+    values = vars(plan)  # where its other derived values are kept, too
+    if "stretches" not in values:
+        values["stretches"] = stretches(plan.forward_actions), stretches(plan.backward_actions)
+    both: tuple[list[Stretch | Action], list[Stretch | Action]] = values["stretches"]
+    return both

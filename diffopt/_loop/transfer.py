@@ -30,8 +30,8 @@ class Copier:
             else:
                 x = x.cpu()
                 form = torch.empty_like(x, device="meta")
-                plain = x.stride() == form.stride() and not x.is_conj() and not x.is_neg()
-                copy.tensors[path] = x if plain else torch.empty_like(x).copy_(x)
+                is_dense = x.stride() == form.stride() and not x.is_conj() and not x.is_neg()
+                copy.tensors[path] = x if is_dense else torch.empty_like(x).copy_(x)
         copy.mark()
         return copy
 

@@ -50,9 +50,9 @@ class Ledger:
 
 
 def _digests(state: State, loss: Tensor) -> dict[Path, int]:
-    found = {("loss",): digest(loss), **{p: digest(x) for p, x in state.tensors().items()}}
-    numbers = torch.stack([x.cpu() for x in found.values()]).tolist()
-    return dict(zip(found, numbers, strict=True))
+    digests = {("loss",): digest(loss), **{p: digest(x) for p, x in state.tensors().items()}}
+    numbers = torch.stack([x.cpu() for x in digests.values()]).tolist()
+    return dict(zip(digests, numbers, strict=True))
 
 
 def digest(x: Tensor) -> Tensor:

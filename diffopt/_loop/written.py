@@ -42,8 +42,8 @@ def tree_of(tensors: Mapping[str, Tensor], note: Any) -> Any:
     if "dict" in note:
         return {tree_of(tensors, key): tree_of(tensors, value) for key, value in note["dict"]}
     ((kind, items),) = note.items()
-    found = [tree_of(tensors, item) for item in items]
-    return tuple(found) if kind == "tuple" else found
+    children = [tree_of(tensors, item) for item in items]
+    return tuple(children) if kind == "tuple" else children
 
 
 def foreign(tree: Any) -> str | None:

@@ -76,8 +76,8 @@ class ModuleSlots:
         self._empty = {
             _joined(name, key): (table, key)
             for name, table in self._tables
-            for key, held in table.items()
-            if held is None
+            for key, x in table.items()
+            if x is None
         }
         self._deleted: set[str] = set()  # buffers whose absence is that of their entry
         for name in carried:
@@ -107,10 +107,10 @@ class ModuleSlots:
 
     def load(self, params: Values, buffers: Values) -> None:
         """Stand the values in their places. Only inside ``unchanged()``."""
-        present = params if self.shards is None else self.shards.standing(params)
+        standing = params if self.shards is None else self.shards.standing(params)
         for name, slots in self._params:
             for table, key in slots:
-                table[key] = present[name]
+                table[key] = standing[name]
         for name, x, slots in self._others:
             for table, key in slots:
                 table[key] = params.get(name, x)
@@ -154,16 +154,16 @@ class ModuleSlots:
         filled = [n for n, (table, key) in self._empty.items() if table.get(key) is not None]
         if filled or sum(len(table) for _, table in self._tables) != self._entries:
             self._find_late()
-        found = {}
+        buffers = {}
         for name, slots in self._buffers.items():
             table, key = slots[0]
             x = table.get(key)
             if x is not None:
                 if x is not self._moving.get(name):  # which moves from a later step on
-                    found[name] = x
+                    buffers[name] = x
             elif key not in table and name not in self._deleted:
                 self._deleted.add(name)
-        return found
+        return buffers
 
     def move(self, name: str, x: Tensor, step: int) -> None:
         """Step ``step`` changes the constant ``name``: ``x`` takes its place, as state.
@@ -262,9 +262,9 @@ def places_in(modules: list[nn.Module]) -> dict[int, list[Slot]]:
         if isinstance(module, torch.jit.ScriptModule):
             continue
         for table in (module.__dict__["_parameters"], module.__dict__["_buffers"]):
-            for key, held in table.items():
-                if held is not None:
-                    places.setdefault(id(held), []).append((table, key))
+            for key, x in table.items():
+                if x is not None:
+                    places.setdefault(id(x), []).append((table, key))
     return places
 
 
@@ -280,21 +280,21 @@ def _alone(module: nn.Module) -> Iterator[None]:
     Raises:
         RuntimeError: one has.
     """
-    own = threading.get_ident()
+    this_thread = threading.get_ident()
     with _LOCK:
-        thread, depth = _HOLDERS.get(module, (own, 0))
-        if thread != own and depth:
+        thread, depth = _HOLDERS.get(module, (this_thread, 0))
+        if thread != this_thread and depth:
             raise RuntimeError(
                 f"another thread is just unrolling this {type(module).__name__}, and a module can "
                 "hold the weights of one unroll at a time: give each thread a copy of its own "
                 "(copy.deepcopy(model)), or let the threads take turns with a threading.Lock"
             )
-        _HOLDERS[module] = own, depth + 1
+        _HOLDERS[module] = this_thread, depth + 1
     try:
         yield
     finally:
         with _LOCK:
-            _HOLDERS[module] = own, depth
+            _HOLDERS[module] = this_thread, depth
 
 
 #: The tables that every module has: parameters, buffers, submodules and the many kinds of hooks.
@@ -305,13 +305,13 @@ Contents = list[tuple[dict[str, Any], dict[str, Any]]]
 
 def _contents(modules: list[nn.Module]) -> Contents:
     """Each dict that holds part of a module, with a shallow copy of it."""
-    held = []
+    tables = []
     for module in modules:
         if isinstance(module, torch.jit.ScriptModule):
             continue  # has no parameters and buffers, or was refused
-        held.append(module.__dict__)
-        held += [table for key in _TABLES if (table := module.__dict__.get(key)) is not None]
-    return [(table, dict(table)) for table in held]
+        tables.append(module.__dict__)
+        tables += [table for key in _TABLES if (table := module.__dict__.get(key)) is not None]
+    return [(table, dict(table)) for table in tables]
 
 
 def _put_back(contents: Contents) -> None:

@@ -69,8 +69,8 @@ def check_graphs(opt: Optimizer) -> None:
 
 def _example(cls: type) -> str:
     """A call that makes an object of a class of this package."""
-    given = [p for p in inspect.signature(cls).parameters.values() if p.default is p.empty]
-    return f"diffopt.{cls.__name__}({', '.join(f'{p.name}=...' for p in given)})"
+    required = [p for p in inspect.signature(cls).parameters.values() if p.default is p.empty]
+    return f"diffopt.{cls.__name__}({', '.join(f'{p.name}=...' for p in required)})"
 
 
 def check_options(

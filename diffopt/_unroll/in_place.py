@@ -172,8 +172,8 @@ _classes: MutableMapping[type, type[Part]] = weakref.WeakKeyDictionary()
 def _part(fast: Unrolled, module: nn.Module) -> Part:
     kind = type(module)
     if kind not in _classes:
-        own = {name: contained(name) for name in _CONTAINER if hasattr(kind, name)}
-        _classes[kind] = type(kind.__name__, (Part,), {"__slots__": (), **own})
+        methods = {name: contained(name) for name in _CONTAINER if hasattr(kind, name)}
+        _classes[kind] = type(kind.__name__, (Part,), {"__slots__": (), **methods})
     return _classes[kind](fast, module)
 
 
@@ -194,12 +194,12 @@ def _attribute(fast: Unrolled, module: nn.Module, name: str) -> Any:
     if isinstance(static, types.FunctionType) and name not in vars(module):
         return _deferred(fast, getattr(module, name), mapped=name not in _READS)
     if module._parameters.get(name) is not None:
-        for full, x in _own(fast).items():
+        for full, x in _originals(fast).items():
             if module._parameters[name] is x:
                 return fast.params[full]
     _refuse_stale(fast, module, name)
-    held = name in module._parameters or name in module._buffers
-    return _evaluate(fast, lambda: getattr(module, name), (), {}, mapped=not held)
+    is_tensor = name in module._parameters or name in module._buffers
+    return _evaluate(fast, lambda: getattr(module, name), (), {}, mapped=not is_tensor)
 
 
 def _parameter(fast: Unrolled, module: nn.Module, target: str) -> Any:
@@ -210,15 +210,15 @@ def _parameter(fast: Unrolled, module: nn.Module, target: str) -> Any:
 
 def _refuse_stale(fast: Unrolled, module: nn.Module, name: str) -> None:
     """Refuse a tensor attribute that was computed from parameters before they were trained."""
-    held = vars(module).get(name)
-    if held is None or isinstance(held, (bool, int, float, str)):
+    value = vars(module).get(name)
+    if value is None or isinstance(value, (bool, int, float, str)):
         return
-    own = _own(fast).values()
-    memory = {_address(x) for x in own if x.device.type != "meta"}
+    originals = _originals(fast).values()
+    memory = {_address(x) for x in originals if x.device.type != "meta"}
     hooks = [getattr(hook, "name", None) for hook in module._forward_pre_hooks.values()]
-    for x in tensors_in(held):
-        shared = not any(x is y for y in own) and _address(x) in memory
-        if shared or (name in hooks and isinstance(held, Tensor)):
+    for x in tensors_in(value):
+        shared = not any(x is y for y in originals) and _address(x) in memory
+        if shared or (name in hooks and isinstance(value, Tensor)):
             raise AttributeError(
                 f"{name!r} of the {type(module).__name__} was computed from a parameter before the "
                 "unroll, and does not follow it: compute it from the parameter where it is used, "
@@ -239,8 +239,8 @@ def _evaluate(
         value = function(*args, **kwargs)
         lazy = isinstance(value, Iterator)  # it would go on when the values are gone
         assert fast._slots.loaded is not None
-        present, _ = fast._slots.loaded
-        standing = {id(x): present[name] for name, x in _own(fast).items()}
+        params, _ = fast._slots.loaded
+        standing = {id(x): params[name] for name, x in _originals(fast).items()}
         if isinstance(value, (Iterator, KeysView, ValuesView, ItemsView)):
             value = list(value)
         return lazy, _replaced(value, lambda x: standing.get(id(x), x))
@@ -251,7 +251,7 @@ def _evaluate(
     return iter(shown) if lazy else shown
 
 
-def _own(fast: Unrolled) -> dict[str, Tensor]:
+def _originals(fast: Unrolled) -> dict[str, Tensor]:
     """The tensors that the module holds itself for the names that have other values here."""
     return {**fast._slots.inner, **fast._slots.constants}
 
@@ -307,5 +307,5 @@ def _shown(fast: Unrolled, value: Any) -> Any:
 
 def _holds_model(fast: Unrolled, value: Any) -> bool:
     """Whether a module or a trained parameter of the model is behind ``value``."""
-    wanted = {id(x) for x in (*fast._slots.modules, *_own(fast).values())}
+    wanted = {id(x) for x in (*fast._slots.modules, *_originals(fast).values())}
     return reaches([value], wanted, APART)

@@ -109,14 +109,14 @@ def inner_problem(model: Any, opt: Any, tasks: int | None) -> InnerProblem:
     """The inner problem that the arguments of ``unroll`` state."""
     several = opt if isinstance(opt, (list, tuple)) else [opt]
     for kinds, make in _ADAPTERS:
-        if any(isinstance(given, kinds) for given in (model, *several)):
+        if any(isinstance(argument, kinds) for argument in (model, *several)):
             return make(model, opt, tasks)
-    for what, given in (("model", model), *(("opt", each) for each in several)):
-        for base in type(given).__mro__:
+    for what, argument in (("model", model), *(("opt", each) for each in several)):
+        for base in type(argument).__mro__:
             package = base.__module__.partition(".")[0]
             if package in _ADAPTED_BY:
                 raise TypeError(
-                    f"{what} is a {type(given).__name__} of {package}, which diffopt knows only "
+                    f"{what} is a {type(argument).__name__} of {package}, which diffopt knows only "
                     f"after `import {_ADAPTED_BY[package]}`"
                 )
     _check_model(model)
@@ -153,8 +153,8 @@ def _names_by_group(names: Mapping[Tensor, str], opt: torch.optim.Optimizer) -> 
     for i, group in enumerate(opt.param_groups):
         for j, x in enumerate(group["params"]):
             if x not in names:
-                given = group.get("param_names", ())
-                which = repr(given[j]) if len(given) > j else f"{j} of param group {i}"
+                param_names = group.get("param_names", ())
+                which = repr(param_names[j]) if len(param_names) > j else f"{j} of param group {i}"
                 raise ValueError(
                     f"the optimizer's parameter {which}, of shape {tuple(x.shape)}, is not one of "
                     "the model's: build the optimizer over parameters of the model that is "

@@ -115,13 +115,13 @@ def _split(rule: Optimizer, groups: Any, over: Mapping[str, Processes | None]) -
             part = {**group, "params": [group["params"][i] for i in chosen]}
             if "param_names" in group:
                 part["param_names"] = [group["param_names"][i] for i in chosen]
-            own = [names[i] for i in chosen]
+            of_part = [names[i] for i in chosen]
             if holders is not None:
-                _check_rule(rule, own[0])
+                _check_rule(rule, of_part[0])
                 for key in rule.defaults:
                     part[key] = _spread(part[key], holders, f"{type(rule).__name__}: {key}")
             split.append(part)
-            named.append(own)
+            named.append(of_part)
         if not names:
             split.append(dict(group))
             named.append([])

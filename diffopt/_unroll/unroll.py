@@ -289,10 +289,10 @@ def unroll(
     if shards is not None:
         final = shards.state_of_wholes(final)
     chosen = {*chain.from_iterable(problem.groups), *slots.constants}
-    given = {name: x for name, x in problem.params.items() if name in chosen}
+    params = {name: x for name, x in problem.params.items() if name in chosen}
     if tasks is not None:
         losses = losses.T if count else losses.new_zeros(tasks, 0)
-    result = Unrolled(slots, final, given, losses, aux, first_step + count, tasks)
+    result = Unrolled(slots, final, params, losses, aux, first_step + count, tasks)
     problem.deliver(result)
     return result
 

@@ -64,7 +64,7 @@ class Unrolled(InPlace):
         self,
         slots: ModuleSlots,
         state: State,
-        given: Mapping[str, Tensor],
+        params: Mapping[str, Tensor],
         losses: Tensor,
         aux: list[Any],
         step: int,
@@ -73,7 +73,7 @@ class Unrolled(InPlace):
         self._slots = slots
         self._inner = [*state.params, *slots.constants]  # trained, here or by one that led here
         self._flags: list[bool] | None = None
-        self.params: dict[str, Tensor] = {**given, **state.params}  # in the model's order
+        self.params: dict[str, Tensor] = {**params, **state.params}  # in the model's order
         self.buffers: dict[str, Tensor] = dict(state.buffers)
         self.opt_state: dict[str, dict[str, Tensor]] = {
             name: dict(entries) for name, entries in state.opt.items()
@@ -137,9 +137,9 @@ class Unrolled(InPlace):
         slots = self._slots
         inner = {name: self.params[name] for name in self._inner}
 
-        def on_model(params: Values, buffers: Values, given: Any) -> R:
+        def on_model(params: Values, buffers: Values, arguments: Any) -> R:
             slots.load(params, buffers)
-            own_args, own_kwargs = given
+            own_args, own_kwargs = arguments
             return fn(slots.model, *own_args, **own_kwargs)
 
         with self._standing():

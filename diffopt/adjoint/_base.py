@@ -16,11 +16,11 @@ from typing import Any
 from torch import Tensor
 
 from diffopt._loop.executor import run_backward, run_forward
-from diffopt._loop.kept import Kept
 from diffopt._loop.loop import Loop
 from diffopt._loop.replay import differentiable_backward
 from diffopt._loop.snapshots import Snapshots
 from diffopt._loop.storage import Storage, check_storage, open_storage
+from diffopt._loop.store import Store
 from diffopt._values.outputs import OutputCotangents
 from diffopt._values.state import Cotangent, State
 from diffopt._values.tree import Path
@@ -88,12 +88,12 @@ class Checkpoints:
     Attributes:
         plan: what both passes do.
         generators: the generators' states before the first step.
-        kept: snapshots and graphs.
+        store: snapshots and graphs.
     """
 
     plan: Plan
     generators: tuple[Tensor, ...]
-    kept: Kept
+    store: Store
 
 
 @dataclass(frozen=True)
@@ -119,8 +119,8 @@ class Checkpointed(Adjoint):
     def forward(self, loop: Loop) -> tuple[State, Any]:
         plan = self.plan_for(loop)
         generators = loop.generators.get()
-        state, kept = run_forward(loop, plan, self.new_snapshots())
-        return state, Checkpoints(plan, generators, kept)
+        state, store = run_forward(loop, plan, self.new_snapshots())
+        return state, Checkpoints(plan, generators, store)
 
     def backward(
         self,
@@ -131,7 +131,7 @@ class Checkpointed(Adjoint):
         *,
         keep: bool,
     ) -> tuple[Cotangent, list[Tensor | None]]:
-        return run_backward(loop, kept.plan, kept.kept, cotangent, outputs, keep=keep)
+        return run_backward(loop, kept.plan, kept.store, cotangent, outputs, keep=keep)
 
     def differentiable_backward(
         self,

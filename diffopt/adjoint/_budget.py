@@ -16,9 +16,9 @@ from torch import nn
 from diffopt import schedule
 from diffopt._loop.executor import run_forward
 from diffopt._loop.free import free_bytes
-from diffopt._loop.kept import Begun
 from diffopt._loop.loop import Loop
 from diffopt._loop.measure import StepBytes, differentiate_first_step, take_first_step
+from diffopt._loop.store import Begun
 from diffopt._model.shards import Shards
 from diffopt._step.group import Group
 from diffopt._step.message import MOST
@@ -151,8 +151,8 @@ class MemoryBudget(Checkpointed):
         else:
             begun, measured = (None, self.step) if self.step is not None else self._seen(loop)
             plan = self._fitting(loop.steps, measured)
-        state, kept = run_forward(loop, plan, self.new_snapshots(), begun)
-        return state, Checkpoints(plan, generators, kept)
+        state, store = run_forward(loop, plan, self.new_snapshots(), begun)
+        return state, Checkpoints(plan, generators, store)
 
     def _agreed(self, loop: Loop, together: Sequence[Group | Shards]) -> tuple[Begun, Plan]:
         """The plan for the most that a step takes on any process, and the least that is free.

@@ -13,10 +13,10 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_
 
 from diffopt import schedule
 from diffopt._loop.executor import run_backward
-from diffopt._loop.kept import Kept
 from diffopt._loop.loop import Loop
 from diffopt._loop.replay import differentiable_backward
 from diffopt._loop.snapshots import Snapshots
+from diffopt._loop.store import Store
 from diffopt._loop.way_back import clip_norm
 from diffopt._step.linearization import Linearization
 from diffopt._torch.batched import not_batched
@@ -58,17 +58,17 @@ class FirstOrder(Adjoint):
         loop = loop.first_order()
         plan = self.plan(loop.steps)
         wanted = set(_saves(plan))
-        kept = Kept(Snapshots())
+        store = Store(Snapshots())
         chain = _Chain(loop)
         generators, state = loop.generators.get(), loop.start
         for t in range(loop.steps):
             if t == 0 or (t in wanted and not chain.suffices):
-                kept.save(t, loop.snapshot(state))
+                store.save(t, loop.snapshot(state))
             linearization, state = loop.first_recorded(state, t)
             chain.extend(linearization, t)
             del linearization
         chain.finish()
-        return state, _Checkpoints(plan, generators, kept, loop, chain)
+        return state, _Checkpoints(plan, generators, store, loop, chain)
 
     def backward(
         self,
@@ -83,7 +83,7 @@ class FirstOrder(Adjoint):
             return kept.chain.vjp(cotangent, keep), [None] * len(kept.loop.captured.tensors)
         with not_batched():
             _complete(kept)
-        return run_backward(kept.loop, kept.plan, kept.kept, cotangent, outputs, keep=keep)
+        return run_backward(kept.loop, kept.plan, kept.store, cotangent, outputs, keep=keep)
 
     def differentiable_backward(
         self,
@@ -114,15 +114,15 @@ class _Checkpoints(Checkpoints):
 
 def _complete(first: _Checkpoints) -> None:
     """Save the states that the plan saves in the first pass and that were not."""
-    loop, kept = first.loop, first.kept
-    missing = [t for t in _saves(first.plan) if t not in kept.snapshots]
+    loop, store = first.loop, first.store
+    missing = [t for t in _saves(first.plan) if t not in store.snapshots]
     if not missing:
         return
-    state = loop.restored(kept.snapshots[0])
+    state = loop.restored(store.snapshots[0])
     for t in range(missing[-1]):
         state = loop.again(state, t)
         if t + 1 in missing:
-            kept.save(t + 1, loop.snapshot(state))
+            store.save(t + 1, loop.snapshot(state))
 
 
 class _Chain:

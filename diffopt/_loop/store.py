@@ -11,7 +11,7 @@ from diffopt._values.state import State
 
 
 @dataclass
-class Kept:
+class Store:
     """What the forward pass leaves for the backward pass.
 
     Attributes:
