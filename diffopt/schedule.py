@@ -472,7 +472,7 @@ def _revolve(length: int, free: int, block: int) -> tuple[list[Action], int]:
 
 
 def _blocks(steps: int, free: int, block: int) -> list[Action]:
-    """Record the last k = ``block`` steps in the forward pass, and ``_revolve`` those before.
+    """Record the last k = ``block`` steps in the forward pass, and ``_revolve`` the steps before.
 
     When ``_revolve`` first comes to a stretch that it reverses at once, it holds at most s + 1
     snapshots. Here the start of that stretch is saved besides and the forward pass goes on, to

@@ -16,7 +16,7 @@ from diffopt._step.message import MOST
 
 @dataclass(frozen=True)
 class Entry:
-    """An entry of the journal, of which everything that is needed at once has been read, as trees.
+    """An entry of the journal, with the trees that it names.
 
     Attributes:
         note: the entry as it was written.
@@ -40,7 +40,7 @@ class Entry:
 
 
 def newest(shelf: Shelf, terms: Mapping[str, Any], group: Group | None) -> Entry | None:
-    """The newest entry that is whole, also on the other processes of a group; None to begin anew.
+    """Find the newest entry that all processes of a group have whole; None to begin anew.
 
     Raises:
         ValueError: the entries are of another run than ``terms`` say.
@@ -70,7 +70,7 @@ def newest(shelf: Shelf, terms: Mapping[str, Any], group: Group | None) -> Entry
 
 
 def _whole(shelf: Shelf, terms: Mapping[str, Any], damage: list[str]) -> Iterator[Entry]:
-    """The entries that are whole, the newest first; what is the matter with others."""
+    """The whole entries, the newest first; what is wrong with the others goes to ``damage``."""
     for note in shelf.manifests():
         different = list(differences(note["run"], terms))
         if different:
@@ -114,10 +114,10 @@ def _read(shelf: Shelf, note: Mapping[str, Any]) -> Entry:
 
 
 def name_of(file: File | None) -> list[Any] | None:
-    """A file as it is named in an entry."""
+    """How an entry names a file."""
     return None if file is None else [file.name, file.checksum]
 
 
 def file_of(named: Sequence[Any] | None) -> File | None:
-    """The file that is named so."""
+    """The file of such a name."""
     return None if named is None else File(*named)

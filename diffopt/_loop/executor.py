@@ -72,7 +72,7 @@ def _forward(loop: Loop, plan: Plan, store: Store, begun: Begun | None) -> State
         if kind == "free":
             del store.snapshots[start]
         elif kind == "save" and isinstance(part, Action):
-            store.save(start, loop.snapshot(state) if taken is None else taken.start)
+            store.snapshots[start] = loop.snapshot(state) if taken is None else taken.start
             journal.forward(ForwardPoint(i + 1, start, state))
         elif kind == "advance" and journal.keeps:
             for t in range(max(start, point.position), stop):
@@ -89,13 +89,13 @@ def _forward(loop: Loop, plan: Plan, store: Store, begun: Begun | None) -> State
 def _first_steps(
     loop: Loop, store: Store, state: State, kind: str, t: int, stop: int, begun: Begun | None
 ) -> State:
-    """Take steps for the first time, and save or record each if that is what ``kind`` says."""
+    """Take steps for the first time; ``kind`` says whether to save or record each."""
     if begun is not None and (kind != "record" or begun.graph is not None):
         if kind == "save":
-            store.save(0, begun.start)
+            store.snapshots[0] = begun.start
         elif kind == "record":
             assert begun.graph is not None
-            store.record(0, begun.graph)
+            store.graphs[0] = begun.graph
         state, begun.graph = begun.after, None
         t += 1
     at_once = not store.snapshots.journal.keeps and (kind != "save" or store.snapshots.by_reference)
@@ -105,10 +105,9 @@ def _first_steps(
             state, t = block.after, block.stop
             continue
         if kind == "save":
-            store.save(t, loop.snapshot(state))
+            store.snapshots[t] = loop.snapshot(state)
         if kind == "record":
-            recorded, state = loop.first_recorded(state, t)
-            store.record(t, recorded)
+            store.graphs[t], state = loop.first_recorded(state, t)
         else:
             state = loop.first(state, t)
         t += 1
@@ -119,9 +118,9 @@ def _keep(store: Store, kind: str, block: Block) -> None:
     """Hold what a stretch is to leave of the steps of a block."""
     for t in range(block.start, block.stop):
         if kind == "save":
-            store.save(t, InBlock(block, t))
+            store.snapshots[t] = InBlock(block, t)
         elif kind == "record":
-            store.record(t, InBlock(block, t))
+            store.graphs[t] = InBlock(block, t)
 
 
 def run_backward(
@@ -223,7 +222,7 @@ class _Backward:
         return self.state
 
     def _again(self, stretch: Stretch) -> None:
-        """Take steps again, and record them if that is what the stretch says."""
+        """Take steps again, and record them where the stretch says ``record``."""
         t, record = stretch.start, stretch.kind == "record"
         while t < stretch.stop:
             with not_batched():
@@ -236,29 +235,28 @@ class _Backward:
                 self.state, t = block.after, block.stop
 
     def _segment(self, stretch: Stretch) -> bool:
-        """Take a segment's steps again, as one block, and go back through them, if that can be."""
+        """Take a segment's steps again as one block, and go back through it, if a block serves."""
         start, stop = stretch.start, stretch.stop
         state = self.loop.restored(self.store.snapshots[start])
         with not_batched():
             block = block_again(self.loop, state, start, stop, keep=True)
         if block is None or block.stop < stop:
             return False
-        self.store.count(len(stretch.positions("save")))
         self._pull(block, start, stop)
-        if start in stretch.positions("free"):
+        if start in stretch.freed:
             del self.store.snapshots[start]
         return True
 
     def _from_snapshots(self, stretch: Stretch) -> None:
         """Go back from snapshots, through all at once that lie in one block."""
-        snapshots, freed, stop = self.store.snapshots, stretch.positions("free"), stretch.stop
+        snapshots, stop = self.store.snapshots, stretch.stop
         while stop > stretch.start:
             snapshot = snapshots[stop - 1]
             block = snapshot.block if isinstance(snapshot, InBlock) else None
             start = stop - 1 if block is None else max(block.start, stretch.start)
             if block is None:
                 self._act("load", start, start)
-            for t in freed.intersection(range(start, stop)):
+            for t in stretch.freed.intersection(range(start, stop)):
                 del snapshots[t]
             if block is None:
                 self._act("vjp", start, stop)
@@ -297,7 +295,7 @@ class _Backward:
                 if upcoming in store.snapshots:
                     store.snapshots.prefetch(upcoming)
         elif kind == "save":
-            store.save(start, loop.snapshot(self._working))
+            store.snapshots[start] = loop.snapshot(self._working)
         elif kind == "free":
             del store.snapshots[start]
         elif kind == "vjp":
@@ -308,8 +306,7 @@ class _Backward:
                     self.state = loop.again(self._working, t)
         elif kind == "record":
             with not_batched():
-                linearization, self.state = loop.recorded(self._working, start)
-            store.record(start, linearization)
+                store.graphs[start], self.state = loop.recorded(self._working, start)
         else:
             raise ValueError(f"a plan cannot {kind!r} on the way back")
 

@@ -56,9 +56,9 @@ class Extras:
         return {i: torch.ones_like(flat[i]) for t, i in self._keys if t == last}
 
     def take(self) -> tuple[list[Any], dict[AuxKey, Tensor]]:
-        """The extras of all steps, and the tensors of them that derivatives flow to.
+        """Hand out the extras of all steps, and the tensors among them that derivatives flow to.
 
-        Nothing is left here: they become part of a graph whose node holds the loop.
+        Nothing is left here: the extras become part of a graph whose node holds the loop.
         """
         trees, keys = self._trees, self._keys
         self._trees, self._keys = [], []

@@ -181,7 +181,7 @@ def folder_of(folder: str | os.PathLike[str]) -> Folder:
 
 
 def said(error: OSError) -> str:
-    """What a failure of files says of its cause; those of fsspec have no number."""
+    """The cause of a failure of files; failures of fsspec have no number."""
     return error.strerror or str(error) or type(error).__name__
 
 

@@ -46,7 +46,7 @@ class Losses:
         self._count += len(losses)
 
     def all(self) -> Tensor | None:
-        """Those so far, shape (T,), or (T, N) for tasks; None without any."""
+        """The losses so far, shape (T,), or (T, N) for tasks; None without any."""
         if self._numbers is not None:
             return torch.frombuffer(self._numbers, dtype=torch.float64).to(self._dtype, copy=True)
         return None if self._all is None else self._all[: self._count].detach()

@@ -181,7 +181,7 @@ class Meter(TorchDispatchMode):
         self._peak = self.held
 
     def bytes_of(self, tensors: Iterable[Tensor]) -> int:
-        """The bytes among those held that belong to ``tensors``."""
+        """The bytes that ``tensors`` have of those alive now."""
         keys = {x.untyped_storage()._cdata for x in tensors}
         return sum(self._alive[key][0] for key in keys if key in self._alive)
 

@@ -47,7 +47,7 @@ class Passed:
     digests: dict[int, dict[Path, int]] = field(default_factory=dict)
 
     def record(self, loop: Loop, stop: int) -> dict[str, Any]:
-        """Take note of the steps up to ``stop``. Gives what is to be written of them, as a tree.
+        """Note the steps up to ``stop``, and give a tree to be written of what they used and gave.
 
         Raises:
             NotImplementedError: a step gave extras that cannot be written.
@@ -84,7 +84,7 @@ class Passed:
         return passed
 
     def deliver(self, loop: Loop, captured: Sequence[int]) -> None:
-        """Put ``loop`` where it was after these steps.
+        """Note these steps in ``loop``, as if it had taken them.
 
         Args:
             captured: the index that each captured tensor has in ``loop``.

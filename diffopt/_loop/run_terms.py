@@ -48,7 +48,7 @@ def terms_of(loop: Loop, plan: Plan) -> dict[str, Any]:
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
-    """What differs between the terms of a folder and those of a call."""
+    """Say what differs between the terms of a folder and the terms of a call."""
     for key in (*there, *(key for key in here if key not in there)):
         a, b = there.get(key, "missing"), here.get(key, "missing")
         if a != b:

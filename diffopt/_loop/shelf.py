@@ -121,7 +121,7 @@ class Shelf:
         return tensors, about_all["note"]
 
     def is_there(self, file: File) -> bool:
-        """Whether there is such a file, whatever it holds."""
+        """Whether the file exists, whatever it holds."""
         return self._folder.has(file.name)
 
     def publish(self, manifest: Mapping[str, Any], named: set[str]) -> None:
@@ -142,13 +142,13 @@ class Shelf:
         self._remove(set(present) - names)
 
     def manifests(self) -> Iterator[dict[str, Any]]:
-        """Those that are whole, the newest first."""
+        """The whole manifests, the newest first."""
         for name in _manifests(self._folder.names()):
             if (body := self._body(name)) is not None:
                 yield body
 
     def has_manifests(self) -> bool:
-        """Whether there is one at all, whole or not."""
+        """Whether there is a manifest, whole or not."""
         return bool(_manifests(self._folder.names()))
 
     def clear(self) -> None:
@@ -176,7 +176,7 @@ class Shelf:
         return None
 
     def _remove(self, names: Iterable[str]) -> None:
-        """Remove those of the files that this module named."""
+        """Remove files, except those that this module did not name."""
         for name in names:
             if _number(name):
                 self._folder.remove(name)
@@ -208,7 +208,7 @@ def _locked(path: str, folder: str) -> IO[str]:
 
 
 def _manifests(names: Iterable[str]) -> list[str]:
-    """Those of the names that are manifests', the newest first."""
+    """The names of manifests among ``names``, the newest first."""
     manifests = (n for n in names if n.startswith("manifest-") and n.endswith(".json"))
     return sorted(manifests, reverse=True)
 

@@ -17,26 +17,10 @@ class Store:
     Attributes:
         snapshots: by position in the loop.
         graphs: steps recorded with their graph, or within a block, by position.
-        peak_states, peak_graphs: the most of either held at once, so far. As in a plan, the start
-            counts, which the loop holds.
     """
 
     snapshots: Snapshots
     graphs: dict[int, Linearization | InBlock] = field(default_factory=dict)
-    peak_states: int = 1
-    peak_graphs: int = 0
-
-    def save(self, t: int, snapshot: Snapshot) -> None:
-        self.snapshots[t] = snapshot
-        self.peak_states = max(self.peak_states, len(self.snapshots))
-
-    def count(self, more: int) -> None:
-        """Count states that are held besides the snapshots."""
-        self.peak_states = max(self.peak_states, len(self.snapshots) + more)
-
-    def record(self, t: int, linearization: Linearization | InBlock) -> None:
-        self.graphs[t] = linearization
-        self.peak_graphs = max(self.peak_graphs, len(self.graphs))
 
 
 @dataclass

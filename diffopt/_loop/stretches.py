@@ -22,6 +22,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, cast
 
 from diffopt.schedule import Action, Plan
@@ -49,9 +50,10 @@ class Stretch:
     stop: int
     actions: tuple[Action, ...]
 
-    def positions(self, kind: str) -> set[int]:
-        """Where its actions of a kind are."""
-        return {action.start for action in self.actions if action.kind == kind}
+    @cached_property
+    def freed(self) -> set[int]:
+        """The positions whose snapshots are dropped."""
+        return {action.start for action in self.actions if action.kind == "free"}
 
 
 def stretches(actions: Sequence[Action]) -> list[Stretch | Action]:

@@ -19,7 +19,7 @@ class Copier:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def to_host(self, tensors: Mapping[Any, Tensor]) -> Copy:
-        """The tensors in host memory, without gaps; those that are there already as they are."""
+        """Copy tensors to host memory, without gaps; tensors that lie there so are not copied."""
         copy = Copy({}, self._begun(x.device for x in tensors.values()))
         for path, x in tensors.items():
             if x.device.type == "cuda":
@@ -36,7 +36,7 @@ class Copier:
         return copy
 
     def to_devices(self, host: Mapping[Any, Tensor], devices: Mapping[Any, torch.device]) -> Copy:
-        """Tensors in host memory on the devices where they belong."""
+        """Copy tensors from host memory to the devices where they belong."""
         copy = Copy({}, self._begun(devices.values()))
         for path, x in host.items():
             device = devices[path]
@@ -68,7 +68,7 @@ class Copy:
     _events: dict[torch.device, torch.cuda.Event] = field(default_factory=dict)
 
     def mark(self) -> None:
-        """All copies have been asked for."""
+        """Note that all copies have been asked for."""
         self._events = {device: stream.record_event() for device, stream in self.streams.items()}
 
     def synchronize(self) -> None:

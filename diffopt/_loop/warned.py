@@ -42,7 +42,7 @@ class Warned:
 
 @contextmanager
 def _asking(wanted: Callable[[_Key], bool]) -> Iterator[None]:
-    """Show those of this thread's warnings that are wanted."""
+    """Show a warning of this thread only if ``wanted`` says so."""
     thread, show = threading.get_ident(), warnings.showwarning
 
     def shown(

@@ -34,7 +34,7 @@ class Shards:
 
     @classmethod
     def among(cls, inner: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> Self | None:
-        """Those among parameters that are trained and others; None where there are none."""
+        """The ``DTensor``s among the trained parameters and the constants; None without any."""
         layouts = {name: Layout.of(x) for name, x in inner.items() if is_dtensor(x)}
         every: list[Any] = [x for x in (*inner.values(), *constants.values()) if is_dtensor(x)]
         return cls(layouts, [x.device_mesh for x in every]) if every else None

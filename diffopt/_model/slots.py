@@ -128,7 +128,7 @@ class ModuleSlots:
         return [n for n, ((table, key), *_) in self._params if n in layouts and table[key]._version]
 
     def write_buffers(self, buffers: Mapping[str, Tensor]) -> None:
-        """Put other tensors in the places of the buffers; those that are missing are not there."""
+        """Stand tensors in the places of the buffers; a buffer without one is taken out."""
         for name, slots in self._buffers.items():
             x = buffers.get(name, self._moving.get(name))
             for table, key in slots:

@@ -63,7 +63,7 @@ class _Standing(threading.local):
         self.stack: list[tuple[ModuleSlots, Modes, InnerHooks | None]] = []
 
     def hooks(self) -> InnerHooks | None:
-        """The hooks of the innermost step that is being evaluated."""
+        """The hooks of the innermost step under evaluation."""
         return next((hooks for *_, hooks in reversed(self.stack) if hooks is not None), None)
 
 

@@ -176,7 +176,7 @@ def own_loss_without_batch(model: nn.Module, step: int) -> Any:
 
 
 def _checked_loss(model: nn.Module, call: str, called: Callable[[], Any]) -> Any:
-    """What the model returns, if that is a loss; if not, ``loss_fn`` was likely forgotten."""
+    """Call the model for its loss; where it returns none, ``loss_fn`` was likely forgotten."""
     forgotten = (
         f"loss_fn was left out, so {call} of the {type(model).__name__} has to return the loss"
     )

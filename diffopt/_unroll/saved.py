@@ -159,7 +159,7 @@ def generators_now(devices: Iterable[torch.device]) -> dict[str, Tensor]:
 
 
 def set_generators(states: Mapping[str, Tensor]) -> None:
-    """Put the generators into these states; those of devices that are not here are passed over."""
+    """Put the generators into these states; skip the devices that this machine lacks."""
     for name, state in states.items():
         device = torch.device(name)
         if device.type == "cpu":

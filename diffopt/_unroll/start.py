@@ -63,7 +63,7 @@ def start_state(
 
 
 def buffers_at_start(slots: ModuleSlots, initial: Initial) -> dict[str, Tensor]:
-    """The buffers that there are at position 0, with the model's values where it has them.
+    """The buffers at position 0, with the model's values where it has them.
 
     Steps may register or fill buffers, and remove them: then an earlier result has more or fewer.
     """
@@ -146,7 +146,7 @@ def _check_continues(initial: Unrolled, problem: InnerProblem, tasks: int | None
 def _checked_values(
     initial: Any, problem: InnerProblem, buffers: Mapping[str, Tensor], tasks: int | None
 ) -> dict[str, Tensor]:
-    """The initial values given, under the names the loop has for them."""
+    """Check the initial values, and name them as the loop does."""
     if initial is None:
         return {}
     advice = "pass an Unrolled, or a dict of tensors by parameter name"

@@ -302,7 +302,7 @@ def _options(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _distinct(batches: Any) -> list[Any]:
-    """The batches that exist already, each once; those indexed on demand are left alone."""
+    """The batches that exist already, each once; batches indexed on demand are not made."""
     if isinstance(batches, Tensor):
         return [batches]
     if not isinstance(batches, tuple):

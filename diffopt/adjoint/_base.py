@@ -105,7 +105,7 @@ class Checkpointed(Adjoint):
         """The order of work for ``steps`` inner steps, with its predicted cost."""
 
     def new_snapshots(self) -> Snapshots:
-        """Where the states are kept: on their device, unless a subclass stores them elsewhere."""
+        """Make the collection of snapshots: on their device, unless a subclass says otherwise."""
         return Snapshots()
 
     def plan_for(self, loop: Loop) -> Plan:

@@ -155,7 +155,7 @@ class MemoryBudget(Checkpointed):
         return state, Checkpoints(plan, generators, store)
 
     def _agreed(self, loop: Loop, together: Sequence[Group | Shards]) -> tuple[Begun, Plan]:
-        """The plan for the most that a step takes on any process, and the least that is free.
+        """The plan for the largest step and the least free memory among all processes.
 
         Every process takes the first step, whatever it knows already. It is not differentiated to
         see more, so a plan that does not store all graphs is one on the safe side.

@@ -63,7 +63,7 @@ class FirstOrder(Adjoint):
         generators, state = loop.generators.get(), loop.start
         for t in range(loop.steps):
             if t == 0 or (t in wanted and not chain.suffices):
-                store.save(t, loop.snapshot(state))
+                store.snapshots[t] = loop.snapshot(state)
             linearization, state = loop.first_recorded(state, t)
             chain.extend(linearization, t)
             del linearization
@@ -122,7 +122,7 @@ def _complete(first: _Checkpoints) -> None:
     for t in range(missing[-1]):
         state = loop.again(state, t)
         if t + 1 in missing:
-            store.save(t + 1, loop.snapshot(state))
+            store.snapshots[t + 1] = loop.snapshot(state)
 
 
 class _Chain:

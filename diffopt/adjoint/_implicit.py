@@ -185,7 +185,7 @@ class _Place:
 
     @classmethod
     def of_the_call(cls) -> _Place:
-        """Where the innermost caller stands that is neither in this package nor in PyTorch."""
+        """The line of the innermost caller outside of this package and PyTorch."""
         frame = sys._getframe()
         while frame.f_back is not None and _name(frame).split(".")[0] in ("diffopt", "torch"):
             frame = frame.f_back
