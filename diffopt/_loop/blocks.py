@@ -14,7 +14,7 @@ from diffopt._loop.setting import Monitor
 from diffopt._loop.snapshots import Snapshot
 from diffopt._step.graph import Graph
 from diffopt._step.observe import Observer
-from diffopt._step.result import Checked, StepResult
+from diffopt._step.result import Checked
 from diffopt._torch.autograd import present_sequence
 from diffopt._values.outputs import OutputCotangents
 from diffopt._values.state import Cotangent, State
@@ -141,7 +141,7 @@ def first_block(loop: Loop, state: State, start: int, stop: int, *, keep: bool) 
         return None
     if loop.check is not None:
         _note(loop, block, since)
-    loop.refuse_originals(state, start, _result(block))
+    loop.refuse_originals(state, start, block.after)
     loop.losses.extend(block.losses.detach())
     for t, aux in enumerate(block.aux(), block.start):
         loop.extras.append(loop.step.first_step + t, aux, block.attached)
@@ -165,12 +165,6 @@ def _note(loop: Loop, block: Block, since: int) -> None:
             loop.check.first(number + t, block.checked(t))
     else:
         loop.check.first_losses(number + block.start, block.losses)
-
-
-def _result(block: Block) -> StepResult:
-    t = block.start
-    checked, graph = block.checked(t), block.graph(t)
-    return StepResult(block.after, block.losses[0], None, checked, graph, ())
 
 
 def block_again(loop: Loop, state: State, start: int, stop: int, *, keep: bool) -> Block | None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,19 @@ from diffopt._values.tree import Path
 Step = dict[str, Any]
 
 
+class FirstUse(NamedTuple):
+    """The position of the step that used a captured tensor first.
+
+    Attributes:
+        checksum: the tensor's.
+        place: its place among those that this step used first.
+    """
+
+    step: int
+    checksum: str
+    place: int
+
+
 @dataclass
 class Passed:
     """The steps taken so far, in order.
@@ -33,8 +46,7 @@ class Passed:
     Attributes:
         steps: what each used, and gave besides its loss.
         losses: one for each, in pieces.
-        first: by the index of a captured tensor, the step that used it first, its checksum, and
-            its place among those that this step used first.
+        first: by the index of a captured tensor, where it was used first.
         extras: by position, those of a step that gave any, and to which of their tensors
             derivatives flow. Of steps that were taken here they are the loop's.
         digests: by position, those of ``verify``, where there are any.
@@ -42,7 +54,7 @@ class Passed:
 
     steps: list[Step] = field(default_factory=list)
     losses: list[Tensor] = field(default_factory=list)
-    first: list[tuple[int, str, int]] = field(default_factory=list)
+    first: list[FirstUse] = field(default_factory=list)
     extras: dict[int, tuple[Any, list[int]]] = field(default_factory=dict)
     digests: dict[int, dict[Path, int]] = field(default_factory=dict)
 
@@ -56,13 +68,13 @@ class Passed:
         for t in range(start, stop):
             self.steps.append({**loop.captured.use(t), **loop.given(t)})
             new = [i for i in loop.captured.at(t) if i >= len(self.first)]
-            self.first += [(0, "", 0)] * len(new)
+            self.first += [FirstUse(0, "", 0)] * len(new)
             for place, i in enumerate(loop.captured.met(new, loop.observer)):
-                self.first[i] = t, digest(loop.captured.tensors[i]), place
+                self.first[i] = FirstUse(t, digest(loop.captured.tensors[i]), place)
         losses = loop.losses.all()
         return {
             "runs": [(len(list(same)), step) for step, same in groupby(self.steps[start:])],
-            "first": self.first[known:],
+            "first": [tuple(use) for use in self.first[known:]],
             "losses": torch.empty(0) if losses is None else losses[start:stop].clone(),
             "extras": {t: x for t in range(start, stop) if (x := _extras(loop, t)) is not None},
             "digests": {t: row for t in range(start, stop) if (row := _digests(loop, t))},
@@ -75,7 +87,7 @@ class Passed:
         for record in records:
             for count, step in record["runs"]:
                 passed.steps += [step] * count
-            passed.first += record["first"]
+            passed.first += [FirstUse(*use) for use in record["first"]]
             passed.losses.append(record["losses"])
             if len(record["losses"]) != sum(count for count, _ in record["runs"]):
                 raise Damaged("a record of steps has not as many losses as steps")
@@ -129,7 +141,7 @@ def meet_again(loop: Loop, passed: Passed, first: Snapshot | None, states: Snaps
     if not passed.steps:
         return indices
     losses = torch.cat(passed.losses)
-    wanted = [0, *(t for t, _, _ in passed.first)]
+    wanted = [0, *(use.step for use in passed.first)]
     trial, noted = _without_consequences(loop), 0
     with loop.generators.undisturbed():
         while (t := _next(wanted, noted, loop)) is not None:
@@ -147,10 +159,10 @@ def meet_again(loop: Loop, passed: Passed, first: Snapshot | None, states: Snaps
             _compare(loop.step.first_step + t, loss[-1], losses[t])
             used = trial.captured.met(trial.captured.at(t), loop.observer)
             new = [i for i in used if all(i not in trial.captured.at(s) for s in range(t))]
-            for i, (step, value, place) in enumerate(passed.first):
-                if step == t:
-                    x = trial.captured.tensors[new[place]] if place < len(new) else None
-                    if x is None or digest(x) != value:
+            for i, use in enumerate(passed.first):
+                if use.step == t:
+                    x = trial.captured.tensors[new[use.place]] if use.place < len(new) else None
+                    if x is None or digest(x) != use.checksum:
                         raise RuntimeError(
                             f"step {loop.step.first_step + t} of the run that is taken up used a "
                             "tensor that requires grad and that now is another, or has another "

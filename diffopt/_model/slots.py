@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from operator import is_
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -25,6 +25,13 @@ from diffopt._torch.dtensors import is_dtensor
 
 Slot = tuple[dict[str, Any], str]
 Values = Mapping[str, Tensor]
+
+
+class Loaded(NamedTuple):
+    """The values that stand in a module."""
+
+    params: Values
+    buffers: Values
 
 
 class ModuleSlots:
@@ -47,7 +54,7 @@ class ModuleSlots:
             loaded.
     """
 
-    loaded: tuple[Values, Values] | None = None
+    loaded: Loaded | None = None
     #: Attributes in which a kind of module keeps its parameters of its own accord.
     _own_attributes: Collection[str] = ()
     changing: Collection[str] | None = None
@@ -115,7 +122,7 @@ class ModuleSlots:
             for table, key in slots:
                 table[key] = params.get(name, x)
         self.write_buffers(buffers)
-        self.loaded = params, buffers
+        self.loaded = Loaded(params, buffers)
 
     def written_shards(self) -> list[str]:
         """Names of the parts that were changed in place since they were loaded.

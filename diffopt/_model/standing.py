@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.utils.checkpoint as torch_checkpoint
@@ -22,7 +22,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from diffopt._derivatives.table import beyond_second_derivatives, is_beyond_second
 from diffopt._model.modes import Modes
-from diffopt._model.slots import ModuleSlots, Values
+from diffopt._model.slots import Loaded, ModuleSlots, Values
 from diffopt._torch import dtensors
 from diffopt._torch.checkpoint import HAS_FRAME, CheckpointFrame, belongs_to_checkpoint
 from diffopt._torch.functions import function_of, run_backward_inside
@@ -56,15 +56,23 @@ class InnerHooks:
         return lambda *args: hook(*args) if self._acting else None
 
 
+class _Entry(NamedTuple):
+    """A module with values standing in it, the modes there, and the hooks of a step's loss."""
+
+    slots: ModuleSlots
+    modes: Modes
+    hooks: InnerHooks | None
+
+
 class _Standing(threading.local):
     """What stands in modules on this thread, the outermost first."""
 
     def __init__(self) -> None:
-        self.stack: list[tuple[ModuleSlots, Modes, InnerHooks | None]] = []
+        self.stack: list[_Entry] = []
 
     def hooks(self) -> InnerHooks | None:
         """The hooks of the innermost step under evaluation."""
-        return next((hooks for *_, hooks in reversed(self.stack) if hooks is not None), None)
+        return next((x.hooks for x in reversed(self.stack) if x.hooks is not None), None)
 
 
 _standing = _Standing()
@@ -89,7 +97,7 @@ def standing(
     with slots.unchanged(), modes.active(routed=routed), _as_now:
         if as_at_call:
             slots.as_at_call()
-        _standing.stack.append((slots, modes, hooks))
+        _standing.stack.append(_Entry(slots, modes, hooks))
         try:
             yield
         finally:
@@ -101,7 +109,13 @@ class _Moment:
 
     def __init__(self) -> None:
         self._values = [
-            (slots, modes, slots.training(), slots.loaded[0], _copied(slots, slots.loaded[1]))
+            (
+                slots,
+                modes,
+                slots.training(),
+                slots.loaded.params,
+                _copied(slots, slots.loaded.buffers),
+            )
             for slots, modes, _ in _standing.stack
             if slots.loaded is not None
         ]
@@ -134,11 +148,10 @@ def _loaded_before(slots: ModuleSlots) -> Iterator[None]:
             slots.load(*before)
 
 
-def load_again(slots: ModuleSlots, loaded: tuple[Values, Values] | None) -> None:
+def load_again(slots: ModuleSlots, loaded: Loaded | None) -> None:
     """Stand values in the module that stood there before, if others do now."""
     if loaded is not None and slots.loaded is not loaded:
-        params, buffers = loaded
-        slots.load(params, _copied(slots, buffers))
+        slots.load(loaded.params, _copied(slots, loaded.buffers))
 
 
 #: Modules whose Functions read no module in their backward passes.

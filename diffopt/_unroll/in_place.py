@@ -239,7 +239,7 @@ def _evaluate(
         value = function(*args, **kwargs)
         lazy = isinstance(value, Iterator)  # it would go on when the values are gone
         assert fast._slots.loaded is not None
-        params, _ = fast._slots.loaded
+        params = fast._slots.loaded.params
         standing = {id(x): params[name] for name, x in _originals(fast).items()}
         if isinstance(value, (Iterator, KeysView, ValuesView, ItemsView)):
             value = list(value)

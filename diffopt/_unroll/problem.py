@@ -8,6 +8,7 @@ optimizers of its own, with their own place for the weights, is adapted by a sub
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,48 +25,41 @@ from diffopt.optim.unchanged import UnchangedOptions
 from diffopt.schedule import check_kind
 
 
+@dataclass
 class InnerProblem:
     """The inner problem of one unroll.
 
-    Args:
+    Attributes:
         model: the module that ``loss_fn`` sees.
         opt: the rule; its options are taken as they are now.
         params: all of the model's parameters, by name.
         groups: the names in each param group of ``opt``.
-        opt_state: the state that optimizer has, by parameter name.
-
-    Attributes:
-        inner: those parameters that are trained: the optimizer's that require grad.
+        opt_state: the state that the optimizer has, by parameter name.
+        inner: the trained parameters: the optimizer's that require grad.
         first_step: the number of the first step.
-        grad_transform: what the optimizer does to the gradients on its own, or None.
+        grad_transform: what the optimizer does to the gradients by itself, or None.
         connected: whether the results are wanted with a graph.
         options: those of the optimizers that the caller passed.
         taken_over: values that are to stand for some of the parameters that are not trained.
         carried: the optimizer state of those, to be handed on.
     """
 
-    first_step: int
+    model: Any
+    opt: Optimizer
+    params: Mapping[str, Tensor]
+    groups: list[list[str]]
+    opt_state: Mapping[str, Entries]
     grad_transform: GradTransform | None = None
     connected: bool = True
+    taken_over: Mapping[str, Tensor] = field(default_factory=dict)
+    carried: Mapping[str, Entries] = field(default_factory=dict)
 
-    def __init__(
-        self,
-        model: nn.Module,
-        opt: Optimizer,
-        params: Mapping[str, Tensor],
-        groups: list[list[str]],
-        opt_state: Mapping[str, Entries],
-    ) -> None:
-        self.model = model
-        self.opt = frozen(opt)
-        self.params: Mapping[str, Tensor] = params
-        self.groups = groups
-        self.opt_state = opt_state
-        self.options = UnchangedOptions([opt])
-        self.taken_over: Mapping[str, Tensor] = {}
-        self.carried: Mapping[str, Entries] = {}
-        self.first_step = opt.first_step
-        self.inner = {n: params[n] for names in groups for n in names if params[n].requires_grad}
+    def __post_init__(self) -> None:
+        params, names = self.params, [name for group in self.groups for name in group]
+        self.options = UnchangedOptions([self.opt])
+        self.first_step = self.opt.first_step
+        self.opt = frozen(self.opt)
+        self.inner = {name: params[name] for name in names if params[name].requires_grad}
         if not self.inner:
             raise ValueError(
                 "none of the optimizer's parameters requires grad, so there is nothing to train: "
