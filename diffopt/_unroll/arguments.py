@@ -17,7 +17,7 @@ from diffopt._step.loss import loss_and_aux
 from diffopt._step.transform import arguments_of
 from diffopt._torch.autograd import graph_was_freed
 from diffopt._torch.functorch import active_transform
-from diffopt._unroll.in_place import InPlace
+from diffopt._unroll.stand_in import StandIn
 from diffopt._values.tree import tensors_in
 from diffopt.adjoint import Adjoint, MemoryBudget, Segmented, Solver
 from diffopt.optim import Optimizer
@@ -128,7 +128,7 @@ def batches_of(steps: Any) -> Sequence[Any]:
             "steps is a 0-d tensor: pass the number of steps as an int, int(steps), or one tensor "
             "whose first dimension is the batches'"
         )
-    if isinstance(steps, (nn.Module, InPlace)):
+    if isinstance(steps, (nn.Module, StandIn)):
         raise TypeError(
             f"steps is a {type(steps).__name__}: pass the number of steps, or a list of batches; "
             "what to continue from is initial="

@@ -40,9 +40,9 @@ from diffopt._unroll.arguments import (
 )
 from diffopt._unroll.node import run_connected, run_detached
 from diffopt._unroll.problem import inner_problem
+from diffopt._unroll.processes import agree, meeting
 from diffopt._unroll.sharded import check_sharded, share_out
 from diffopt._unroll.start import Initial, buffers_at_start, start_state, take_over
-from diffopt._unroll.together import agree, meeting
 from diffopt._unroll.unrolled import Unrolled
 from diffopt._values.state import State
 from diffopt._values.tree import map_tensors, tensors_in

@@ -15,7 +15,7 @@ from diffopt._model.standing import stand_again_in_backward, standing
 from diffopt._step.tasks import Values, check_leads, over_tasks
 from diffopt._torch.autograd import present_sequence
 from diffopt._unroll import saved
-from diffopt._unroll.in_place import InPlace, contained, refuse_setting
+from diffopt._unroll.stand_in import StandIn, contained, refuse_setting
 from diffopt._values.state import State
 from diffopt._values.tree import map_tensors
 from diffopt.optim.convert import Optimizers
@@ -26,7 +26,7 @@ R = TypeVar("R")
 _OWN = {"params", "buffers", "opt_state", "losses", "aux", "step", "tasks"}
 
 
-class Unrolled(InPlace):
+class Unrolled(StandIn):
     """The result of ``diffopt.unroll``: the model with the trained values, and what led there.
 
     It stands where the model does: ``loss_fn(fast, batch)`` works for every loss that works on the

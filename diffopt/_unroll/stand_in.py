@@ -50,7 +50,7 @@ _CHANGES = {
 _CALLABLES = (types.FunctionType, types.MethodType, partial)
 
 
-class InPlace:
+class StandIn:
     """A module of the model with the trained values in it, from outside.
 
     A subclass says which module, and how a function of it is evaluated. Its own names win over
@@ -114,7 +114,7 @@ def refuse_setting(module: nn.Module, name: str) -> None:
     )
 
 
-class Part(InPlace):
+class Part(StandIn):
     """A submodule of the model with the trained values: ``fast.encoder``.
 
     ``isinstance(fast.encoder, nn.Linear)`` is what it is for ``model.encoder``; ``type`` gives a
@@ -155,7 +155,7 @@ _CONTAINER = ("__contains__", "__getitem__", "__iter__", "__len__", "__reversed_
 def contained(name: str) -> Callable[..., Any]:
     """A method ``name`` that does what the module's does."""
 
-    def method(self: InPlace, *args: Any) -> Any:
+    def method(self: StandIn, *args: Any) -> Any:
         fast, module = self._diffopt_parts()
         of_class = getattr(type(module), name, None)
         if of_class is None:
