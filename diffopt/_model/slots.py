@@ -34,6 +34,20 @@ class Loaded(NamedTuple):
     buffers: Values
 
 
+class _Table:
+    """The table of a submodule's buffers.
+
+    Attributes:
+        prefix: the submodule's name.
+        entries: its own table.
+        names: of its buffers, by key; of one that is held at several places, the first.
+    """
+
+    def __init__(self, prefix: str, entries: dict[str, Any], names: Mapping[int, str]) -> None:
+        self.prefix, self.entries = prefix, entries
+        self.names = {key: names[id(x)] for key, x in entries.items() if x is not None}
+
+
 class ModuleSlots:
     """The places in ``model`` where its parameters and buffers are held, by their names.
 
@@ -78,21 +92,19 @@ class ModuleSlots:
         self._moving_since: dict[str, int] = {}  # the first step that changes them
         self.buffers: dict[str, Tensor] = dict(model.named_buffers())
         self._buffers = {name: places[id(x)] for name, x in self.buffers.items()}
-        self._tables = [(name, m.__dict__["_buffers"]) for name, m in _named(model)]
-        self._entries = sum(len(table) for _, table in self._tables)
-        self._empty = {
-            _joined(name, key): (table, key)
-            for name, table in self._tables
-            for key, x in table.items()
-            if x is None
-        }
-        self._deleted: set[str] = set()  # buffers whose absence is that of their entry
+        self._none: set[str] = set()  # the buffers that have been None
+        names = {id(x): name for name, x in self.buffers.items()}
+        self._tables = [_Table(prefix, m._buffers, names) for prefix, m in _named(model)]
+        self.read_buffers()
         for name in carried:
             if name in self._constants:
                 self.buffers[name] = constants[name]
                 self._add_moving(name)
-            else:
-                self._add_late(name)
+                continue
+            prefix, _, key = name.rpartition(".")
+            for table in self._tables:
+                if table.prefix == prefix and key not in table.names:
+                    self._add_late(table, key)
         named = dict(model.named_parameters()) if others else {}
         self._others = [
             (n, x, places[id(named[n])]) for n, x in others.items() if n not in self.buffers
@@ -139,7 +151,7 @@ class ModuleSlots:
         for name, slots in self._buffers.items():
             x = buffers.get(name, self._moving.get(name))
             for table, key in slots:
-                if x is None and name in self._deleted:
+                if x is None and name not in self._none:
                     table.pop(key, None)
                 else:
                     table[key] = x
@@ -158,19 +170,26 @@ class ModuleSlots:
 
         Changed in place, replaced, registered or filled for the first time, removed.
         """
-        filled = [n for n, (table, key) in self._empty.items() if table.get(key) is not None]
-        if filled or sum(len(table) for _, table in self._tables) != self._entries:
-            self._find_late()
-        buffers = {}
-        for name, slots in self._buffers.items():
-            table, key = slots[0]
-            x = table.get(key)
-            if x is not None:
-                if x is not self._moving.get(name):  # which moves from a later step on
-                    buffers[name] = x
-            elif key not in table and name not in self._deleted:
-                self._deleted.add(name)
-        return buffers
+        found: dict[str, Tensor] = {}
+        for table in self._tables:
+            for key, x in table.entries.items():
+                name = table.names.get(key) or self._add_late(table, key)
+                if x is None:
+                    self._none.add(name)
+                else:
+                    found.setdefault(name, x)
+        for name, original in self._moving.items():
+            entries, key = self._buffers[name][0]
+            if entries[key] is not original:  # which moves from a later step on
+                found[name] = entries[key]
+        return {name: found[name] for name in self._buffers if name in found}
+
+    def _add_late(self, table: _Table, key: str) -> str:
+        """Take up a buffer that calls of the module register, or fill."""
+        name = f"{table.prefix}.{key}" if table.prefix else key
+        table.names[key] = name
+        self._buffers[name] = [(table.entries, key)]
+        return name
 
     def move(self, name: str, x: Tensor, step: int) -> None:
         """Step ``step`` changes the constant ``name``: ``x`` takes its place, as state.
@@ -204,23 +223,6 @@ class ModuleSlots:
             if name not in buffers and step >= self._moving_since.get(name, step)
         }
         return {**missing, **buffers} if missing else buffers
-
-    def _find_late(self) -> None:
-        """Find the buffers that came to be since the module was looked at."""
-        for name, table in self._tables:
-            for key, x in table.items():
-                if x is not None and _joined(name, key) not in self._buffers:
-                    self._add_late(_joined(name, key))
-
-    def _add_late(self, name: str) -> None:
-        where, _, key = name.rpartition(".")
-        table = dict(self._tables).get(where)
-        if table is None or name in self._buffers:
-            return
-        if name not in self._empty:
-            self._deleted.add(name)
-        self._empty.pop(name, None)
-        self._buffers[name] = [(table, key)]
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:
@@ -256,10 +258,6 @@ def _named(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if not isinstance(module, torch.jit.ScriptModule):
             yield name, module
-
-
-def _joined(module: str, key: str) -> str:
-    return f"{module}.{key}" if module else key
 
 
 def places_in(modules: list[nn.Module]) -> dict[int, list[Slot]]:
