@@ -18,18 +18,17 @@ from diffopt.optim import Joint, Muon, Optimizer
 from diffopt.optim.mapped import is_elementwise
 
 
-def check_sharded(
-    problem: InnerProblem,
-    adjoint: Adjoint,
-    group: Any,
-    *,
-    tasks: int | None,
-    compile: bool,
+def share_out(
+    problem: InnerProblem, adjoint: Adjoint, group: Any, tasks: int | None, compile: bool
 ) -> None:
-    """Refuse what parameters that are ``DTensor``s do not serve, each with its reason.
+    """Have ``problem`` update parameters that are ``DTensor``s by their parts.
+
+    What flows to an option is the sum over the processes of what flows to it from their parts, and
+    not from parameters that each has whole. So the param groups are split by who holds parts.
 
     Raises:
-        NotImplementedError: naming a parameter and what to leave out.
+        NotImplementedError: such parameters do not serve an argument, a rule does not act entry by
+            entry, or an option has entries.
     """
     shards = Shards.among(problem.inner, problem.constants)
     if shards is None:
@@ -39,6 +38,15 @@ def check_sharded(
         raise NotImplementedError(f"parameter {name!r} is a DTensor: {reason}")
     if group is not None:
         _check_apart(name, group, shards)
+    over = {name: layout.over for name, layout in shards.layouts.items()}
+    opt, names = problem.opt, iter(problem.groups)
+    if isinstance(opt, Joint):
+        opt.optimizers = [frozen(rule) for rule in opt.optimizers]
+        pairs = [_split(rule, names, over) for rule in opt.optimizers]
+        opt.param_groups = [group for rule in opt.optimizers for group in rule.param_groups]
+        problem.groups = [group for groups in pairs for group in groups]
+    else:
+        problem.groups = _split(opt, names, over)
 
 
 def _reasons(
@@ -77,29 +85,6 @@ def _check_apart(name: str, group: Group, shards: Shards) -> None:
                 "different parts of it, which have no mean: pass the process group of another "
                 'dimension of the devices, such as mesh["data"].get_group(), or no group'
             )
-
-
-def share_out(problem: InnerProblem) -> None:
-    """Have ``problem`` update the parameters by their parts.
-
-    What flows to an option is the sum over the processes of what flows to it from their parts, and
-    not from parameters that each has whole. So the param groups are split by who holds parts.
-
-    Raises:
-        NotImplementedError: a rule does not act entry by entry, or an option has entries.
-    """
-    shards = Shards.among(problem.inner, {})
-    if shards is None:
-        return
-    over = {name: layout.over for name, layout in shards.layouts.items()}
-    opt, names = problem.opt, iter(problem.groups)
-    if isinstance(opt, Joint):
-        opt.optimizers = [frozen(rule) for rule in opt.optimizers]
-        pairs = [_split(rule, names, over) for rule in opt.optimizers]
-        opt.param_groups = [group for rule in opt.optimizers for group in rule.param_groups]
-        problem.groups = [group for groups in pairs for group in groups]
-    else:
-        problem.groups = _split(opt, names, over)
 
 
 def _split(rule: Optimizer, groups: Any, over: Mapping[str, Processes | None]) -> list[list[str]]:

@@ -41,7 +41,7 @@ from diffopt._unroll.arguments import (
 from diffopt._unroll.node import run_connected, run_detached
 from diffopt._unroll.problem import inner_problem
 from diffopt._unroll.processes import agree, meeting
-from diffopt._unroll.sharded import check_sharded, share_out
+from diffopt._unroll.sharded import share_out
 from diffopt._unroll.start import Initial, buffers_at_start, start_state, take_over
 from diffopt._unroll.unrolled import Unrolled
 from diffopt._values.state import State
@@ -192,8 +192,7 @@ def unroll(
     parts = parts_of(microbatches, model, counted=counted, tasks=tasks, compile=compile)
     problem = inner_problem(model, opt, tasks)
     take_over(problem, initial, tasks)
-    check_sharded(problem, adjoint, group, tasks=tasks, compile=compile)
-    share_out(problem)
+    share_out(problem, adjoint, group, tasks, compile)
     steps = plain_int(steps)
     batches = batches_of(steps)
     count = steps if isinstance(steps, int) else len(batches)
