@@ -35,7 +35,7 @@ from diffopt._loop.files import is_address
 from diffopt._loop.journal import BackwardPoint, ForwardPoint, Journal
 from diffopt._loop.loop import Loop
 from diffopt._loop.passed import Passed, meet_again
-from diffopt._loop.run_terms import digest, terms_of
+from diffopt._loop.run_terms import fingerprint, terms_of
 from diffopt._loop.shelf import Damaged, File, Shelf
 from diffopt._loop.snapshots import Snapshot, Snapshots
 from diffopt._loop.transfer import Copier
@@ -314,8 +314,10 @@ def _by_index(cotangents: Sequence[Tensor | None], indices: Sequence[int]) -> li
 
 def _digest_of(cotangent: Cotangent, outputs: OutputCotangents) -> str:
     """A digest of what flows to the results."""
-    parts = {" ".join(path): digest(x) for path, x in cotangent.items()}
-    parts |= {f"aux {t} {i}": digest(x) for t, aux in outputs.aux.items() for i, x in aux.items()}
+    parts = {" ".join(path): fingerprint(x) for path, x in cotangent.items()}
+    parts |= {
+        f"aux {t} {i}": fingerprint(x) for t, aux in outputs.aux.items() for i, x in aux.items()
+    }
     if outputs.losses is not None:
-        parts["losses"] = digest(outputs.losses)
+        parts["losses"] = fingerprint(outputs.losses)
     return f"{zlib.crc32(json.dumps(sorted(parts.items())).encode()):08x}"

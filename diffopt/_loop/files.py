@@ -156,7 +156,7 @@ class Elsewhere:
             return  # object storage has no folders but those of its files
         except OSError as error:
             warnings.warn(
-                f"the snapshots in {self.name!r} could not be removed, {said(error)}: remove the "
+                f"the snapshots in {self.name!r} could not be removed, {cause_of(error)}: remove the "
                 "folder by hand",
                 stacklevel=2,
             )
@@ -180,7 +180,7 @@ def folder_of(folder: str | os.PathLike[str]) -> Folder:
     return OnDisk(Path(folder))
 
 
-def said(error: OSError) -> str:
+def cause_of(error: OSError) -> str:
     """The cause of a failure of files; failures of fsspec have no number."""
     return error.strerror or str(error) or type(error).__name__
 

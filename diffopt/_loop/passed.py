@@ -15,7 +15,7 @@ from diffopt._loop.extras import Extras
 from diffopt._loop.loop import Loop
 from diffopt._loop.losses import Losses
 from diffopt._loop.progress import Progress
-from diffopt._loop.run_terms import digest
+from diffopt._loop.run_terms import fingerprint
 from diffopt._loop.shelf import Damaged
 from diffopt._loop.snapshots import Snapshot, Snapshots
 from diffopt._loop.written import foreign
@@ -30,12 +30,12 @@ class FirstUse(NamedTuple):
     """The position of the step that used a captured tensor first.
 
     Attributes:
-        checksum: the tensor's.
+        value: its fingerprint.
         place: its place among those that this step used first.
     """
 
     step: int
-    checksum: str
+    value: str
     place: int
 
 
@@ -70,7 +70,7 @@ class Passed:
             new = [i for i in loop.captured.at(t) if i >= len(self.first)]
             self.first += [FirstUse(0, "", 0)] * len(new)
             for place, i in enumerate(loop.captured.met(new, loop.observer)):
-                self.first[i] = FirstUse(t, digest(loop.captured.tensors[i]), place)
+                self.first[i] = FirstUse(t, fingerprint(loop.captured.tensors[i]), place)
         losses = loop.losses.all()
         return {
             "runs": [(len(list(same)), step) for step, same in groupby(self.steps[start:])],
@@ -162,7 +162,7 @@ def meet_again(loop: Loop, passed: Passed, first: Snapshot | None, states: Snaps
             for i, use in enumerate(passed.first):
                 if use.step == t:
                     x = trial.captured.tensors[new[use.place]] if use.place < len(new) else None
-                    if x is None or digest(x) != use.checksum:
+                    if x is None or fingerprint(x) != use.value:
                         raise RuntimeError(
                             f"step {loop.step.first_step + t} of the run that is taken up used a "
                             "tensor that requires grad and that now is another, or has another "

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffopt._loop.checksum import bytes_of, checksum
 from diffopt._loop.loop import Loop
+from diffopt._loop.verify import digest
 from diffopt.schedule import Plan
 
 
@@ -38,12 +38,12 @@ def terms_of(loop: Loop, plan: Plan) -> dict[str, Any]:
         terms["process"] = f"number {step.group.rank} of {step.group.size}"
     for path, x in loop.start.tensors().items():
         terms[f"form of {' '.join(path)}"] = f"{tuple(x.shape)}, {x.dtype}, on {x.device.type}"
-        terms[f"start of {' '.join(path)}"] = digest(x)
+        terms[f"start of {' '.join(path)}"] = fingerprint(x)
     numbers = {0, loop.steps // 2, max(loop.steps - 1, 0)}
     for t in sorted(step.first_step + n for n in numbers):
         for i, options in enumerate(step.opt.hyperparameters(t)):
             for key, value in options.items():
-                terms[f"hyperparameter {key} of param group {i} at step {t}"] = _said(value)
+                terms[f"hyperparameter {key} of param group {i} at step {t}"] = _in_json(value)
     return terms
 
 
@@ -56,16 +56,14 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[s
             yield f"{key}: {values}"
 
 
-def digest(x: Tensor) -> str:
-    """A checksum of a tensor's values, shape and dtype."""
-    values = x.detach().resolve_conj().resolve_neg().cpu().contiguous()
-    form = f"{tuple(x.shape)} {x.dtype}"
-    return f"{checksum(bytes_of(values), zlib.crc32(form.encode())):08x}"
+def fingerprint(x: Tensor) -> str:
+    """A tensor as a text that differs where shape, dtype or values do."""
+    return f"{tuple(x.shape)} {x.dtype} {int(digest(x.resolve_conj().resolve_neg())):x}"
 
 
-def _said(value: Any) -> Any:
+def _in_json(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return value.item() if value.numel() == 1 else digest(value)
+        return value.item() if value.numel() == 1 else fingerprint(value)
     if isinstance(value, (tuple, list)):
-        return [_said(item) for item in value]
+        return [_in_json(item) for item in value]
     return value if isinstance(value, (bool, int, float, str, type(None))) else str(value)

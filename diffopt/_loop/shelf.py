@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from diffopt._loop.checksum import bytes_of, checksum, memory_of
-from diffopt._loop.files import Folder, OnDisk, folder_of, restated, said
+from diffopt._loop.files import Folder, OnDisk, cause_of, folder_of, restated
 
 _KEPT = 2  # manifests
 
@@ -72,7 +72,7 @@ class Shelf:
         except OSError as error:
             raise restated(
                 error,
-                f"Durable({self.name!r}) cannot hold a run, {said(error)}: pass a folder that "
+                f"Durable({self.name!r}) cannot hold a run, {cause_of(error)}: pass a folder that "
                 "can be written to, or made in one that exists",
             ) from error
         self._number = max((_number(name) for name in names), default=0)
@@ -184,7 +184,7 @@ class Shelf:
     def _full(self, error: OSError) -> OSError:
         return restated(
             error,
-            f"Durable({self.name!r}) could not be written to, {said(error)}: make room "
+            f"Durable({self.name!r}) could not be written to, {cause_of(error)}: make room "
             "there and call again, which goes on from what is there",
         )
 

@@ -20,7 +20,7 @@ from diffopt._loop.background import Background
 from diffopt._loop.checksum import bytes_of, checksum, memory_of
 from diffopt._loop.durable import Durable
 from diffopt._loop.durable_run import DurableSnapshots
-from diffopt._loop.files import Folder, folder_of, restated, said
+from diffopt._loop.files import Folder, cause_of, folder_of, restated
 from diffopt._loop.snapshots import Snapshot, Snapshots
 from diffopt._loop.transfer import Copier, Copy
 from diffopt._values.state import State
@@ -119,7 +119,7 @@ class InFolder(Snapshots):
         except OSError as error:
             raise restated(
                 error,
-                f"storage={folder.name!r} cannot hold snapshots, {said(error)}: pass a folder "
+                f"storage={folder.name!r} cannot hold snapshots, {cause_of(error)}: pass a folder "
                 'that exists and can be written to, or "cpu"',
             ) from error
         self._subfolder = subfolder
@@ -211,7 +211,7 @@ class _File:
             raise restated(
                 error,
                 f"a snapshot of {self._bytes / 2**20:,.1f} MiB could not be written to "
-                f"{self._path!r}, {said(error)}: make room there, pass another folder as "
+                f"{self._path!r}, {cause_of(error)}: make room there, pass another folder as "
                 "storage, or keep fewer snapshots",
             ) from error
         self._checksum = crc
@@ -238,7 +238,7 @@ class _File:
         except OSError as error:
             raise restated(
                 error,
-                f"the snapshot file {self._path!r} cannot be read, {said(error)}: leave "
+                f"the snapshot file {self._path!r} cannot be read, {cause_of(error)}: leave "
                 "the files alone until the backward pass is over",
             ) from error
         if crc != self._checksum:

@@ -180,8 +180,9 @@ class ModuleSlots:
                     found.setdefault(name, x)
         for name, original in self._moving.items():
             entries, key = self._buffers[name][0]
-            if entries[key] is not original:  # which moves from a later step on
-                found[name] = entries[key]
+            x = entries.get(key)
+            if x is not None and x is not original:  # which moves from a later step on
+                found[name] = x
         return {name: found[name] for name in self._buffers if name in found}
 
     def _add_late(self, table: _Table, key: str) -> str:
