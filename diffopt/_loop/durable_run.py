@@ -314,10 +314,9 @@ def _by_index(cotangents: Sequence[Tensor | None], indices: Sequence[int]) -> li
 
 def _digest_of(cotangent: Cotangent, outputs: OutputCotangents) -> str:
     """A digest of what flows to the results."""
-    parts = {" ".join(path): fingerprint(x) for path, x in cotangent.items()}
-    parts |= {
-        f"aux {t} {i}": fingerprint(x) for t, aux in outputs.aux.items() for i, x in aux.items()
-    }
+    named = {" ".join(path): x for path, x in cotangent.items()}
+    named |= {f"aux {t} {i}": x for t, aux in outputs.aux.items() for i, x in aux.items()}
     if outputs.losses is not None:
-        parts["losses"] = fingerprint(outputs.losses)
-    return f"{zlib.crc32(json.dumps(sorted(parts.items())).encode()):08x}"
+        named["losses"] = outputs.losses
+    text = json.dumps(sorted((name, fingerprint(x)) for name, x in named.items()))
+    return f"{zlib.crc32(text.encode()):08x}"

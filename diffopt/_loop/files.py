@@ -156,8 +156,8 @@ class Elsewhere:
             return  # object storage has no folders but those of its files
         except OSError as error:
             warnings.warn(
-                f"the snapshots in {self.name!r} could not be removed, {cause_of(error)}: remove the "
-                "folder by hand",
+                f"the snapshots in {self.name!r} could not be removed, {cause_of(error)}: remove "
+                "the folder by hand",
                 stacklevel=2,
             )
 

@@ -30,12 +30,12 @@ class FirstUse(NamedTuple):
     """The position of the step that used a captured tensor first.
 
     Attributes:
-        value: its fingerprint.
+        fingerprint: the tensor's.
         place: its place among those that this step used first.
     """
 
     step: int
-    value: str
+    fingerprint: str
     place: int
 
 
@@ -162,7 +162,7 @@ def meet_again(loop: Loop, passed: Passed, first: Snapshot | None, states: Snaps
             for i, use in enumerate(passed.first):
                 if use.step == t:
                     x = trial.captured.tensors[new[use.place]] if use.place < len(new) else None
-                    if x is None or fingerprint(x) != use.value:
+                    if x is None or fingerprint(x) != use.fingerprint:
                         raise RuntimeError(
                             f"step {loop.step.first_step + t} of the run that is taken up used a "
                             "tensor that requires grad and that now is another, or has another "
