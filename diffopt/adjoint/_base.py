@@ -89,15 +89,35 @@ class Checkpoints:
         plan: what both passes do.
         generators: the generators' states before the first step.
         store: snapshots and graphs.
+        loop: whose steps were taken.
     """
 
     plan: Plan
     generators: tuple[Tensor, ...]
     store: Store
+    loop: Loop
 
 
 @dataclass(frozen=True)
-class Checkpointed(Adjoint):
+class Replayed(Adjoint):
+    """An adjoint that leaves ``Checkpoints``; a backward pass through its own replays the loop."""
+
+    def differentiable_backward(
+        self,
+        loop: Loop,
+        kept: Checkpoints,
+        start: Mapping[Path, Tensor],
+        captured: Sequence[Tensor],
+        cotangent: Cotangent,
+        outputs: OutputCotangents,
+    ) -> tuple[Cotangent, list[Tensor | None]]:
+        return differentiable_backward(
+            kept.loop, kept.generators, start, captured, cotangent, outputs
+        )
+
+
+@dataclass(frozen=True)
+class Checkpointed(Replayed):
     """An exact adjoint that follows a plan."""
 
     @abstractmethod
@@ -120,7 +140,7 @@ class Checkpointed(Adjoint):
         plan = self.plan_for(loop)
         generators = loop.generators.get()
         state, store = run_forward(loop, plan, self.new_snapshots())
-        return state, Checkpoints(plan, generators, store)
+        return state, Checkpoints(plan, generators, store, loop)
 
     def backward(
         self,
@@ -132,17 +152,6 @@ class Checkpointed(Adjoint):
         keep: bool,
     ) -> tuple[Cotangent, list[Tensor | None]]:
         return run_backward(loop, kept.plan, kept.store, cotangent, outputs, keep=keep)
-
-    def differentiable_backward(
-        self,
-        loop: Loop,
-        kept: Checkpoints,
-        start: Mapping[Path, Tensor],
-        captured: Sequence[Tensor],
-        cotangent: Cotangent,
-        outputs: OutputCotangents,
-    ) -> tuple[Cotangent, list[Tensor | None]]:
-        return differentiable_backward(loop, kept.generators, start, captured, cotangent, outputs)
 
 
 class Stored(Checkpointed):

@@ -152,7 +152,7 @@ class MemoryBudget(Checkpointed):
             begun, measured = (None, self.step) if self.step is not None else self._seen(loop)
             plan = self._fitting(loop.steps, measured)
         state, store = run_forward(loop, plan, self.new_snapshots(), begun)
-        return state, Checkpoints(plan, generators, store)
+        return state, Checkpoints(plan, generators, store, loop)
 
     def _agreed(self, loop: Loop, together: Sequence[Group | Shards]) -> tuple[Begun, Plan]:
         """The plan for the largest step and the least free memory among all processes.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,6 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_
 from diffopt import schedule
 from diffopt._loop.executor import run_backward
 from diffopt._loop.loop import Loop
-from diffopt._loop.replay import differentiable_backward
 from diffopt._loop.snapshots import Snapshots
 from diffopt._loop.store import Store
 from diffopt._loop.way_back import clip_norm
@@ -23,13 +22,13 @@ from diffopt._torch.batched import not_batched
 from diffopt._values.outputs import OutputCotangents
 from diffopt._values.state import Cotangent, State
 from diffopt._values.tree import Path, vjp
-from diffopt.adjoint._base import Adjoint, Checkpoints
+from diffopt.adjoint._base import Checkpoints, Replayed
 from diffopt.optim.lists import one_by_one
 from diffopt.schedule import Plan
 
 
 @dataclass(frozen=True)
-class FirstOrder(Adjoint):
+class FirstOrder(Replayed):
     """First-order MAML: every inner gradient is taken as a constant.
 
     What is left of a step's derivative is the update rule's own: for gradient descent without
@@ -85,19 +84,6 @@ class FirstOrder(Adjoint):
             _complete(kept)
         return run_backward(kept.loop, kept.plan, kept.store, cotangent, outputs, keep=keep)
 
-    def differentiable_backward(
-        self,
-        loop: Loop,
-        kept: _Checkpoints,
-        start: Mapping[Path, Tensor],
-        captured: Sequence[Tensor],
-        cotangent: Cotangent,
-        outputs: OutputCotangents,
-    ) -> tuple[Cotangent, list[Tensor | None]]:
-        return differentiable_backward(
-            kept.loop, kept.generators, start, captured, cotangent, outputs
-        )
-
 
 def _saves(plan: Plan) -> list[int]:
     """The states that the plan saves in the first pass, by position."""
@@ -106,9 +92,8 @@ def _saves(plan: Plan) -> list[int]:
 
 @dataclass(frozen=True)
 class _Checkpoints(Checkpoints):
-    """As in ``Checkpointed``, with the loop of first order and the graph of its updates."""
+    """As in ``Checkpointed``, with the graph of the updates; the loop is the one of first order."""
 
-    loop: Loop
     chain: _Chain
 
 
