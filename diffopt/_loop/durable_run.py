@@ -32,7 +32,7 @@ from diffopt._loop.background import Background
 from diffopt._loop.durable import Durable
 from diffopt._loop.entries import Entry, file_of, name_of, newest
 from diffopt._loop.files import is_address
-from diffopt._loop.journal import BackwardPoint, ForwardPoint, Journal
+from diffopt._loop.journal import BackwardPoint, ForwardPoint
 from diffopt._loop.loop import Loop
 from diffopt._loop.passed import Passed, meet_again
 from diffopt._loop.run_terms import fingerprint, terms_of
@@ -45,10 +45,10 @@ from diffopt._values.state import Cotangent, State
 from diffopt.schedule import Plan
 
 
-class DurableSnapshots(Snapshots, Journal):
+class DurableSnapshots(Snapshots):
     """Snapshots on a shelf, and the journal beside them."""
 
-    keeps = True
+    journaled = True
     by_reference = False
 
     def __init__(self, durable: Durable) -> None:
@@ -111,10 +111,6 @@ class DurableSnapshots(Snapshots, Journal):
         if t not in self._reading:
             file = self._files[t]
             self._reading[t] = self._background.read(lambda: self._shelf.read(file))
-
-    @property
-    def journal(self) -> Journal:
-        return self
 
     def another(self) -> Snapshots:
         return Snapshots()  # of a way back that keeps its graph, and is not journaled

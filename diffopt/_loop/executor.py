@@ -60,11 +60,11 @@ def pass_through(loop: Loop) -> State:
 
 
 def _forward(loop: Loop, plan: Plan, store: Store, begun: Begun | None) -> State:
-    journal = store.snapshots.journal
-    point = journal.begin(loop, plan)
+    snapshots = store.snapshots
+    point = snapshots.begin(loop, plan)
     state = point.state
     parts: Sequence[Stretch | Action] = of_plan(plan)[0]
-    if journal.keeps:
+    if snapshots.journaled:
         parts = plan.forward_actions[point.action :]
     for i, part in enumerate(parts, point.action):
         kind, start, stop = part.kind, part.start, part.stop
@@ -73,16 +73,16 @@ def _forward(loop: Loop, plan: Plan, store: Store, begun: Begun | None) -> State
             del store.snapshots[start]
         elif kind == "save" and isinstance(part, Action):
             store.snapshots[start] = loop.snapshot(state) if taken is None else taken.start
-            journal.forward(ForwardPoint(i + 1, start, state))
-        elif kind == "advance" and journal.keeps:
+            snapshots.forward(ForwardPoint(i + 1, start, state))
+        elif kind == "advance" and snapshots.journaled:
             for t in range(max(start, point.position), stop):
                 state = _first_steps(loop, store, state, kind, t, t + 1, taken if not t else None)
-                journal.forward(ForwardPoint(i, t + 1, state))
+                snapshots.forward(ForwardPoint(i, t + 1, state))
         elif kind in ("advance", "save", "record"):
             state = _first_steps(loop, store, state, kind, start, stop, taken)
         else:
             raise ValueError(f"a plan cannot {kind!r} before it has reached the end")
-    journal.arrived(state)
+    snapshots.arrived(state)
     return state
 
 
@@ -98,7 +98,7 @@ def _first_steps(
             store.graphs[0] = begun.graph
         state, begun.graph = begun.after, None
         t += 1
-    at_once = not store.snapshots.journal.keeps and (kind != "save" or store.snapshots.by_reference)
+    at_once = not store.snapshots.journaled and (kind != "save" or store.snapshots.by_reference)
     while t < stop:
         if at_once and (block := first_block(loop, state, t, stop, keep=kind != "advance")):
             _keep(store, kind, block)
@@ -150,7 +150,7 @@ def run_backward(
     run = _Backward(loop, plan, store, cotangent, outputs, keep)
     try:
         with one_by_one() if many else nullcontext():
-            run.journaled() if store.snapshots.journal.keeps else run.in_stretches()
+            run.journaled() if store.snapshots.journaled else run.in_stretches()
     finally:
         store.snapshots.close()
     return run.cotangent, run.captured.total
@@ -197,24 +197,24 @@ class _Backward:
 
     def journaled(self) -> None:
         """Carry out the plan step by step, from where the journal says."""
-        journal, outputs = self.store.snapshots.journal, self.outputs
-        point = journal.turn(BackwardPoint(0, self.cotangent, self.captured.total), outputs)
+        snapshots, outputs = self.store.snapshots, self.outputs
+        point = snapshots.turn(BackwardPoint(0, self.cotangent, self.captured.total), outputs)
         self.cotangent, self.captured.total = point.cotangent, point.captured
         self.state, position = point.state, point.position
         actions = self.plan.backward_actions[point.action :]
         self.loads = deque(a.start for a in actions if a.kind == "load")
         for i, (kind, start, stop) in enumerate(actions, point.action):
             if kind == "load":
-                journal.backward(BackwardPoint(i, self.cotangent, self.captured.total))
+                snapshots.backward(BackwardPoint(i, self.cotangent, self.captured.total))
             if kind != "advance":
                 self._act(kind, start, stop)
                 continue
             for t in range(max(start, position), stop):
                 self._act(kind, t, t + 1)
                 total = self.captured.total
-                journal.backward(BackwardPoint(i, self.cotangent, total, t + 1, self.state))
+                snapshots.backward(BackwardPoint(i, self.cotangent, total, t + 1, self.state))
             position = 0
-        journal.finished()
+        snapshots.finished()
 
     @property
     def _working(self) -> State:

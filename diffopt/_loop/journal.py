@@ -45,10 +45,10 @@ class Journal:
     """Told of a run's progress. This one forgets it, and every run begins at its beginning.
 
     Attributes:
-        keeps: whether anything is kept of what the journal is told.
+        journaled: whether anything is kept of what the journal is told.
     """
 
-    keeps = False
+    journaled = False
 
     def begin(self, loop: Loop, plan: Plan) -> ForwardPoint:
         """The forward pass begins, inside the loop's session. Gives where."""

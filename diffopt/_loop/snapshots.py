@@ -19,8 +19,10 @@ class Snapshot:
     generators: tuple[Tensor, ...]
 
 
-class Snapshots(MutableMapping[int, Snapshot]):
+class Snapshots(MutableMapping[int, Snapshot], Journal):
     """Snapshots by their position in the loop. This class keeps them where the tensors are.
+
+    It is told how far the run is, too, and forgets it.
 
     Attributes:
         by_reference: whether the state's own tensors are kept, and no copies in another place.
@@ -60,11 +62,6 @@ class Snapshots(MutableMapping[int, Snapshot]):
     def another(self) -> Snapshots:
         """An empty one that keeps its snapshots in the same way."""
         return type(self)()
-
-    @property
-    def journal(self) -> Journal:
-        """Told how far the run is, to go on from there were it killed."""
-        return Journal()
 
     def close(self) -> None:
         """Drop everything, and leave nothing behind."""

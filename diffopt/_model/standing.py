@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -207,20 +208,18 @@ class _Frame(CheckpointFrame):
         super().__init__(recompute_as_now if _standing.stack else recompute, *args, **kwargs)
 
 
-class _Reentrant:
+_apply_reentrant: Any = torch_checkpoint.CheckpointFunction.apply
+
+
+def _reentrant(*args: Any) -> Any:
     """What ``checkpoint(..., use_reentrant=True)`` goes through."""
-
-    _original: Any = torch_checkpoint.CheckpointFunction
-
-    @classmethod
-    def apply(cls, *args: Any) -> Any:
-        if _standing.stack and torch.is_grad_enabled():
-            raise NotImplementedError(
-                "a layer calls torch.utils.checkpoint with use_reentrant=True, which can be "
-                "differentiated neither with respect to given tensors nor twice: pass "
-                "use_reentrant=False"
-            )
-        return cls._original.apply(*args)
+    if _standing.stack and torch.is_grad_enabled():
+        raise NotImplementedError(
+            "a layer calls torch.utils.checkpoint with use_reentrant=True, which can be "
+            "differentiated neither with respect to given tensors nor twice: pass "
+            "use_reentrant=False"
+        )
+    return _apply_reentrant(*args)
 
 
 class _BackwardHook(torch_hooks.BackwardHook):
@@ -262,7 +261,7 @@ if not HAS_FRAME:
 _as_now = Shared(
     lambda: replaced(
         _recomputed,
-        (torch_checkpoint, "CheckpointFunction", _Reentrant),
+        (torch_checkpoint, "CheckpointFunction", SimpleNamespace(apply=_reentrant)),
         (torch.nn.modules.module, "BackwardHook", _BackwardHook),
         (torch.Tensor, "register_hook", _register_inner_hook),
         *dtensors.as_now(),
