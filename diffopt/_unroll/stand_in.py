@@ -40,12 +40,14 @@ _READS = {
     "parameters",
     "state_dict",
 }
-_OWN = {"forward", "train", "eval"}
+_DEFINED_HERE = {"forward", "train", "eval"}
 #: Everything else that ``nn.Module`` has would change the module.
 _CHANGES = {
     name
     for name in dir(nn.Module)
-    if not name.startswith("_") and callable(getattr(nn.Module, name)) and name not in _READS | _OWN
+    if not name.startswith("_")
+    and callable(getattr(nn.Module, name))
+    and name not in _READS | _DEFINED_HERE
 }
 _CALLABLES = (types.FunctionType, types.MethodType, partial)
 

@@ -23,7 +23,7 @@ from diffopt.optim.convert import Optimizers
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_OWN = {"params", "buffers", "opt_state", "losses", "aux", "step", "tasks"}
+_ATTRIBUTES = {"params", "buffers", "opt_state", "losses", "aux", "step", "tasks"}
 
 
 class Unrolled(StandIn):
@@ -90,7 +90,7 @@ class Unrolled(StandIn):
         return self, self._slots.model
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name not in _OWN and not name.startswith("_"):
+        if name not in _ATTRIBUTES and not name.startswith("_"):
             _, model = self._diffopt_parts()
             if hasattr(model, name):
                 refuse_setting(model, name)
