@@ -32,6 +32,7 @@ from diffopt._step.collectives import (
 )
 from diffopt._torch.collectives import sum_now
 from diffopt._torch.dtensors import is_dtensor, stored
+from diffopt.schedule import check_kind
 
 __all__ = ["mean", "mean_grads", "shard"]
 
@@ -53,8 +54,7 @@ def mean(x: Tensor, group: ProcessGroup = None) -> Tensor:
     process has to take part.
     """
     check_group(group)
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x is a {type(x).__name__}: pass a tensor")
+    check_kind("x", x, Tensor, "pass a tensor")
     if not (x.is_floating_point() or x.is_complex()):
         raise TypeError(f"x is of dtype {x.dtype}, which has no mean: convert it with x.float()")
     return summed(x, group) / size_of(group)
@@ -98,12 +98,10 @@ def mean_grads(
     check_group(group)
     tensors, wrong = list(tensors), ""
     for i, x in enumerate(tensors):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"tensor {i} is a {type(x).__name__}: pass tensors")
+        check_kind(f"tensor {i}", x, Tensor, "pass tensors")
     averaged = [x for x in tensors if not _is_part(x)]
     if weight is not None:
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)):
-            raise TypeError(f"weight is a {type(weight).__name__}: pass a number")
+        check_kind("weight", weight, (int, float), "pass a number")
         if not 0 <= weight < math.inf:
             wrong = f"weight={weight}: pass a finite number that is not negative"
     for i, x in enumerate(averaged):
@@ -226,8 +224,7 @@ def shard(model: nn.Module, group: ProcessGroup = None) -> nn.Module:
     Cost: an exchange of each weight where a step uses it, and as large a one on each way back.
     """
     check_group(group)
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}: pass a torch.nn.Module")
+    check_kind("model", model, nn.Module, "pass a torch.nn.Module")
     places: dict[Tensor, list[tuple[nn.Module, str, str]]] = {}
     for prefix, module in model.named_modules():
         if isinstance(module, Part):

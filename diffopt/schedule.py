@@ -389,6 +389,12 @@ def check_int(name: str, value: object, minimum: int, advice: str) -> None:
         raise ValueError(f"{name} is {value}, but must be at least {minimum}: {advice}")
 
 
+def check_kind(name: str, value: object, kinds: type | tuple[type, ...], advice: str) -> None:
+    """Raise a ``TypeError`` unless ``value`` is of one of ``kinds``; a bool counts as no number."""
+    if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
+        raise TypeError(f"{name} is a {type(value).__name__}: {advice}")
+
+
 def _plural(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
@@ -466,7 +472,7 @@ def _revolve(length: int, free: int, block: int) -> tuple[list[Action], int]:
 
 
 def _blocks(steps: int, free: int, block: int) -> list[Action]:
-    """Record the last k = ``block`` steps in the forward pass, and ``_revolve`` those before.
+    """Record the last k = ``block`` steps in the forward pass, and ``_revolve`` the steps before.
 
     When ``_revolve`` first comes to a stretch that it reverses at once, it holds at most s + 1
     snapshots. Here the start of that stretch is saved besides and the forward pass goes on, to

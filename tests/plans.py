@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+from diffopt._loop.snapshots import Snapshot, Snapshots
 from diffopt.schedule import Action, Counts, Plan, binomial, budget, segmented, simulate, store_all
+
+
+class CountedSnapshots(Snapshots):
+    """Snapshots that know the most there were of them at once."""
+
+    peak = 0
+
+    def __setitem__(self, t: int, snapshot: Snapshot) -> None:
+        super().__setitem__(t, snapshot)
+        self.peak = max(self.peak, len(self))
 
 
 def order(plan: Plan) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from plans import CountedSnapshots
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -269,18 +270,6 @@ def test_first_order_builds_no_second_order_graph(problem: Problem) -> None:
         assert with_graph == expected
 
 
-@dataclass(frozen=True)
-class Watched(FirstOrder):
-    """FirstOrder that shows what it kept."""
-
-    seen: list[Any] = field(default_factory=list)
-
-    def forward(self, loop: Any) -> Any:
-        state, kept = super().forward(loop)
-        self.seen.append(kept.kept)
-        return state, kept
-
-
 @pytest.mark.parametrize(
     ("make", "states"),
     [
@@ -295,10 +284,14 @@ class Watched(FirstOrder):
     ids=["sgd", "decayed", "adam", "schedule", "adam-coupled", "learned-lr", "learned-later"],
 )
 def test_first_order_keeps_one_state_where_only_the_weights_learn(
-    problem: Problem, make: Callable[[Problem], Any], states: int
+    problem: Problem,
+    make: Callable[[Problem], Any],
+    states: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    gradients = []
-    for adjoint in (watched := Watched(), StoreAll()):
+    gradients, snapshots = [], CountedSnapshots()
+    monkeypatch.setattr("diffopt.adjoint._first_order.Snapshots", lambda: snapshots)
+    for adjoint in (FirstOrder(), StoreAll()):
         fast = diffopt.unroll(
             problem.model,
             make(problem),
@@ -310,8 +303,8 @@ def test_first_order_keeps_one_state_where_only_the_weights_learn(
         gradients.append(
             torch.autograd.grad(problem.outer(fast.params), problem.inputs(), allow_unused=True)
         )
-    assert watched.seen[0].peak_states == states
-    assert watched.plan(T).peak_states == 3
+    assert snapshots.peak == states
+    assert FirstOrder().plan(T).peak_states == 3
     assert_same(*map(list, gradients))
 
 

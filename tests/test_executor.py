@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from helpers import new_objects_only
+from plans import CountedSnapshots
 from torch import Tensor, nn
 
 import diffopt
-from diffopt._loop.snapshots import Snapshot, Snapshots
 from diffopt.adjoint import Checkpointed
 from diffopt.schedule import Action, Plan
 
@@ -46,20 +46,10 @@ class Counted(nn.Module):
         self.w = nn.Parameter(torch.randn(7, 11).double())
 
 
-class Counting(Snapshots):
-    """Snapshots that know the most there were of them at once."""
-
-    peak = 0
-
-    def __setitem__(self, t: int, snapshot: Snapshot) -> None:
-        super().__setitem__(t, snapshot)
-        self.peak = max(self.peak, len(self))
-
-
 @pytest.mark.parametrize("steps", [0, 1, 2, 3, 7, 12])
 @pytest.mark.parametrize("adjoint", ADJOINTS, ids=repr)
 def test_a_run_keeps_to_its_plan(adjoint: Any, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    snapshots = Counting()
+    snapshots = CountedSnapshots()
     monkeypatch.setattr(type(adjoint), "new_snapshots", lambda adjoint: snapshots)
     model, seen = Counted(), []
 

@@ -54,6 +54,30 @@ class Reassigned(nn.Module):
         return x * self.scale * self.mask + self.count
 
 
+class Held(nn.Module):
+    def __init__(self, buffer: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("buffer", buffer)
+
+
+class TiedAndLate(nn.Module):
+    """One buffer in two modules, of which one changes it, and another that comes to be late."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3, dtype=torch.double))
+        shared = torch.zeros(3, dtype=torch.double)
+        self.one, self.two = Held(shared), Held(shared)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not hasattr(self, "late"):
+            self.register_buffer("late", torch.zeros((), dtype=torch.double))
+        with torch.no_grad():
+            self.one.buffer += 0.1 * x.mean(0)
+            self.late += 1
+        return x * self.scale + self.two.buffer + self.late
+
+
 def loss_fn(model: Any, t: int) -> Tensor:
     return model(X + 0.1 * t).pow(3).mean()
 
@@ -69,7 +93,7 @@ def torch_loop(model: nn.Module, steps: int) -> nn.Module:
 
 
 @every_adjoint
-@pytest.mark.parametrize("make", [NormBuffers, ThroughData, Reassigned])
+@pytest.mark.parametrize("make", [NormBuffers, ThroughData, Reassigned, TiedAndLate])
 def test_buffers_are_those_of_a_torch_optim_loop(
     make: Callable[[], nn.Module], adjoint: diffopt.Adjoint
 ) -> None:

@@ -103,8 +103,8 @@ def files(stores: Stores) -> list[Path]:
     store = stores[-1]()
     assert store is not None
     settle(store)
-    assert isinstance(store._own, OnDisk)
-    return sorted(store._own.where.iterdir())
+    assert isinstance(store._subfolder, OnDisk)
+    return sorted(store._subfolder.where.iterdir())
 
 
 every_adjoint = pytest.mark.parametrize(

@@ -8,8 +8,6 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from diffopt._loop.snapshots import check_process
-
 T = TypeVar("T")
 
 #: How many writes may wait. Each holds a state in host memory until it is done.
@@ -26,12 +24,17 @@ class Background:
 
     @property
     def mine(self) -> bool:
-        """Whether this process made it: one that was forked from that has no such thread."""
+        """Whether this process started the thread; a process forked from it has none."""
         return os.getpid() == self._process
 
     def check_mine(self) -> None:
-        """Raise in a process that was forked from the one that made it."""
-        check_process(self._process)
+        """Raise in a process that was forked from the one that started the thread."""
+        if not self.mine:
+            raise RuntimeError(
+                "this process was forked after the call of unroll, whose snapshots are read by a "
+                "thread of the process that made it: call unroll in the process that calls "
+                "backward()"
+            )
 
     def make_room(self) -> None:
         """Wait until one more write may wait."""
@@ -46,7 +49,7 @@ class Background:
         self._writing.append(self._thread.submit(work))
 
     def read(self, work: Callable[[], T]) -> Future[T]:
-        """Do ``work`` after everything that was asked for before."""
+        """Do ``work`` after all earlier work."""
         self.check_mine()
         return self._thread.submit(work)
 
@@ -61,5 +64,5 @@ class Background:
             self._writing.popleft().result()
 
     def close(self, *, drop: bool = False) -> None:
-        """End the thread, when everything is done, or if ``drop``, what it is doing now."""
+        """End the thread when all work is done; with ``drop``, after the present piece of work."""
         self._thread.shutdown(wait=True, cancel_futures=drop)

@@ -14,7 +14,7 @@ from diffopt._loop.setting import Monitor
 from diffopt._loop.snapshots import Snapshot
 from diffopt._step.graph import Graph
 from diffopt._step.observe import Observer
-from diffopt._step.result import Checked, StepResult
+from diffopt._step.result import Checked
 from diffopt._torch.autograd import present_sequence
 from diffopt._values.outputs import OutputCotangents
 from diffopt._values.state import Cotangent, State
@@ -142,7 +142,7 @@ def first_block(loop: Loop, state: State, start: int, stop: int, *, keep: bool) 
     if loop.check is not None:
         _note(loop, block, since)
     if loop.observer.originals_used:
-        loop.refuse_originals(state, start, _result(block))
+        loop.refuse_originals(state, start, block.after)
     loop.losses.extend(block.losses)
     for t, aux in enumerate(block.aux(), block.start):
         loop.extras.append(loop.step.first_step + t, aux, block.attached)
@@ -166,12 +166,6 @@ def _note(loop: Loop, block: Block, since: int) -> None:
             loop.check.first(number + t, block.checked(t))
     else:
         loop.check.first_losses(number + block.start, block.losses)
-
-
-def _result(block: Block) -> StepResult:
-    t = block.start
-    checked, graph = block.checked(t), block.graph(t)
-    return StepResult(block.after, block.losses[0], None, checked, graph, ())
 
 
 def block_again(loop: Loop, state: State, start: int, stop: int, *, keep: bool) -> Block | None:
@@ -222,7 +216,7 @@ def block_vjp(
     if norm is not None or monitor is not None:
         between = Between(loop.bounded, monitor, norm, first)
     with captured.sealed(*steps) as shared:
-        before, found = block.vjp(
+        before, to_captured = block.vjp(
             start,
             stop,
             cotangent,
@@ -232,4 +226,4 @@ def block_vjp(
             retain_graph=retain_graph or shared,
         )
     loop.progress.backward(stop - start)
-    return before, captured.at(*steps), found
+    return before, captured.at(*steps), to_captured

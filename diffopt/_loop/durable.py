@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from diffopt.schedule import check_int
+from diffopt.schedule import check_int, check_kind
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,7 @@ class Durable:
     every: int = 10
 
     def __post_init__(self) -> None:
-        if not isinstance(self.folder, (str, os.PathLike)):
-            raise TypeError(f"folder is a {type(self.folder).__name__}: pass a path")
+        check_kind("folder", self.folder, (str, os.PathLike), "pass a path")
         if not os.fspath(self.folder):
             raise ValueError("folder='': pass a folder of this run alone, such as 'runs/outer-3'")
         check_int("every", self.every, 1, "a number of steps between two entries")

@@ -21,32 +21,35 @@ import json
 import os
 import weakref
 import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
+
+from torch import Tensor
 
 from diffopt._loop.background import Background
 from diffopt._loop.durable import Durable
 from diffopt._loop.entries import Entry, file_of, name_of, newest
 from diffopt._loop.files import is_address
-from diffopt._loop.journal import Journal, Way, WayBack
+from diffopt._loop.journal import BackwardPoint, ForwardPoint
 from diffopt._loop.loop import Loop
 from diffopt._loop.passed import Passed, meet_again
-from diffopt._loop.run_terms import digest, terms_of
+from diffopt._loop.run_terms import fingerprint, terms_of
 from diffopt._loop.shelf import Damaged, File, Shelf
 from diffopt._loop.snapshots import Snapshot, Snapshots
 from diffopt._loop.transfer import Copier
-from diffopt._loop.written import Read, Written, of_snapshot, of_way_back, snapshot_of, way_back_of
+from diffopt._loop.written import tree_of, written
 from diffopt._values.outputs import OutputCotangents
 from diffopt._values.state import Cotangent, State
 from diffopt.schedule import Plan
 
 
-class DurableSnapshots(Snapshots, Journal):
+class DurableSnapshots(Snapshots):
     """Snapshots on a shelf, and the journal beside them."""
 
-    keeps = True
+    journaled = True
+    by_reference = False
 
     def __init__(self, durable: Durable) -> None:
         folder = os.fspath(durable.folder)
@@ -58,16 +61,16 @@ class DurableSnapshots(Snapshots, Journal):
         self._copier = Copier()
         self._background = Background("diffopt-durable")
         self._files: dict[int, File] = {}
-        self._reading: dict[int, Future[Read]] = {}
+        self._reading: dict[int, Future[tuple[dict[str, Tensor], Any]]] = {}
         self._entries = 0
         self._passed = Passed()
         self._records: list[File] = []
         self._final: File | None = None
-        self._given = ""
+        self._cotangents = ""
         self._since = 0  # how many steps are recorded
         self._work = 0  # on the way back, how many steps were taken since the last entry
         self._back: tuple[Cotangent, File] | None = None  # what was come back with at that
-        self._came_back: WayBack | None = None
+        self._came_back: BackwardPoint | None = None
         self._again: Snapshot | None = None
         self._loop: Loop | None = None
         self._plan = Plan(0, ())
@@ -80,9 +83,7 @@ class DurableSnapshots(Snapshots, Journal):
     # Snapshots.
 
     def __setitem__(self, t: int, snapshot: Snapshot) -> None:
-        file = self._shelf.file("state")
-        self._files[t] = file
-        self._write(file, of_snapshot(snapshot))
+        self._files[t] = self._write("state", _tree_of(snapshot))
 
     def __getitem__(self, t: int) -> Snapshot:
         self.prefetch(t)
@@ -94,7 +95,7 @@ class DurableSnapshots(Snapshots, Journal):
                 f"{error}: the state at step {t} is lost. Empty the folder "
                 f"{self._shelf.name!r} to begin anew"
             ) from error
-        return self._snapshot(read)
+        return _snapshot_of(tree_of(*read))
 
     def __delitem__(self, t: int) -> None:
         del self._files[t]  # its file goes when no entry names it
@@ -111,10 +112,6 @@ class DurableSnapshots(Snapshots, Journal):
             file = self._files[t]
             self._reading[t] = self._background.read(lambda: self._shelf.read(file))
 
-    @property
-    def journal(self) -> Journal:
-        return self
-
     def another(self) -> Snapshots:
         return Snapshots()  # of a way back that keeps its graph, and is not journaled
 
@@ -130,74 +127,77 @@ class DurableSnapshots(Snapshots, Journal):
 
     # The journal: taking a run up.
 
-    def begin(self, loop: Loop, plan: Plan) -> Way:
+    def begin(self, loop: Loop, plan: Plan) -> ForwardPoint:
         self._loop, self._plan = loop, plan
         self._terms = json.loads(json.dumps(terms_of(loop, plan)))
         entry = newest(self._shelf, self._terms, loop.step.group)
         if entry is None:
             self._shelf.clear()
-            return Way(0, 0, loop.start)
+            return ForwardPoint(0, 0, loop.start)
         return self._taken_up(loop, entry)
 
-    def _taken_up(self, loop: Loop, entry: Entry) -> Way:
+    def _taken_up(self, loop: Loop, entry: Entry) -> ForwardPoint:
         note, passed = entry.note, entry.passed
         self._entries = entry.number
         self._files = {int(t): File(*file) for t, file in note["states"].items()}
         self._records = [File(*file) for file in note["records"]]
         self._final = file_of(note["final"])
-        start = None if entry.first is None else self._snapshot(entry.first)
+        start = None if entry.first is None else _snapshot_of(entry.first)
         captured = meet_again(loop, passed, start, self)
         self._passed, self._since = passed, len(passed.steps)
         passed.deliver(loop, captured)
         if entry.back is not None:
-            self._given = note["given"]
-            places = note["back action"], note["back position"]
-            self._came_back = way_back_of(entry.back, captured, *places)
-            self._again = None if entry.again is None else self._snapshot(entry.again)
-        reached = loop.restored(self._snapshot(entry.reached))
-        return Way(note["action"], self._since, reached)
+            self._cotangents = note["cotangents"]
+            self._came_back = BackwardPoint(
+                note["back action"],
+                entry.back["cotangent"],
+                _by_index(entry.back["captured"], captured),
+                note["back position"],
+            )
+            self._again = None if entry.again is None else _snapshot_of(entry.again)
+        reached = loop.restored(_snapshot_of(entry.reached))
+        return ForwardPoint(note["action"], self._since, reached)
 
     # The journal: making entries.
 
-    def forward(self, way: Way) -> None:
-        t, last = way.position, self._since
+    def forward(self, point: ForwardPoint) -> None:
+        t, last = point.position, self._since
         if not self._records or (t - last >= self._every and t < self._plan.steps):
             self._record(t)
-            self._publish(way.action, self._here(t, way.state))
+            self._publish(point.action, self._here(t, point.state))
 
     def arrived(self, state: State) -> None:
         if self._final is None:
             self._record(self._plan.steps)
-            self._final = self._shelf.file("final")
-            self._write(self._final, of_snapshot(self._run.snapshot(state)))
+            self._final = self._write("final", _tree_of(self._run.snapshot(state)))
             self._publish(len(self._plan.forward_actions), None)
         # What the caller is given is the caller's to change, and may be a tensor to be written.
         self._background.finish()
 
-    def turn(self, way: WayBack, outputs: OutputCotangents) -> WayBack:
-        given = _given(way.cotangent, outputs)
-        if self._given not in ("", given):
+    def turn(self, point: BackwardPoint, outputs: OutputCotangents) -> BackwardPoint:
+        now = _digest_of(point.cotangent, outputs)
+        if self._cotangents not in ("", now):
             raise RuntimeError(
                 "what flows back from the result is not what flowed back in the pass that was "
                 f"interrupted, of which {self._shelf.name!r} keeps a part: compute the same "
                 "outer loss from the same data, or empty the folder to begin anew"
             )
-        self._given = given
-        way, self._came_back = self._came_back or way, None
+        self._cotangents = now
+        point, self._came_back = self._came_back or point, None
         if self._again is not None:
-            way, self._again = replace(way, state=self._run.restored(self._again)), None
-        return way
+            point, self._again = replace(point, state=self._run.restored(self._again)), None
+        return point
 
-    def backward(self, way: WayBack) -> None:
+    def backward(self, point: BackwardPoint) -> None:
         self._work += 1
         if self._work < self._every:
             return
         self._work = 0
-        if self._back is None or self._back[0] is not way.cotangent:
-            self._back = way.cotangent, self._shelf.file("back")
-            self._write(self._back[1], of_way_back(way))
-        here = None if way.state is None else self._here(way.position, way.state)
-        self._publish(len(self._plan.forward_actions), here, way)
+        if self._back is None or self._back[0] is not point.cotangent:
+            tree = {"cotangent": point.cotangent, "captured": point.captured}
+            self._back = point.cotangent, self._write("back", tree)
+        here = None if point.state is None else self._here(point.position, point.state)
+        self._publish(len(self._plan.forward_actions), here, point)
 
     def finished(self) -> None:
         self._wait_for_others()
@@ -210,38 +210,38 @@ class DurableSnapshots(Snapshots, Journal):
 
     def _record(self, stop: int) -> None:
         """Write what is to be known of the steps since the last record."""
-        file = self._shelf.file("record")
-        self._write(file, self._passed.record(self._run, stop))
-        self._records = [*self._records, file]
+        self._records.append(self._write("record", self._passed.record(self._run, stop)))
         self._since = stop
 
     def _here(self, position: int, state: State) -> File:
         """Where the state at ``position`` is written, the present one."""
         if position in self._files:
             return self._files[position]
-        file = self._shelf.file("state")
-        self._write(file, of_snapshot(self._run.snapshot(state)))
-        return file
+        return self._write("state", _tree_of(self._run.snapshot(state)))
 
-    def _write(self, file: File, written: Written) -> None:
+    def _write(self, kind: str, tree: Any) -> File:
+        """Write a tree to a new file, later."""
         self._refuse_lost()
         self._background.make_room()
-        copy = self._copier.to_host(written[0])
+        file = self._shelf.file(kind)
+        tensors, note = written(tree)
+        copy = self._copier.to_host(tensors)
 
         def write() -> None:
             copy.synchronize()
-            self._shelf.write(file, copy.tensors, written[1])
+            self._shelf.write(file, copy.tensors, note)
 
         self._background.write(write)
+        return file
 
-    def _publish(self, action: int, here: File | None, way: WayBack | None = None) -> None:
+    def _publish(self, action: int, here: File | None, point: BackwardPoint | None = None) -> None:
         """Make an entry, once all that it names is written."""
         self._wait_for_others()
         self._entries += 1
         states, records, final = dict(self._files), list(self._records), self._final
-        back = None if way is None or self._back is None else self._back[1]
+        back = None if point is None or self._back is None else self._back[1]
         named = {f.name for f in (*states.values(), *records, final, here, back) if f is not None}
-        number, given = self._entries, self._given
+        number, cotangents = self._entries, self._cotangents
 
         def publish() -> None:
             entry = {
@@ -253,9 +253,9 @@ class DurableSnapshots(Snapshots, Journal):
                 "here": name_of(here),
                 "final": name_of(final),
                 "back": name_of(back),
-                "back action": 0 if way is None else way.action,
-                "back position": 0 if way is None else way.position,
-                "given": given,
+                "back action": 0 if point is None else point.action,
+                "back position": 0 if point is None else point.position,
+                "cotangents": cotangents,
             }
             self._shelf.publish(entry, named)
 
@@ -276,9 +276,6 @@ class DurableSnapshots(Snapshots, Journal):
         self._lost = why
         self._release()
 
-    def _snapshot(self, read: Read) -> Snapshot:
-        return snapshot_of(read, list(self._run.start.opt))
-
 
 #: Those that are open in this process, by folder.
 _open: weakref.WeakValueDictionary[str, DurableSnapshots] = weakref.WeakValueDictionary()
@@ -290,10 +287,32 @@ def _close(background: Background, shelf: Shelf) -> None:
         shelf.close()
 
 
-def _given(cotangent: Cotangent, outputs: OutputCotangents) -> str:
-    """What flows to the results, as a text that differs where it does."""
-    parts = {" ".join(path): digest(x) for path, x in cotangent.items()}
-    parts |= {f"aux {t} {i}": digest(x) for t, aux in outputs.aux.items() for i, x in aux.items()}
+def _tree_of(snapshot: Snapshot) -> Any:
+    state = snapshot.state
+    opt = {name: dict(entries) for name, entries in state.opt.items()}
+    return dict(state.params), opt, dict(state.buffers), snapshot.generators
+
+
+def _snapshot_of(tree: Any) -> Snapshot:
+    """The snapshot that a tree was made of."""
+    *tables, generators = tree
+    return Snapshot(State(*tables), generators)
+
+
+def _by_index(cotangents: Sequence[Tensor | None], indices: Sequence[int]) -> list[Tensor | None]:
+    """What flows to the captured tensors, at the index that each has in this process."""
+    total: list[Tensor | None] = [None] * (max(indices, default=-1) + 1)
+    for i, x in enumerate(cotangents):
+        if x is not None:
+            total[indices[i]] = x
+    return total
+
+
+def _digest_of(cotangent: Cotangent, outputs: OutputCotangents) -> str:
+    """A digest of what flows to the results."""
+    named = {" ".join(path): x for path, x in cotangent.items()}
+    named |= {f"aux {t} {i}": x for t, aux in outputs.aux.items() for i, x in aux.items()}
     if outputs.losses is not None:
-        parts["losses"] = digest(outputs.losses)
-    return f"{zlib.crc32(json.dumps(sorted(parts.items())).encode()):08x}"
+        named["losses"] = outputs.losses
+    text = json.dumps(sorted((name, fingerprint(x)) for name, x in named.items()))
+    return f"{zlib.crc32(text.encode()):08x}"

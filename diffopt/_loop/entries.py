@@ -9,17 +9,16 @@ from typing import Any
 from diffopt._loop.passed import Passed
 from diffopt._loop.run_terms import differences
 from diffopt._loop.shelf import Damaged, File, Shelf
-from diffopt._loop.written import Read
+from diffopt._loop.written import tree_of
 from diffopt._step.group import Group
 from diffopt._step.message import MOST
 
 
 @dataclass(frozen=True)
 class Entry:
-    """An entry of the journal, of which everything that is needed at once has been read.
+    """An entry of the journal, with the trees that it names.
 
     Attributes:
-        number: how many entries there were before, and one.
         note: the entry as it was written.
         reached: the state that the forward pass had come to.
         back: what the backward pass had come back with; None before that had begun.
@@ -27,17 +26,21 @@ class Entry:
         first: the earliest state that is kept, if one is.
     """
 
-    number: int
     note: Mapping[str, Any]
     passed: Passed
-    reached: Read
-    back: Read | None
-    again: Read | None
-    first: Read | None
+    reached: Any
+    back: Any
+    again: Any
+    first: Any
+
+    @property
+    def number(self) -> int:
+        """How many entries there were before, and one."""
+        return int(self.note["number"])
 
 
 def newest(shelf: Shelf, terms: Mapping[str, Any], group: Group | None) -> Entry | None:
-    """The newest entry that is whole, also on the other processes of a group; None to begin anew.
+    """Find the newest entry that all processes of a group have whole; None to begin anew.
 
     Raises:
         ValueError: the entries are of another run than ``terms`` say.
@@ -67,7 +70,7 @@ def newest(shelf: Shelf, terms: Mapping[str, Any], group: Group | None) -> Entry
 
 
 def _whole(shelf: Shelf, terms: Mapping[str, Any], damage: list[str]) -> Iterator[Entry]:
-    """The entries that are whole, the newest first; what is the matter with others."""
+    """The whole entries, the newest first; what is wrong with the others goes to ``damage``."""
     for note in shelf.manifests():
         different = list(differences(note["run"], terms))
         if different:
@@ -96,24 +99,25 @@ def _read(shelf: Shelf, note: Mapping[str, Any]) -> Entry:
         if not shelf.is_there(file):
             raise Damaged(f"the file {shelf.path(file)!r} is gone")
     final, back, here = (file_of(note[key]) for key in ("final", "back", "here"))
-    reached = final or here
-    assert reached is not None
+
+    def read(file: File | None) -> Any:
+        return None if file is None else tree_of(*shelf.read(file))
+
     return Entry(
-        note["number"],
         note,
-        Passed.read([shelf.read(file) for file in records]),
-        shelf.read(reached),
-        None if back is None else shelf.read(back),
-        None if back is None or here is None else shelf.read(here),
-        shelf.read(states[min(states)]) if states else None,
+        Passed.read(map(read, records)),
+        read(final or here),
+        read(back),
+        None if back is None else read(here),
+        read(states[min(states)]) if states else None,
     )
 
 
 def name_of(file: File | None) -> list[Any] | None:
-    """A file as it is named in an entry."""
+    """How an entry names a file."""
     return None if file is None else [file.name, file.checksum]
 
 
 def file_of(named: Sequence[Any] | None) -> File | None:
-    """The file that is named so."""
+    """The file of such a name."""
     return None if named is None else File(*named)

@@ -13,7 +13,7 @@ from diffopt._values.hidden import hidden_tensors
 from diffopt._values.tree import map_tensors, tensors_in
 
 #: By position in the loop, and by index among the tensors of the step's extras.
-Place = tuple[int, int]
+AuxKey = tuple[int, int]
 
 
 class Extras:
@@ -25,7 +25,7 @@ class Extras:
 
     def __init__(self) -> None:
         self._trees: list[Any] = []
-        self._places: list[Place] = []
+        self._keys: list[AuxKey] = []
 
     def append(self, step: int, aux: Any, attached: Sequence[int]) -> None:
         """Note the extras of the next step.
@@ -39,40 +39,40 @@ class Extras:
         """
         if aux is not None:
             _refuse_hidden(aux, step)
-            self._places += [(len(self._trees), i) for i in attached]
+            self._keys += [(len(self._trees), i) for i in attached]
             # What the caller is given is the caller's to change, and no snapshot's memory.
             aux = map_tensors(lambda x: x.detach().clone(), aux)
         self._trees.append(aux)
 
     def at(self, t: int) -> tuple[Any, list[int]]:
         """What step ``t`` gave, and to which of its tensors derivatives flow."""
-        start, stop = bisect_left(self._places, (t, 0)), bisect_left(self._places, (t + 1, 0))
-        return self._trees[t], [i for _, i in self._places[start:stop]]
+        start, stop = bisect_left(self._keys, (t, 0)), bisect_left(self._keys, (t + 1, 0))
+        return self._trees[t], [i for _, i in self._keys[start:stop]]
 
     def ones(self) -> dict[int, Tensor]:
         """A cotangent of ones for each tensor of the last step that derivatives flow to."""
         last = len(self._trees) - 1
         flat = list(tensors_in(self._trees[last]))
-        return {i: torch.ones_like(flat[i]) for t, i in self._places if t == last}
+        return {i: torch.ones_like(flat[i]) for t, i in self._keys if t == last}
 
-    def take(self) -> tuple[list[Any], dict[Place, Tensor]]:
-        """The extras of all steps, and the tensors of them that derivatives flow to.
+    def take(self) -> tuple[list[Any], dict[AuxKey, Tensor]]:
+        """Hand out the extras of all steps, and the tensors among them that derivatives flow to.
 
-        Nothing is left here: they become part of a graph whose node holds the loop.
+        Nothing is left here: the extras become part of a graph whose node holds the loop.
         """
-        trees, places = self._trees, self._places
-        self._trees, self._places = [], []
-        flat = {t: list(tensors_in(trees[t])) for t in {t for t, _ in places}}
-        return trees, {(t, i): flat[t][i] for t, i in places}
+        trees, keys = self._trees, self._keys
+        self._trees, self._keys = [], []
+        flat = {t: list(tensors_in(trees[t])) for t in {t for t, _ in keys}}
+        return trees, {(t, i): flat[t][i] for t, i in keys}
 
 
-def connected(trees: Sequence[Any], values: Mapping[Place, Tensor]) -> list[Any]:
-    """``trees`` with ``values`` at their places."""
+def connected(trees: Sequence[Any], values: Mapping[AuxKey, Tensor]) -> list[Any]:
+    """``trees`` with ``values`` at their keys."""
     touched = {t for t, _ in values}
     return [_replaced(tree, t, values) if t in touched else tree for t, tree in enumerate(trees)]
 
 
-def _replaced(tree: Any, t: int, values: Mapping[Place, Tensor]) -> Any:
+def _replaced(tree: Any, t: int, values: Mapping[AuxKey, Tensor]) -> Any:
     count = iter(range(len(values) + sum(1 for _ in tensors_in(tree))))
     return map_tensors(lambda x: values.get((t, next(count)), x), tree)
 

@@ -8,84 +8,44 @@ import shutil
 import tempfile
 import uuid
 import warnings
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 
-class Folder(ABC):
-    """A folder of files.
+class OnDisk:
+    """A folder of files on a disk of this machine.
 
     Attributes:
         name: as messages have it.
     """
-
-    name: str
-
-    @abstractmethod
-    def make(self) -> None:
-        """Make the folder, where it is missing."""
-
-    @abstractmethod
-    def make_own(self) -> Folder:
-        """A new folder in it, of a name that no other has."""
-
-    @abstractmethod
-    def path(self, name: str) -> str:
-        """The full name of a file."""
-
-    @abstractmethod
-    def open(self, name: str, mode: str) -> Any:
-        """A binary file, for ``mode`` "rb", or a new one for "xb"."""
-
-    @abstractmethod
-    def put(self, name: str, write: Callable[[Path], object]) -> None:
-        """Write a file of this name, or over it: ``write`` is given a path to write to."""
-
-    @abstractmethod
-    def taken(self, name: str) -> AbstractContextManager[Path]:
-        """A file as one of this machine, for as long as the context lasts."""
-
-    @abstractmethod
-    def has(self, name: str) -> bool:
-        """Whether there is a file of this name."""
-
-    @abstractmethod
-    def names(self) -> list[str]:
-        """The names of the files, in no order."""
-
-    @abstractmethod
-    def remove(self, name: str) -> None:
-        """Remove a file, if there is one of this name."""
-
-    @abstractmethod
-    def discard(self) -> None:
-        """Remove the folder with all that is in it."""
-
-
-class OnDisk(Folder):
-    """A folder on a disk of this machine."""
 
     def __init__(self, path: Path) -> None:
         self.name = str(path)
         self.where = path
 
     def make(self) -> None:
+        """Make the folder, where it is missing."""
         self.where.mkdir(exist_ok=True)
 
-    def make_own(self) -> OnDisk:
+    def make_new(self) -> OnDisk:
+        """A new folder in it, of a name that no other has."""
         return OnDisk(Path(tempfile.mkdtemp(prefix="diffopt-", dir=self.where)))
 
     def path(self, name: str) -> str:
+        """The full name of a file."""
         return str(self.where / name)
 
-    def open(self, name: str, mode: str) -> IO[bytes]:
+    def open(self, name: str, mode: str) -> Any:
+        """A binary file, for ``mode`` "rb", or a new one for "xb"."""
         return open(self.where / name, mode, buffering=0)
 
     def put(self, name: str, write: Callable[[Path], object]) -> None:
-        """Whole or not at all: under another name, flushed to the disk, then renamed."""
+        """Write a file of this name, or over it: ``write`` is given a path to write to.
+
+        The file is whole or absent: written under another name, flushed to the disk, then renamed.
+        """
         path = self.where / name
         partial = path.with_suffix(".partial")
         write(partial)
@@ -100,23 +60,28 @@ class OnDisk(Folder):
                 os.close(folder)
 
     def taken(self, name: str) -> AbstractContextManager[Path]:
+        """A file as one of this machine, for as long as the context lasts."""
         return nullcontext(self.where / name)
 
     def has(self, name: str) -> bool:
+        """Whether there is a file of this name."""
         return (self.where / name).exists()
 
     def names(self) -> list[str]:
+        """The names of the files, in no order."""
         return [path.name for path in self.where.iterdir()]
 
     def remove(self, name: str) -> None:
+        """Remove a file, if there is one of this name."""
         (self.where / name).unlink(missing_ok=True)
 
     def discard(self) -> None:
+        """Remove the folder with all that is in it."""
         shutil.rmtree(self.where, ignore_errors=True)
 
 
-class Elsewhere(Folder):
-    """A folder that fsspec reaches by an address such as ``s3://bucket/states``.
+class Elsewhere:
+    """A folder like ``OnDisk``, that fsspec reaches by an address such as ``s3://bucket/states``.
 
     Raises:
         ImportError: fsspec, or what it needs for the address, is not installed.
@@ -146,10 +111,10 @@ class Elsewhere(Folder):
     def make(self) -> None:
         self._system.makedirs(self._where, exist_ok=True)
 
-    def make_own(self) -> Elsewhere:
-        own = type(self)(f"{self.name}/diffopt-{uuid.uuid4().hex}")
-        own._system.makedirs(own._where, exist_ok=True)
-        return own
+    def make_new(self) -> Elsewhere:
+        new = type(self)(f"{self.name}/diffopt-{uuid.uuid4().hex}")
+        new._system.makedirs(new._where, exist_ok=True)
+        return new
 
     def path(self, name: str) -> str:
         return f"{self.name}/{name}"
@@ -177,8 +142,8 @@ class Elsewhere(Folder):
 
     def names(self) -> list[str]:
         self._system.invalidate_cache()  # of listings, which would not show new files
-        found = self._system.ls(self._where, detail=False)
-        return [str(path).rstrip("/").rpartition("/")[2] for path in found]
+        paths = self._system.ls(self._where, detail=False)
+        return [str(path).rstrip("/").rpartition("/")[2] for path in paths]
 
     def remove(self, name: str) -> None:
         with suppress(FileNotFoundError):
@@ -191,13 +156,16 @@ class Elsewhere(Folder):
             return  # object storage has no folders but those of its files
         except OSError as error:
             warnings.warn(
-                f"the snapshots in {self.name!r} could not be removed, {said(error)}: remove the "
-                "folder by hand",
+                f"the snapshots in {self.name!r} could not be removed, {cause_of(error)}: remove "
+                "the folder by hand",
                 stacklevel=2,
             )
 
     def _full(self, name: str) -> str:
         return f"{self._where}/{name}"
+
+
+Folder = OnDisk | Elsewhere
 
 
 def is_address(folder: str | os.PathLike[str]) -> bool:
@@ -212,8 +180,8 @@ def folder_of(folder: str | os.PathLike[str]) -> Folder:
     return OnDisk(Path(folder))
 
 
-def said(error: OSError) -> str:
-    """What a failure of files says of its cause; those of fsspec have no number."""
+def cause_of(error: OSError) -> str:
+    """The cause of a failure of files; failures of fsspec have no number."""
     return error.strerror or str(error) or type(error).__name__
 
 

@@ -49,20 +49,20 @@ class FirstPass(Setting):
         return linearization, self._collect(state, t, result)
 
     def _note(self, before: State, t: int, result: StepResult, since: int) -> None:
-        self.refuse_originals(before, t, result)
+        self.refuse_originals(before, t, result.state)
         if self.check is None:
             return
         twice = not self.step.first_order
         self.captured.note(result.graph, self.observer, since, twice)
         self.check.first(self.step.first_step + t, result.checked)
 
-    def refuse_originals(self, before: State, t: int, result: StepResult) -> None:
+    def refuse_originals(self, before: State, t: int, after: State) -> None:
         """Refuse a step that uses a parameter's original where it should use the present value."""
         slots = self.step.loss.slots
         for name, x in self.observer.originals_used.items():
             unused = (
                 name in slots.constants
-                or result.state.params[name].data_ptr() == before.params[name].data_ptr()
+                or after.params[name].data_ptr() == before.params[name].data_ptr()
             )
             if unused or slots.holds_apart(x):
                 raise NotImplementedError(

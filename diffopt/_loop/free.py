@@ -37,8 +37,8 @@ def _on_device(device: torch.device) -> int:
             free = int(module.mem_get_info(device)[0])
             return free + int(module.memory_reserved(device) - module.memory_allocated(device))
         if hasattr(module, "recommended_max_memory"):  # Apple's, which shares the host's memory
-            own = int(module.recommended_max_memory() - module.driver_allocated_memory())
-            return max(0, min(own, host_bytes()))
+            left = int(module.recommended_max_memory() - module.driver_allocated_memory())
+            return max(0, min(left, host_bytes()))
     return host_bytes()
 
 

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
-    """A place in the forward pass: at ``position``, in or before ``action`` of its actions."""
+class ForwardPoint:
+    """A point in the forward pass: at ``position``, in or before ``action`` of its actions."""
 
     action: int
     position: int
@@ -25,8 +25,8 @@ class Way:
 
 
 @dataclass(frozen=True, slots=True)
-class WayBack:
-    """A place in the backward pass, in or before ``action`` of its actions.
+class BackwardPoint:
+    """A point in the backward pass, in or before ``action`` of its actions.
 
     Attributes:
         cotangent: of the state that was come back to.
@@ -45,27 +45,27 @@ class Journal:
     """Told of a run's progress. This one forgets it, and every run begins at its beginning.
 
     Attributes:
-        keeps: whether anything is kept of what the journal is told.
+        journaled: whether anything is kept of what the journal is told.
     """
 
-    keeps = False
+    journaled = False
 
-    def begin(self, loop: Loop, plan: Plan) -> Way:
+    def begin(self, loop: Loop, plan: Plan) -> ForwardPoint:
         """The forward pass begins, inside the loop's session. Gives where."""
-        return Way(0, 0, loop.start)
+        return ForwardPoint(0, 0, loop.start)
 
-    def forward(self, way: Way) -> None:
-        """The forward pass has come to a place."""
+    def forward(self, point: ForwardPoint) -> None:
+        """The forward pass has come to a point."""
 
     def arrived(self, state: State) -> None:
         """The forward pass is at the end of the loop."""
 
-    def turn(self, way: WayBack, outputs: OutputCotangents) -> WayBack:
+    def turn(self, point: BackwardPoint, outputs: OutputCotangents) -> BackwardPoint:
         """The backward pass begins with what flows to the results. Gives where."""
-        return way
+        return point
 
-    def backward(self, way: WayBack) -> None:
-        """The backward pass has come to a place, from which it can go on if a state is loaded."""
+    def backward(self, point: BackwardPoint) -> None:
+        """The backward pass has come to a point, from which it can go on if a state is loaded."""
 
     def finished(self) -> None:
         """The backward pass is at the start of the loop: nothing is needed any more."""

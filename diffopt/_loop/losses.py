@@ -28,36 +28,25 @@ class Losses:
 
     def append(self, loss: Tensor) -> None:
         """Note the loss of the next step."""
-        if self._dtype is None:
-            self._start(loss)
-        if self._numbers is not None:
-            self._numbers.append(loss.item())
-        else:
-            assert self._all is not None
-            self._all[self._count] = loss.detach()
-            self._count += 1
+        self.extend(loss.detach()[None])
 
     def extend(self, losses: Tensor) -> None:
-        """Note the losses of the next steps, stacked."""
+        """Note the losses of the next steps, stacked and without a graph."""
         if self._dtype is None:
-            self._start(losses[0])
+            self._dtype = losses.dtype
+            if losses.is_cpu and losses.dim() == 1:
+                self._numbers = array("d")
+            else:
+                self._all = losses.new_empty((self._steps, *losses.shape[1:]))
         if self._numbers is not None:
             self._numbers.extend(losses.tolist())
             return
         assert self._all is not None
-        with torch.no_grad():
-            self._all[self._count : self._count + len(losses)] = losses
+        self._all[self._count : self._count + len(losses)] = losses
         self._count += len(losses)
 
-    def _start(self, loss: Tensor) -> None:
-        self._dtype = loss.dtype
-        if loss.is_cpu and not loss.dim():
-            self._numbers = array("d")
-        else:
-            self._all = loss.new_empty((self._steps, *loss.shape))
-
     def all(self) -> Tensor | None:
-        """Those so far, shape (T,), or (T, N) for tasks; None without any."""
+        """The losses so far, shape (T,), or (T, N) for tasks; None without any."""
         if self._numbers is not None:
             return torch.frombuffer(self._numbers, dtype=torch.float64).to(self._dtype, copy=True)
         return None if self._all is None else self._all[: self._count].detach()

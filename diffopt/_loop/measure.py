@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from diffopt._loop.kept import Begun
 from diffopt._loop.loop import Loop
+from diffopt._loop.store import Begun
 from diffopt._torch.dispatch import TorchDispatchMode
 from diffopt._torch.dtensors import stored
 from diffopt._torch.modes import unseen
@@ -75,20 +75,20 @@ def take_first_step(loop: Loop) -> tuple[Begun, StepBytes, Meter]:
             graph, again = loop.recorded(loop.restored(before), 0)
             state = meter.bytes_of(again.tensors().values())
             del again
-    held = max(meter.held + _PER_OPERATION * meter.operations, 1)
+    graph_bytes = max(meter.held + _PER_OPERATION * meter.operations, 1)
     captured = (loop.captured.tensors[i] for i in loop.captured.at(0))
-    found = StepBytes(
+    sizes = StepBytes(
         state=state + _bytes(before.generators),
-        graph=held,
-        workspace=held + 5 * max(meter.peak, held) // 4 + 4 * state,
+        graph=graph_bytes,
+        workspace=graph_bytes + 5 * max(meter.peak, graph_bytes) // 4 + 4 * state,
         fixed=state + 2 * _bytes(captured),
         devices=frozenset(x.device for x in after.params.values()),
     )
-    return Begun(before, graph, after), found, meter
+    return Begun(before, graph, after), sizes, meter
 
 
 def differentiate_first_step(
-    loop: Loop, begun: Begun, found: StepBytes, meter: Meter, *, retain_graph: bool
+    loop: Loop, begun: Begun, sizes: StepBytes, meter: Meter, *, retain_graph: bool
 ) -> StepBytes:
     """``found``, with the workspace that taking a vector-Jacobian product of the step showed.
 
@@ -107,7 +107,7 @@ def differentiate_first_step(
     tensors = loop.step.differentiable(begun.after)
     losses = loop.losses.all()
     assert losses is not None
-    unseen = found.graph - meter.held
+    beside_tensors = sizes.graph - meter.held
     meter.begin_peak()
     with loop.generators.undisturbed(), torch.no_grad(), meter:
         cotangent = {path: torch.ones_like(x) for path, x in tensors.items()}
@@ -121,8 +121,8 @@ def differentiate_first_step(
                     retain_graph=retain_graph or shared,
                 )
             except (RuntimeError, NotImplementedError):
-                return replace(found, differentiated=True)
-    return replace(found, workspace=meter.peak + unseen, differentiated=True)
+                return replace(sizes, differentiated=True)
+    return replace(sizes, workspace=meter.peak + beside_tensors, differentiated=True)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
@@ -181,7 +181,7 @@ class Meter(TorchDispatchMode):
         self._peak = self.held
 
     def bytes_of(self, tensors: Iterable[Tensor]) -> int:
-        """The bytes among those held that belong to ``tensors``."""
+        """The bytes that ``tensors`` have of those alive now."""
         keys = {x.untyped_storage()._cdata for x in tensors}
         return sum(self._alive[key][0] for key in keys if key in self._alive)
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,15 +15,28 @@ from diffopt._loop.extras import Extras
 from diffopt._loop.loop import Loop
 from diffopt._loop.losses import Losses
 from diffopt._loop.progress import Progress
-from diffopt._loop.run_terms import digest
+from diffopt._loop.run_terms import fingerprint
 from diffopt._loop.shelf import Damaged
 from diffopt._loop.snapshots import Snapshot, Snapshots
-from diffopt._loop.written import Read, Written, of_tree, tree_of
+from diffopt._loop.written import foreign
 from diffopt._step.message import MOST
 from diffopt._values.tree import Path
 
 #: What a step used and gave besides its loss, of JSON's kinds.
 Step = dict[str, Any]
+
+
+class FirstUse(NamedTuple):
+    """The position of the step that used a captured tensor first.
+
+    Attributes:
+        fingerprint: the tensor's.
+        place: its place among those that this step used first.
+    """
+
+    step: int
+    fingerprint: str
+    place: int
 
 
 @dataclass
@@ -33,8 +46,7 @@ class Passed:
     Attributes:
         steps: what each used, and gave besides its loss.
         losses: one for each, in pieces.
-        first: by the index of a captured tensor, the step that used it first, its checksum, and
-            its place among those that this step used first.
+        first: by the index of a captured tensor, where it was used first.
         extras: by position, those of a step that gave any, and to which of their tensors
             derivatives flow. Of steps that were taken here they are the loop's.
         digests: by position, those of ``verify``, where there are any.
@@ -42,51 +54,49 @@ class Passed:
 
     steps: list[Step] = field(default_factory=list)
     losses: list[Tensor] = field(default_factory=list)
-    first: list[tuple[int, str, int]] = field(default_factory=list)
+    first: list[FirstUse] = field(default_factory=list)
     extras: dict[int, tuple[Any, list[int]]] = field(default_factory=dict)
     digests: dict[int, dict[Path, int]] = field(default_factory=dict)
 
-    def record(self, loop: Loop, stop: int) -> Written:
-        """Take note of the steps up to ``stop``. Gives what is to be written of them."""
+    def record(self, loop: Loop, stop: int) -> dict[str, Any]:
+        """Note the steps up to ``stop``, and give a tree to be written of what they used and gave.
+
+        Raises:
+            NotImplementedError: a step gave extras that cannot be written.
+        """
         start, known = len(self.steps), len(self.first)
         for t in range(start, stop):
             self.steps.append({**loop.captured.use(t), **loop.given(t)})
-            self._note_first(loop, t)
+            new = [i for i in loop.captured.at(t) if i >= len(self.first)]
+            self.first += [FirstUse(0, "", 0)] * len(new)
+            for place, i in enumerate(loop.captured.met(new, loop.observer)):
+                self.first[i] = FirstUse(t, fingerprint(loop.captured.tensors[i]), place)
         losses = loop.losses.all()
-        piece = torch.empty(0) if losses is None else losses[start:stop].clone()
-        runs = [(len(list(same)), step) for step, same in groupby(self.steps[start:])]
-        tensors = {"losses": piece}
-        note = {"runs": runs, "first": self.first[known:]}
-        note["extras"] = list(_extras_of(loop, range(start, stop), tensors))
-        note["digests"] = list(_digests_of(loop, range(start, stop), tensors))
-        return tensors, note
-
-    def _note_first(self, loop: Loop, t: int) -> None:
-        new = [i for i in loop.captured.at(t) if i >= len(self.first)]
-        self.first += [(0, "", 0)] * len(new)
-        for place, i in enumerate(loop.captured.met(new, loop.observer)):
-            self.first[i] = t, digest(loop.captured.tensors[i]), place
+        return {
+            "runs": [(len(list(same)), step) for step, same in groupby(self.steps[start:])],
+            "first": [tuple(use) for use in self.first[known:]],
+            "losses": torch.empty(0) if losses is None else losses[start:stop].clone(),
+            "extras": {t: x for t in range(start, stop) if (x := _extras(loop, t)) is not None},
+            "digests": {t: row for t in range(start, stop) if (row := _digests(loop, t))},
+        }
 
     @classmethod
-    def read(cls, records: Sequence[Read]) -> Passed:
-        """From all that was written."""
+    def read(cls, records: Iterable[Mapping[str, Any]]) -> Passed:
+        """From all that ``record`` gave."""
         passed = cls()
-        for tensors, note in records:
-            for count, step in note["runs"]:
+        for record in records:
+            for count, step in record["runs"]:
                 passed.steps += [step] * count
-            passed.first += [(t, value, place) for t, value, place in note["first"]]
-            passed.losses.append(tensors["losses"])
-            if len(passed.losses[-1]) != sum(count for count, _ in note["runs"]):
+            passed.first += [FirstUse(*use) for use in record["first"]]
+            passed.losses.append(record["losses"])
+            if len(record["losses"]) != sum(count for count, _ in record["runs"]):
                 raise Damaged("a record of steps has not as many losses as steps")
-            for t, tree, attached in note["extras"]:
-                passed.extras[t] = tree_of(tree, tensors), attached
-            for t, *paths in note["digests"]:
-                row = tensors[f"digests {t}"].tolist()
-                passed.digests[t] = dict(zip(map(tuple, paths), row, strict=True))
+            passed.extras |= record["extras"]
+            passed.digests |= record["digests"]
         return passed
 
     def deliver(self, loop: Loop, captured: Sequence[int]) -> None:
-        """Put ``loop`` where it was after these steps.
+        """Note these steps in ``loop``, as if it had taken them.
 
         Args:
             captured: the index that each captured tensor has in ``loop``.
@@ -96,41 +106,24 @@ class Passed:
         for t, (step, loss) in enumerate(zip(self.steps, losses, strict=True)):
             loop.pass_by(t, loss, self.extras.get(t, (None, ())), step, captured)
             if loop.ledger is not None and t in self.digests:
-                loop.ledger.note_again(loop.step.first_step + t, self.digests[t])
+                loop.ledger.digests[loop.step.first_step + t] = self.digests[t]
         self.extras, self.digests = {}, {}
 
 
-def _extras_of(loop: Loop, steps: range, tensors: dict[str, Tensor]) -> Iterator[Any]:
-    """Of each step that gave extras, what is to be known of them; their tensors are put apart."""
-    for t in steps:
-        tree, attached = loop.extras.at(t)
-        if tree is None:
-            continue
-        number, count = loop.step.first_step + t, 0
-
-        def put(x: Tensor, t: int = t) -> str:
-            nonlocal count
-            name, count = f"aux {t} {count}", count + 1
-            tensors[name] = x
-            return name
-
-        def refuse(kind: str, number: int = number) -> Exception:
-            return NotImplementedError(
-                f"aux of step {number} holds a {kind}, which Durable cannot keep: return plain "
-                "tensors, numbers and texts, in lists, tuples and dicts"
-            )
-
-        yield t, of_tree(tree, put, refuse), attached
+def _extras(loop: Loop, t: int) -> tuple[Any, list[int]] | None:
+    """What step ``t`` gave besides its loss, and to which of its tensors derivatives flow."""
+    tree, attached = loop.extras.at(t)
+    if (kind := foreign(tree)) is not None:
+        raise NotImplementedError(
+            f"aux of step {loop.step.first_step + t} holds a {kind}, which Durable cannot keep: "
+            "return plain tensors, numbers and texts, in lists, tuples and dicts"
+        )
+    return None if tree is None else (tree, attached)
 
 
-def _digests_of(loop: Loop, steps: range, tensors: dict[str, Tensor]) -> Iterator[Any]:
-    """Of each step with digests, its position and their paths; the digests are put apart."""
-    if loop.ledger is None:
-        return
-    for t in steps:
-        if found := loop.ledger.noted(loop.step.first_step + t):
-            tensors[f"digests {t}"] = torch.tensor(list(found.values()))
-            yield t, *found
+def _digests(loop: Loop, t: int) -> dict[Path, int]:
+    """The digests of step ``t``, by path, where there are any."""
+    return {} if loop.ledger is None else loop.ledger.digests.get(loop.step.first_step + t, {})
 
 
 def meet_again(loop: Loop, passed: Passed, first: Snapshot | None, states: Snapshots) -> list[int]:
@@ -148,7 +141,7 @@ def meet_again(loop: Loop, passed: Passed, first: Snapshot | None, states: Snaps
     if not passed.steps:
         return indices
     losses = torch.cat(passed.losses)
-    wanted = [0, *(t for t, _, _ in passed.first)]
+    wanted = [0, *(use.step for use in passed.first)]
     trial, noted = _without_consequences(loop), 0
     with loop.generators.undisturbed():
         while (t := _next(wanted, noted, loop)) is not None:
@@ -161,15 +154,15 @@ def meet_again(loop: Loop, passed: Passed, first: Snapshot | None, states: Snaps
                 trial.captured.note_use({"at": [], "parts": {}}, [])
             trial.first(state, t)
             noted = t + 1
-            found = trial.losses.all()
-            assert found is not None
-            _compare(loop.step.first_step + t, found[-1], losses[t])
+            loss = trial.losses.all()
+            assert loss is not None
+            _compare(loop.step.first_step + t, loss[-1], losses[t])
             used = trial.captured.met(trial.captured.at(t), loop.observer)
-            new = [i for i in used if not _has(trial, t, i)]
-            for i, (step, value, place) in enumerate(passed.first):
-                if step == t:
-                    x = trial.captured.tensors[new[place]] if place < len(new) else None
-                    if x is None or digest(x) != value:
+            new = [i for i in used if all(i not in trial.captured.at(s) for s in range(t))]
+            for i, use in enumerate(passed.first):
+                if use.step == t:
+                    x = trial.captured.tensors[new[use.place]] if use.place < len(new) else None
+                    if x is None or fingerprint(x) != use.fingerprint:
                         raise RuntimeError(
                             f"step {loop.step.first_step + t} of the run that is taken up used a "
                             "tensor that requires grad and that now is another, or has another "
@@ -193,11 +186,6 @@ def _without_consequences(loop: Loop) -> Loop:
     trial.captured = loop.captured.apart()
     trial.extras, trial.progress, trial.ledger = Extras(), Progress(0, shown=False), None
     return trial
-
-
-def _has(trial: Loop, t: int, i: int) -> bool:
-    """Whether a step before ``t`` used captured tensor ``i``."""
-    return any(i in trial.captured.at(before) for before in range(t))
 
 
 def _compare(step: int, now: Tensor, before: Tensor) -> None:

@@ -8,14 +8,14 @@ from contextlib import contextmanager
 from typing import Any
 
 
-class _Present(threading.local):
+class _Shown(threading.local):
     """What is shown of the unrolls that run on this thread, the innermost last."""
 
     def __init__(self) -> None:
         self.stack: list[Progress] = []
 
 
-_present = _Present()
+_shown_here = _Shown()
 
 
 class Progress:
@@ -40,11 +40,11 @@ class Progress:
         if not self._shown:
             yield
             return
-        _present.stack.append(self)
+        _shown_here.stack.append(self)
         try:
             yield
         finally:
-            _present.stack.pop()
+            _shown_here.stack.pop()
 
     def close(self) -> None:
         """End the present bar, also where its pass was interrupted."""
@@ -63,7 +63,7 @@ class Progress:
 @contextmanager
 def compiling() -> Iterator[None]:
     """Show that steps are traced or compiled, for as long as it lasts."""
-    if not _present.stack:
+    if not _shown_here.stack:
         yield
         return
     with _tqdm()(desc="unroll, compiling", total=0, bar_format="{desc}", leave=False):

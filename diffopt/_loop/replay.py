@@ -74,8 +74,8 @@ def differentiable_backward(
         total = CapturedSum(loop.captured)
         while steps:
             t, step = len(steps) - 1, steps.pop()
-            cotangent, found = _vjp(step, loop.bounded(t, cotangent), outputs.at(t))
-            total.add(loop.captured.at(t), found)
+            cotangent, to_captured = _vjp(step, loop.bounded(t, cotangent), outputs.at(t))
+            total.add(loop.captured.at(t), to_captured)
     return {path: g for path, g in cotangent.items() if path in start}, total.total
 
 
@@ -101,8 +101,8 @@ def _replayed(
 
     def function(*values: Tensor) -> tuple[Tensor | None, ...]:
         loop.generators.set(generators)
-        given = constant.replace(dict(zip(inputs, values, strict=True)))
-        result = loop.connected(given, t)
+        before = constant.replace(dict(zip(inputs, values, strict=True)))
+        result = loop.connected(before, t)
         if not template:
             template.append(result.state.detach())
             loop.compare(t, result)
@@ -129,8 +129,8 @@ def _replayed(
         for path, x in zip(loop.step.differentiable(template[0]), flowing, strict=True)
         if x is not None
     }
-    given = {i: x for i, x in aux.items() if x is not None}
-    return _Step(inputs, used, template[0].replace(new), loss, given), ends[0]
+    aux_values = {i: x for i, x in aux.items() if x is not None}
+    return _Step(inputs, used, template[0].replace(new), loss, aux_values), ends[0]
 
 
 def _extras(result: StepResult, wanted: Sequence[int], number: int) -> list[Tensor]:
@@ -141,7 +141,7 @@ def _extras(result: StepResult, wanted: Sequence[int], number: int) -> list[Tens
 
 
 def _vjp(
-    step: _Step, cotangent: Cotangent, given: StepCotangents
+    step: _Step, cotangent: Cotangent, cotangents: StepCotangents
 ) -> tuple[Cotangent, list[Tensor | None]]:
     """One vector-Jacobian product, a function of the step's inputs and of the cotangents.
 
@@ -150,11 +150,11 @@ def _vjp(
     """
     outputs = step.after.tensors()
     pairs = [(outputs[path], c) for path, c in cotangent.items()]
-    if given.loss is not None:
-        pairs.append((step.loss, given.loss))
-    pairs += [(step.aux[i], c) for i, c in given.aux.items()]
+    if cotangents.loss is not None:
+        pairs.append((step.loss, cotangents.loss))
+    pairs += [(step.aux[i], c) for i, c in cotangents.aux.items()]
     pairs = [(x, c) for x, c in pairs if x.requires_grad]
     sources = [x for x in (*step.inputs.values(), *step.captured) if x.requires_grad]
-    found = dict(zip(sources, vjp(pairs, sources, create_graph=True), strict=True))
-    before = {path: g for path, x in step.inputs.items() if (g := found.get(x)) is not None}
-    return before, [found.get(x) for x in step.captured]
+    pulled = dict(zip(sources, vjp(pairs, sources, create_graph=True), strict=True))
+    before = {path: g for path, x in step.inputs.items() if (g := pulled.get(x)) is not None}
+    return before, [pulled.get(x) for x in step.captured]

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffopt._loop.checksum import bytes_of, checksum
 from diffopt._loop.loop import Loop
+from diffopt._loop.verify import digest
 from diffopt.schedule import Plan
 
 
@@ -38,34 +38,32 @@ def terms_of(loop: Loop, plan: Plan) -> dict[str, Any]:
         terms["process"] = f"number {step.group.rank} of {step.group.size}"
     for path, x in loop.start.tensors().items():
         terms[f"form of {' '.join(path)}"] = f"{tuple(x.shape)}, {x.dtype}, on {x.device.type}"
-        terms[f"start of {' '.join(path)}"] = digest(x)
+        terms[f"start of {' '.join(path)}"] = fingerprint(x)
     numbers = {0, loop.steps // 2, max(loop.steps - 1, 0)}
     for t in sorted(step.first_step + n for n in numbers):
         for i, options in enumerate(step.opt.hyperparameters(t)):
             for key, value in options.items():
-                terms[f"hyperparameter {key} of param group {i} at step {t}"] = _said(value)
+                terms[f"hyperparameter {key} of param group {i} at step {t}"] = _in_json(value)
     return terms
 
 
-def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[str]:
-    """What differs between the terms of a folder and those of a call."""
-    for key in (*found, *(key for key in wanted if key not in found)):
-        a, b = found.get(key, "missing"), wanted.get(key, "missing")
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
+    """Say what differs between the terms of a folder and the terms of a call."""
+    for key in (*there, *(key for key in here if key not in there)):
+        a, b = there.get(key, "missing"), here.get(key, "missing")
         if a != b:
             values = "other values" if key.startswith("start of") else f"{a} there and {b} here"
             yield f"{key}: {values}"
 
 
-def digest(x: Tensor) -> str:
-    """A checksum of a tensor's values, shape and dtype."""
-    plain = x.detach().resolve_conj().resolve_neg().cpu().contiguous()
-    form = f"{tuple(x.shape)} {x.dtype}"
-    return f"{checksum(bytes_of(plain), zlib.crc32(form.encode())):08x}"
+def fingerprint(x: Tensor) -> str:
+    """A tensor as a text that differs where shape, dtype or values do."""
+    return f"{tuple(x.shape)} {x.dtype} {int(digest(x.resolve_conj().resolve_neg())):x}"
 
 
-def _said(value: Any) -> Any:
+def _in_json(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return value.item() if value.numel() == 1 else digest(value)
+        return value.item() if value.numel() == 1 else fingerprint(value)
     if isinstance(value, (tuple, list)):
-        return [_said(item) for item in value]
+        return [_in_json(item) for item in value]
     return value if isinstance(value, (bool, int, float, str, type(None))) else str(value)

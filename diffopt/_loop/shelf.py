@@ -16,13 +16,13 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 
 from diffopt._loop.checksum import bytes_of, checksum, memory_of
-from diffopt._loop.files import Folder, OnDisk, folder_of, restated, said
+from diffopt._loop.files import Folder, OnDisk, cause_of, folder_of, restated
 
 _KEPT = 2  # manifests
 
@@ -63,19 +63,19 @@ class Shelf:
         self._safetensors = _safetensors()
         self._folder: Folder = folder_of(folder)
         self.name = self._folder.name
-        self._lock: _Lock | None = None
+        self._lock: IO[str] | None = None
         try:
             self._folder.make()
             if isinstance(self._folder, OnDisk):
-                self._lock = _Lock(self._folder.path("lock"), self.name)
-            found = self._folder.names()
+                self._lock = _locked(self._folder.path("lock"), self.name)
+            names = self._folder.names()
         except OSError as error:
             raise restated(
                 error,
-                f"Durable({self.name!r}) cannot hold a run, {said(error)}: pass a folder that "
+                f"Durable({self.name!r}) cannot hold a run, {cause_of(error)}: pass a folder that "
                 "can be written to, or made in one that exists",
             ) from error
-        self._number = max((_number(name) for name in found), default=0)
+        self._number = max((_number(name) for name in names), default=0)
 
     def path(self, file: File) -> str:
         """The full name of a file."""
@@ -105,22 +105,23 @@ class Shelf:
         Raises:
             Damaged: they are not what was written.
         """
+        library, folder = self._safetensors, self._folder
+        unreadable = OSError, KeyError, ValueError, TypeError, library.SafetensorError
         try:
-            with self._folder.taken(file.name) as path, self._safetensors.open(path) as held:
-                about = held.metadata()["diffopt"]
-                flat = {key: held.get_tensor(key) for key in held.keys()}  # noqa: SIM118
-            found = json.loads(about)
-            flat = {key: flat[key] for key in found["form"]}
-        except (OSError, KeyError, ValueError, TypeError, self._safetensors.Error) as error:
+            with folder.taken(file.name) as path, library.safe_open(path, "pt", "cpu") as content:
+                about = content.metadata()["diffopt"]
+                flat = {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118
+            about_all = json.loads(about)
+            flat = {key: flat[key] for key in about_all["form"]}
+        except unreadable as error:
             raise Damaged(f"the file {self.path(file)!r} cannot be read ({error})") from error
         if _checksum(flat, about) != file.checksum:
             raise Damaged(f"the file {self.path(file)!r} does not hold what was written to it")
-        return {key: _formed(flat[key], *form) for key, form in found["form"].items()}, found[
-            "note"
-        ]
+        tensors = {key: _formed(flat[key], *form) for key, form in about_all["form"].items()}
+        return tensors, about_all["note"]
 
     def is_there(self, file: File) -> bool:
-        """Whether there is such a file, whatever it holds."""
+        """Whether the file exists, whatever it holds."""
         return self._folder.has(file.name)
 
     def publish(self, manifest: Mapping[str, Any], named: set[str]) -> None:
@@ -133,49 +134,49 @@ class Shelf:
             self._folder.put(name, lambda path: path.write_text(text))
         except OSError as error:
             raise self._full(error) from error
-        found = self._folder.names()
-        kept = _manifests(found)[:_KEPT]
-        names = {*kept, *named}
-        for older in kept[1:]:
+        present = self._folder.names()
+        manifests = _manifests(present)[:_KEPT]
+        names = {*manifests, *named}
+        for older in manifests[1:]:
             names |= set((self._body(older) or {}).get("named", ()))
-        self._remove(set(found) - names)
+        self._remove(set(present) - names)
 
     def manifests(self) -> Iterator[dict[str, Any]]:
-        """Those that are whole, the newest first."""
+        """The whole manifests, the newest first."""
         for name in _manifests(self._folder.names()):
             if (body := self._body(name)) is not None:
                 yield body
 
     def has_manifests(self) -> bool:
-        """Whether there is one at all, whole or not."""
+        """Whether there is a manifest, whole or not."""
         return bool(_manifests(self._folder.names()))
 
     def clear(self) -> None:
         """Remove every file of the run, manifests first."""
-        found = self._folder.names()
-        manifests = _manifests(found)
+        present = self._folder.names()
+        manifests = _manifests(present)
         for name in manifests:
             self._folder.remove(name)
-        self._remove(set(found).difference(manifests))
+        self._remove(set(present).difference(manifests))
 
     def close(self) -> None:
         """Let other processes use the folder."""
         if self._lock is not None:
-            self._lock.release()
+            self._lock.close()
 
     def _body(self, name: str) -> dict[str, Any] | None:
         try:
             with self._folder.taken(name) as path:
                 head, body = path.read_text().split("\n", 1)
             if int(head, 16) == zlib.crc32(body.encode()):
-                found: dict[str, Any] = json.loads(body)
-                return found
+                manifest: dict[str, Any] = json.loads(body)
+                return manifest
         except (OSError, ValueError):
             pass  # a manifest that is not whole is passed over for the one before it
         return None
 
     def _remove(self, names: Iterable[str]) -> None:
-        """Remove those of the files that this module named."""
+        """Remove files, except those that this module did not name."""
         for name in names:
             if _number(name):
                 self._folder.remove(name)
@@ -183,37 +184,33 @@ class Shelf:
     def _full(self, error: OSError) -> OSError:
         return restated(
             error,
-            f"Durable({self.name!r}) could not be written to, {said(error)}: make room "
+            f"Durable({self.name!r}) could not be written to, {cause_of(error)}: make room "
             "there and call again, which goes on from what is there",
         )
 
 
-class _Lock:
-    """Keeps a folder to one process, until it is released or the process ends."""
-
-    def __init__(self, path: str, folder: str) -> None:
-        self._file = open(path, "a")  # noqa: SIM115 - held as long as the run lasts
-        try:
-            import fcntl
-        except ImportError:  # pragma: no cover - not on this system
-            return
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._file.close()
-            raise RuntimeError(
-                f"the folder {folder!r} is in use by another process: give every run a "
-                "folder of its own, Durable(folder)"
-            ) from None
-
-    def release(self) -> None:
-        self._file.close()
+def _locked(path: str, folder: str) -> IO[str]:
+    """A file that keeps a folder to one process, until it is closed or the process ends."""
+    file = open(path, "a")  # noqa: SIM115 - held as long as the run lasts
+    try:
+        import fcntl
+    except ImportError:  # pragma: no cover - not on this system
+        return file
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise RuntimeError(
+            f"the folder {folder!r} is in use by another process: give every run a "
+            "folder of its own, Durable(folder)"
+        ) from None
+    return file
 
 
 def _manifests(names: Iterable[str]) -> list[str]:
-    """Those of the names that are manifests', the newest first."""
-    found = (n for n in names if n.startswith("manifest-") and n.endswith(".json"))
-    return sorted(found, reverse=True)
+    """The names of manifests among ``names``, the newest first."""
+    manifests = (n for n in names if n.startswith("manifest-") and n.endswith(".json"))
+    return sorted(manifests, reverse=True)
 
 
 def _number(name: str) -> int:
@@ -251,24 +248,13 @@ def _save(path: Path, flat: Mapping[str, Tensor], about: str) -> None:
 
 
 def _checksum(flat: Mapping[str, Tensor], about: str) -> int:
-    found = zlib.crc32(about.encode())
+    crc = zlib.crc32(about.encode())
     for key, x in flat.items():
-        found = checksum(x, zlib.crc32(key.encode(), found))
-    return found
+        crc = checksum(x, zlib.crc32(key.encode(), crc))
+    return crc
 
 
-class _Safetensors:
-    """The library, by what is used of it."""
-
-    def __init__(self, module: Any) -> None:
-        self.Error: type[Exception] = module.SafetensorError
-        self._open = module.safe_open
-
-    def open(self, path: os.PathLike[str]) -> Any:
-        return self._open(path, framework="pt", device="cpu")
-
-
-def _safetensors() -> _Safetensors:
+def _safetensors() -> Any:
     try:
         import safetensors
     except ImportError as error:
@@ -276,4 +262,4 @@ def _safetensors() -> _Safetensors:
             "diffopt.Durable needs safetensors, which is not installed: pip install "
             "'torch-diffopt[durable]'"
         ) from error
-    return _Safetensors(safetensors)
+    return safetensors

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Iterator, MutableMapping
 from dataclasses import dataclass
 
@@ -20,14 +19,16 @@ class Snapshot:
     generators: tuple[Tensor, ...]
 
 
-class Snapshots(MutableMapping[int, Snapshot]):
+class Snapshots(MutableMapping[int, Snapshot], Journal):
     """Snapshots by their position in the loop. This class keeps them where the tensors are.
 
+    It is told how far the run is, too, and forgets it.
+
     Attributes:
-        in_place: whether a snapshot is kept as it is given, and not copied to another place.
+        by_reference: whether the state's own tensors are kept, and no copies in another place.
     """
 
-    in_place = True
+    by_reference = True
 
     def __init__(self) -> None:
         self._held: dict[int, Snapshot] = {}
@@ -62,11 +63,6 @@ class Snapshots(MutableMapping[int, Snapshot]):
         """An empty one that keeps its snapshots in the same way."""
         return type(self)()
 
-    @property
-    def journal(self) -> Journal:
-        """Told how far the run is, to go on from there were it killed."""
-        return Journal()
-
     def close(self) -> None:
         """Drop everything, and leave nothing behind."""
         self._held.clear()
@@ -77,44 +73,32 @@ class Layer(Snapshots):
 
     def __init__(self, below: Snapshots) -> None:
         self._below = below
-        self.in_place = below.in_place
-        self._own = below.another()
+        self.by_reference = below.by_reference
+        self._added = below.another()
         self._visible = set(below)
 
     def __setitem__(self, t: int, snapshot: Snapshot) -> None:
-        self._own[t] = snapshot
+        self._added[t] = snapshot
         self._visible.add(t)
 
     def __getitem__(self, t: int) -> Snapshot:
         if t not in self._visible:
             raise KeyError(t)
-        return self._own[t] if t in self._own else self._below[t]
+        return self._added[t] if t in self._added else self._below[t]
 
     def __delitem__(self, t: int) -> None:
         self._visible.remove(t)
-        if t in self._own:
-            del self._own[t]
+        if t in self._added:
+            del self._added[t]
 
     @property
     def _positions(self) -> Collection[int]:
         return self._visible
 
     def prefetch(self, t: int) -> None:
-        (self._own if t in self._own else self._below).prefetch(t)
-
-    def another(self) -> Snapshots:
-        return type(self)(self._below.another())
+        (self._added if t in self._added else self._below).prefetch(t)
 
     def close(self) -> None:
         """Drop what was added; what lies below stays."""
         self._visible.clear()
-        self._own.close()
-
-
-def check_process(process: int) -> None:
-    """Raise in a process that was forked from ``process``: it has none of its threads."""
-    if os.getpid() != process:
-        raise RuntimeError(
-            "this process was forked after the call of unroll, whose snapshots are read by a "
-            "thread of the process that made it: call unroll in the process that calls backward()"
-        )
+        self._added.close()

@@ -20,11 +20,12 @@ from diffopt._loop.background import Background
 from diffopt._loop.checksum import bytes_of, checksum, memory_of
 from diffopt._loop.durable import Durable
 from diffopt._loop.durable_run import DurableSnapshots
-from diffopt._loop.files import Folder, folder_of, restated, said
+from diffopt._loop.files import Folder, cause_of, folder_of, restated
 from diffopt._loop.snapshots import Snapshot, Snapshots
 from diffopt._loop.transfer import Copier, Copy
 from diffopt._values.state import State
 from diffopt._values.tree import Path
+from diffopt.schedule import check_kind
 
 #: Where snapshots go: None for where the tensors are, "cpu", a folder (a path, or an address for
 #: fsspec), or one that lasts.
@@ -35,11 +36,9 @@ Tensors = dict[Path, Tensor]
 
 def check_storage(storage: Any) -> None:
     """Raise where ``storage`` is not of a kind that ``open_storage`` takes."""
-    if storage is not None and not isinstance(storage, (str, os.PathLike, Durable)):
-        raise TypeError(
-            f'storage is a {type(storage).__name__}: pass "cpu", a folder, or None to keep '
-            "snapshots on their device"
-        )
+    if storage is not None:
+        advice = 'pass "cpu", a folder, or None to keep snapshots on their device'
+        check_kind("storage", storage, (str, os.PathLike, Durable), advice)
     if storage == "":
         raise ValueError(
             'storage="" names no folder: pass "." for the present one, "cpu", or None to keep '
@@ -61,7 +60,7 @@ def open_storage(storage: Storage) -> Snapshots:
 class OnHost(Snapshots):
     """Snapshots in host memory. What is there already is not copied."""
 
-    in_place = False
+    by_reference = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,10 +75,10 @@ class OnHost(Snapshots):
         self._devices[t] = {path: x.device for path, x in tensors.items()}
 
     def __getitem__(self, t: int) -> Snapshot:
-        held = super().__getitem__(t)
+        on_host = super().__getitem__(t)
         self.prefetch(t)
         tensors = self._arriving.pop(t).received()
-        return Snapshot(held.state.replace(tensors), held.generators)
+        return Snapshot(on_host.state.replace(tensors), on_host.generators)
 
     def __delitem__(self, t: int) -> None:
         super().__delitem__(t)
@@ -108,7 +107,7 @@ class InFolder(Snapshots):
         RuntimeError: a file does not hold what was written to it.
     """
 
-    in_place = False
+    by_reference = False
 
     def __init__(self, folder: Folder) -> None:
         self._folder = folder
@@ -116,21 +115,21 @@ class InFolder(Snapshots):
         self._files: dict[int, _File] = {}
         self._reading: dict[int, Future[Tensors]] = {}
         try:
-            own = folder.make_own()
+            subfolder = folder.make_new()
         except OSError as error:
             raise restated(
                 error,
-                f"storage={folder.name!r} cannot hold snapshots, {said(error)}: pass a folder "
+                f"storage={folder.name!r} cannot hold snapshots, {cause_of(error)}: pass a folder "
                 'that exists and can be written to, or "cpu"',
             ) from error
-        self._own = own
+        self._subfolder = subfolder
         self._background = Background("diffopt-snapshots")
-        self._discard = weakref.finalize(self, _discard, self._background, own)
+        self._discard = weakref.finalize(self, _discard, self._background, subfolder)
 
     def __setitem__(self, t: int, snapshot: Snapshot) -> None:
         self._background.make_room()
         copy = self._copier.to_host(snapshot.state.tensors())
-        file = _File(self._own, f"{t}.state", snapshot)
+        file = _File(self._subfolder, f"{t}.state", snapshot)
         self._files[t] = file
         self._background.write(lambda: file.write(copy))
 
@@ -148,7 +147,7 @@ class InFolder(Snapshots):
     def __delitem__(self, t: int) -> None:
         self._reading.pop(t, None)
         name = self._files.pop(t).name
-        self._background.read(lambda: self._own.remove(name))
+        self._background.read(lambda: self._subfolder.remove(name))
 
     @property
     def _positions(self) -> Collection[int]:
@@ -199,12 +198,12 @@ class _File:
     def write(self, copy: Copy) -> None:
         """Write the tensors, once they have arrived in host memory."""
         copy.synchronize()
-        found = 0
+        crc = 0
         try:
             with self._folder.open(self.name, "xb") as file:
                 for x in copy.tensors.values():
                     rest = memory_of(x)
-                    found = checksum(bytes_of(x), found)
+                    crc = checksum(bytes_of(x), crc)
                     while rest:
                         count = file.write(rest)
                         rest = rest[len(rest) if count is None else count :]
@@ -212,10 +211,10 @@ class _File:
             raise restated(
                 error,
                 f"a snapshot of {self._bytes / 2**20:,.1f} MiB could not be written to "
-                f"{self._path!r}, {said(error)}: make room there, pass another folder as "
+                f"{self._path!r}, {cause_of(error)}: make room there, pass another folder as "
                 "storage, or keep fewer snapshots",
             ) from error
-        self._checksum = found
+        self._checksum = crc
 
     def read(self) -> Tensors:
         """The tensors, in host memory."""
@@ -224,7 +223,7 @@ class _File:
             p: torch.empty_like(x, device="cpu", pin_memory=pinned[p])
             for p, x in self.form.tensors().items()
         }
-        found = 0
+        crc = 0
         try:
             with self._folder.open(self.name, "rb") as file:
                 size = file.seek(0, os.SEEK_END)
@@ -235,14 +234,14 @@ class _File:
                     rest = memory_of(x)
                     while rest and (count := file.readinto(rest)):
                         rest = rest[count:]
-                    found = checksum(bytes_of(x), found)
+                    crc = checksum(bytes_of(x), crc)
         except OSError as error:
             raise restated(
                 error,
-                f"the snapshot file {self._path!r} cannot be read, {said(error)}: leave "
+                f"the snapshot file {self._path!r} cannot be read, {cause_of(error)}: leave "
                 "the files alone until the backward pass is over",
             ) from error
-        if found != self._checksum:
+        if crc != self._checksum:
             raise self._altered("does not hold what was written to it")
         return tensors
 

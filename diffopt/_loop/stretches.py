@@ -12,17 +12,29 @@ reverse  the products of steps from the states before them: ``load b-1; free b-1
 segment  a state is loaded, the steps from it are taken again, and reversed from their states, which
          nothing else needs: ``load a; advance a a+1; save a+1; ...; vjp b-1; load b-2; ...; vjp a``
 ======== ===================================================================================
+
+Each kind is a regular expression over the actions, one letter each. That the positions follow one
+another need not be looked at: a plan that can be carried out has no other order.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import cached_property
+from typing import Literal, cast
 
 from diffopt.schedule import Action, Plan
 
 StretchKind = Literal["advance", "save", "record", "vjp", "reverse", "segment"]
+
+#: The first letters of the actions; capitals: an ``advance`` over several steps; a ``free`` or
+#: ``vjp`` of another position than the action before it.
+_KINDS = re.compile(
+    "(?P<save>(?:sa)+)|(?P<record>r+)|(?P<vjp>[vV]+)|(?P<advance>[aA])|(?P<reverse>(?:lf?v)+)"
+)
+_SEGMENT = re.compile("l(a(?:sa)*)V")  # and then a state loaded and reversed for each "a"
 
 
 @dataclass(frozen=True)
@@ -38,119 +50,50 @@ class Stretch:
     stop: int
     actions: tuple[Action, ...]
 
-    @property
+    @cached_property
     def freed(self) -> set[int]:
         """The positions whose snapshots are dropped."""
-        return {a.start for a in self.actions if a.kind == "free"}
-
-    @property
-    def saved(self) -> set[int]:
-        """The positions at which snapshots are taken."""
-        return {a.start for a in self.actions if a.kind == "save"}
+        return {action.start for action in self.actions if action.kind == "free"}
 
 
 def stretches(actions: Sequence[Action]) -> list[Stretch | Action]:
     """The actions, with stretches in the place of those that form one."""
-    found: list[Stretch | Action] = []
+    text = "".join(map(_letter, [Action("free", -1, -1), *actions], actions))
+    parts: list[Stretch | Action] = []
     at = 0
     while at < len(actions):
-        reader = _Reader(actions, at)
-        stretch = reader.stretch()
-        found.append(actions[at] if stretch is None else stretch)
-        at = at + 1 if stretch is None else reader.at
-    return found
+        kind, end = _longest(text, at)
+        if kind is None:
+            parts.append(actions[at])
+        else:
+            group = tuple(actions[at:end])
+            start, stop = min(a.start for a in group), max(a.stop for a in group)
+            parts.append(Stretch(kind, start, stop, group))
+        at = end
+    return parts
 
 
-class _Reader:
-    """Reads one stretch, if there is one, from a position in the actions on."""
+def _letter(before: Action, action: Action) -> str:
+    follows = action.start == before.start
+    small = action.stop == action.start + 1 if action.kind == "advance" else follows
+    letter = action.kind[0]
+    return letter.upper() if letter in "afv" and not small else letter
 
-    def __init__(self, actions: Sequence[Action], at: int) -> None:
-        self._actions = actions
-        self._first = at
-        self.at = at
 
-    def _is(self, kind: str, start: int | None = None, ahead: int = 0) -> bool:
-        at = self.at + ahead
-        if at >= len(self._actions):
-            return False
-        action = self._actions[at]
-        return action.kind == kind and (start is None or action.start == start)
-
-    def _made(self, kind: StretchKind, start: int, stop: int) -> Stretch:
-        return Stretch(kind, start, stop, tuple(self._actions[self._first : self.at]))
-
-    def stretch(self) -> Stretch | None:
-        kind, start, stop = self._actions[self.at]
-        if kind == "advance":
-            self.at += 1
-            return self._made("advance", start, stop)
-        if kind == "record":
-            return self._held("record", start, 1)
-        if kind == "vjp":
-            return self._held("vjp", start, -1)
-        if kind == "save":
-            return self._saved(start)
-        if kind == "load":
-            return self._segment(start) or self._reversed(start)
-        return None
-
-    def _held(self, kind: Literal["record", "vjp"], t: int, by: int) -> Stretch:
-        first = t
-        while self._is(kind, t):
-            self.at += 1
-            t += by
-        return self._made(kind, min(first, t + 1), max(first + 1, t))
-
-    def _saved(self, start: int) -> Stretch | None:
-        t = start
-        while self._is("save", t) and self._is("advance", t, 1) and self._by_one(1):
-            self.at += 2
-            t += 1
-        return self._made("save", start, t) if t > start else None
-
-    def _by_one(self, ahead: int) -> bool:
-        action = self._actions[self.at + ahead]
-        return action.stop == action.start + 1
-
-    def _reversed(self, top: int) -> Stretch | None:
-        t = top
-        while self._one_reversed(t):
-            t -= 1
-        return self._made("reverse", t + 1, top + 1) if t < top else None
-
-    def _one_reversed(self, t: int) -> bool:
-        free = self._is("free", t, 1)
-        if not (self._is("load", t) and self._is("vjp", t, 1 + free)):
-            return False
-        self.at += 2 + free
-        return True
-
-    def _segment(self, start: int) -> Stretch | None:
-        before = self.at
-        self.at += 1
-        t = start
-        while self._is("advance", t) and self._by_one(0):
-            self.at += 1
-            t += 1
-            if not self._is("save", t):
-                break
-            self.at += 1
-        stop = t + 1
-        if t > start and self._is("vjp", t):
-            self.at += 1
-            t -= 1
-            while t >= start and self._one_reversed(t):
-                t -= 1
-            if t < start:
-                return self._made("segment", start, stop)
-        self.at = before
-        return None
+def _longest(text: str, at: int) -> tuple[StretchKind | None, int]:
+    """The kind of the stretch that begins at a position, if one does, and where it ends."""
+    if taken := _SEGMENT.match(text, at):
+        reversed_ = re.compile(f"(?:lf?v){{{taken[1].count('a')}}}").match(text, taken.end())
+        if reversed_:
+            return "segment", reversed_.end()
+    match = _KINDS.match(text, at)
+    return (None, at + 1) if match is None else (cast(StretchKind, match.lastgroup), match.end())
 
 
 def of_plan(plan: Plan) -> tuple[list[Stretch | Action], list[Stretch | Action]]:
     """The stretches of a plan's forward pass, and those of its backward pass."""
-    known = vars(plan)  # where its other derived values are kept, too
-    if "stretches" not in known:
-        known["stretches"] = stretches(plan.forward_actions), stretches(plan.backward_actions)
-    found: tuple[list[Stretch | Action], list[Stretch | Action]] = known["stretches"]
-    return found
+    values = vars(plan)  # where its other derived values are kept, too
+    if "stretches" not in values:
+        values["stretches"] = stretches(plan.forward_actions), stretches(plan.backward_actions)
+    both: tuple[list[Stretch | Action], list[Stretch | Action]] = values["stretches"]
+    return both

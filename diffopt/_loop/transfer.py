@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ class Copier:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def to_host(self, tensors: Mapping[Any, Tensor]) -> Copy:
-        """The tensors in host memory, without gaps; those that are there already as they are."""
+        """Copy tensors to host memory, without gaps; tensors that lie there so are not copied."""
         copy = Copy({}, self._begun(x.device for x in tensors.values()))
         for path, x in tensors.items():
             if x.device.type == "cuda":
@@ -29,13 +30,13 @@ class Copier:
             else:
                 x = x.cpu()
                 form = torch.empty_like(x, device="meta")
-                plain = x.stride() == form.stride() and not x.is_conj() and not x.is_neg()
-                copy.tensors[path] = x if plain else torch.empty_like(x).copy_(x)
+                is_dense = x.stride() == form.stride() and not x.is_conj() and not x.is_neg()
+                copy.tensors[path] = x if is_dense else torch.empty_like(x).copy_(x)
         copy.mark()
         return copy
 
     def to_devices(self, host: Mapping[Any, Tensor], devices: Mapping[Any, torch.device]) -> Copy:
-        """Tensors in host memory on the devices where they belong."""
+        """Copy tensors from host memory to the devices where they belong."""
         copy = Copy({}, self._begun(devices.values()))
         for path, x in host.items():
             device = devices[path]
@@ -58,16 +59,16 @@ class Copier:
         return {device: self._streams[device] for device in used}
 
 
+@dataclass
 class Copy:
-    """Tensors on their way."""
+    """Tensors on their way, and the stream of each CUDA device that takes part."""
 
-    def __init__(self, tensors: Tensors, streams: dict[torch.device, torch.cuda.Stream]) -> None:
-        self.tensors = tensors
-        self.streams = streams
-        self._events: dict[torch.device, torch.cuda.Event] = {}
+    tensors: Tensors
+    streams: dict[torch.device, torch.cuda.Stream]
+    _events: dict[torch.device, torch.cuda.Event] = field(default_factory=dict)
 
     def mark(self) -> None:
-        """All copies have been asked for."""
+        """Note that all copies have been asked for."""
         self._events = {device: stream.record_event() for device, stream in self.streams.items()}
 
     def synchronize(self) -> None:

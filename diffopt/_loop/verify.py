@@ -17,22 +17,18 @@ _GOLDEN, _FIRST, _SECOND = (  # the constants of SplitMix64, as signed numbers
 
 
 class Ledger:
-    """The digests of what the steps gave in the first pass: a number for each tensor of a state."""
+    """The digests of what the steps gave in the first pass.
+
+    Attributes:
+        digests: by the number of a step, one number for each tensor of its state, and its loss's.
+    """
 
     def __init__(self) -> None:
-        self._digests: dict[int, dict[Path, int]] = {}
+        self.digests: dict[int, dict[Path, int]] = {}
 
     def note(self, step: int, state: State, loss: Tensor) -> None:
         """Note what ``step`` gave."""
-        self._digests[step] = _digests(state, loss)
-
-    def noted(self, step: int) -> dict[Path, int]:
-        """What was noted of ``step``; nothing where nothing was."""
-        return self._digests.get(step, {})
-
-    def note_again(self, step: int, digests: dict[Path, int]) -> None:
-        """Note what another process noted of ``step``."""
-        self._digests[step] = digests
+        self.digests[step] = _digests(state, loss)
 
     def check(self, step: int, state: State, loss: Tensor) -> None:
         """Compare what ``step`` gives now, if it was noted.
@@ -40,9 +36,9 @@ class Ledger:
         Raises:
             RuntimeError: a tensor differs from the first pass in at least one bit.
         """
-        if step not in self._digests:
+        if step not in self.digests:
             return
-        first, now = self._digests[step], _digests(state, loss)
+        first, now = self.digests[step], _digests(state, loss)
         for path, x in now.items():
             if x != first[path]:
                 raise RuntimeError(
@@ -54,9 +50,9 @@ class Ledger:
 
 
 def _digests(state: State, loss: Tensor) -> dict[Path, int]:
-    found = {("loss",): digest(loss), **{p: digest(x) for p, x in state.tensors().items()}}
-    numbers = torch.stack([x.cpu() for x in found.values()]).tolist()
-    return dict(zip(found, numbers, strict=True))
+    digests = {("loss",): digest(loss), **{p: digest(x) for p, x in state.tensors().items()}}
+    numbers = torch.stack([x.cpu() for x in digests.values()]).tolist()
+    return dict(zip(digests, numbers, strict=True))
 
 
 def digest(x: Tensor) -> Tensor:

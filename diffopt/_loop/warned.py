@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 #: Category, words, file and line.
@@ -27,29 +27,22 @@ class Warned:
     def __init__(self) -> None:
         self._shown: set[_Key] = set()
 
-    @contextmanager
-    def first(self) -> Iterator[None]:
+    def first(self) -> AbstractContextManager[None]:
         """Note what is shown."""
-        with _showing(self._show_all):
-            yield
+        return _asking(self._note)
 
-    @contextmanager
-    def again(self) -> Iterator[None]:
+    def again(self) -> AbstractContextManager[None]:
         """Show what has not been shown."""
-        with _showing(self._show_new):
-            yield
+        return _asking(lambda key: key not in self._shown)
 
-    def _show_all(self, key: _Key) -> bool:
+    def _note(self, key: _Key) -> bool:
         self._shown.add(key)
         return True
 
-    def _show_new(self, key: _Key) -> bool:
-        return key not in self._shown
-
 
 @contextmanager
-def _showing(wanted: Callable[[_Key], bool]) -> Iterator[None]:
-    """Show those of this thread's warnings that are wanted."""
+def _asking(wanted: Callable[[_Key], bool]) -> Iterator[None]:
+    """Show a warning of this thread only if ``wanted`` says so."""
     thread, show = threading.get_ident(), warnings.showwarning
 
     def shown(

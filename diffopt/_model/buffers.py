@@ -91,7 +91,7 @@ class BufferStandIns:
 
 
 class CopiedBuffers(BufferStandIns):
-    """A copy of every buffer at every step: for a step that is traced and has no values to compare.
+    """Copies every buffer at every step: for a traced step, which has no values to compare.
 
     Args:
         tracked: names of buffers that derivatives are known to flow through.

@@ -7,7 +7,8 @@ another through their common memory, its trajectory would be another than ``torc
 from __future__ import annotations
 
 from collections.abc import Mapping
-from operator import itemgetter
+from operator import attrgetter
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,20 +54,29 @@ def check_shared_memory(params: Mapping[str, Tensor], buffers: Mapping[str, Tens
                 storages.add(storage)
     if len(storages) == len(named):
         return
-    ranges = sorted([(_storage(x), *_range(x), name, x) for name, x in named], key=itemgetter(0, 1))
-    active: list[tuple[int, int, int, str, Tensor]] = []  # entries that reach into the next range
-    for entry in ranges:
-        storage, start, _, name, x = entry
-        active = [other for other in active if other[0] == storage and other[2] > start]
-        for *_, other_name, other in active:
-            if _overlap(x, other):
+    spans = [_Span(_storage(x), *_range(x), name, x) for name, x in named]
+    active: list[_Span] = []  # those that reach into the next one
+    for span in sorted(spans, key=attrgetter("storage", "start")):
+        active = [a for a in active if a.storage == span.storage and a.stop > span.start]
+        for other in active:
+            if _overlap(span.tensor, other.tensor):
                 raise NotImplementedError(
-                    f"{other_name} and {name} share memory without being one tensor, so that one "
-                    "would follow the other, which it does not in an unroll: make them one "
+                    f"{other.name} and {span.name} share memory without being one tensor, so that "
+                    "one would follow the other, which it does not in an unroll: make them one "
                     "(assign the same nn.Parameter), compute one from the other in forward or a "
                     "parametrization, or give one a copy, x.clone()"
                 )
-        active.append(entry)
+        active.append(span)
+
+
+class _Span(NamedTuple):
+    """The bytes of a storage from the first to the last that a tensor uses."""
+
+    storage: int
+    start: int
+    stop: int
+    name: str
+    tensor: Tensor
 
 
 def _storage(x: Tensor) -> int:

@@ -39,12 +39,9 @@ class Precision:
         """The same state as the loop holds it."""
         if not self._low:
             return state
-        params = {name: _wide(x) if name in self._low else x for name, x in state.params.items()}
-        opt = {
-            name: {key: _wide(x) for key, x in entries.items()} if name in self._low else entries
-            for name, entries in state.opt.items()
-        }
-        return State(params, opt, state.buffers)
+        tensors = state.tensors().items()
+        low = ((p, x) for p, x in tensors if p[0] != "buffers" and p[1] in self._low)
+        return state.replace({path: x.float() for path, x in low if x.dtype in LOW})
 
     def narrowed(self, params: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The parameters as the model has them."""
@@ -67,7 +64,3 @@ class Precision:
             exact = x.detach()
             params[name] = x + (exact.to(dtype).to(x.dtype) - exact)
         return params
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in LOW else x

@@ -34,7 +34,7 @@ class Shards:
 
     @classmethod
     def among(cls, inner: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> Self | None:
-        """Those among parameters that are trained and others; None where there are none."""
+        """The ``DTensor``s among the trained parameters and the constants; None without any."""
         layouts = {name: Layout.of(x) for name, x in inner.items() if is_dtensor(x)}
         every: list[Any] = [x for x in (*inner.values(), *constants.values()) if is_dtensor(x)]
         return cls(layouts, [x.device_mesh for x in every]) if every else None
@@ -56,13 +56,13 @@ class Shards:
             ValueError: a value is no ``DTensor`` where the parameter is, or the other way round, or
                 of another shape or mesh.
         """
-        found = {}
+        parts = {}
         for name, x in values.items():
-            layout, given = self.layouts.get(name), is_dtensor(x)
-            if layout is not None and given and layout.fits(x):
+            layout, is_sharded = self.layouts.get(name), is_dtensor(x)
+            if layout is not None and is_sharded and layout.fits(x):
                 x = part_of(x, layout)
-            elif given or (layout is not None and isinstance(x, Tensor)):
-                is_ = f"a DTensor of shape {tuple(x.shape)}" if given else "a plain tensor"
+            elif is_sharded or (layout is not None and isinstance(x, Tensor)):
+                is_ = f"a DTensor of shape {tuple(x.shape)}" if is_sharded else "a plain tensor"
                 raise ValueError(
                     f"{what.format(name=repr(name))} is {is_}, and the model has "
                     + (
@@ -72,8 +72,8 @@ class Shards:
                         "pass torch.distributed.tensor.distribute_tensor(x, mesh, placements)"
                     )
                 )
-            found[name] = x
-        return found
+            parts[name] = x
+        return parts
 
     def state_of_parts(self, state: State) -> State:
         """The state that the loop starts from, of one that the caller has."""
@@ -105,7 +105,7 @@ class Shards:
                 norms.append(norm)
             else:
                 squares.setdefault(over, []).append(norm.square())
-        sums = [total(torch.stack(found).sum(), over) for over, found in squares.items()]
+        sums = [total(torch.stack(of_mesh).sum(), over) for over, of_mesh in squares.items()]
         # At zero the root has no derivative, and there nothing is clipped.
         tiny = torch.finfo(torch.float64).tiny
         return [*norms, *(x.clamp(min=tiny).sqrt() for x in sums)]
@@ -121,22 +121,22 @@ class Shards:
         return self.layouts.get(name) if isinstance(x, Tensor) and not is_dtensor(x) else None
 
     def _entries(self, name: str, entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        layout, found = self.layouts.get(name), {}
+        layout, parts = self.layouts.get(name), {}
         for key, x in entries.items():
             if is_dtensor(x) and (layout is None or x.shape != layout.shape):
                 x = whole(x)
-            found[key] = x
+            parts[key] = x
         if layout is None:
-            return found
-        for key, x in found.items():
+            return parts
+        for key, x in parts.items():
             if not x.dim() and is_dtensor(x):
                 self._numbers.add((name, key))
             if x.dim() or is_dtensor(x):
                 where = f"the optimizer's {key!r} of {{name}}"
-                found[key] = self.parts({name: x}, where)[name]
+                parts[key] = self.parts({name: x}, where)[name]
             elif layout.over is not None and x.requires_grad:
-                found[key] = spread(x, layout.over)
-        return found
+                parts[key] = spread(x, layout.over)
+        return parts
 
     def _whole_entry(self, name: str, x: Tensor, is_part: bool) -> Tensor:
         """An entry of the optimizer's state that is a part, or a number beside the part.

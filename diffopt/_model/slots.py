@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from operator import is_
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -27,6 +27,27 @@ Slot = tuple[dict[str, Any], str]
 Values = Mapping[str, Tensor]
 
 
+class Loaded(NamedTuple):
+    """The values that stand in a module."""
+
+    params: Values
+    buffers: Values
+
+
+class _Table:
+    """The table of a submodule's buffers.
+
+    Attributes:
+        prefix: the submodule's name.
+        entries: its own table.
+        names: of its buffers, by key; of one that is held at several places, the first.
+    """
+
+    def __init__(self, prefix: str, entries: dict[str, Any], names: Mapping[int, str]) -> None:
+        self.prefix, self.entries = prefix, entries
+        self.names = {key: names[id(x)] for key, x in entries.items() if x is not None}
+
+
 class ModuleSlots:
     """The places in ``model`` where its parameters and buffers are held, by their names.
 
@@ -36,21 +57,21 @@ class ModuleSlots:
         constants: its other parameters, by name.
         carried: names of more that is state: of buffers that calls of the module register or fill,
             and of constants that they change.
+        others: values that are to stand for some of the constants.
 
     Attributes:
         inner: the tensors that the module holds for those names itself.
         loaded: the parameters and buffers that stand in the module at present, if any do.
         changing: names of the buffers that calls of the module change; None until that is known.
-        constants: the tensors that the module holds itself for further names that are loaded.
+        constants: the tensors that the module holds itself for the names of ``others``.
         shards: the ``DTensor``s among the parameters, or None. Of those that are trained, parts are
             loaded.
     """
 
-    loaded: tuple[Values, Values] | None = None
+    loaded: Loaded | None = None
     #: Attributes in which a kind of module keeps its parameters of its own accord.
     _own_attributes: Collection[str] = ()
     changing: Collection[str] | None = None
-    constants: Values = MappingProxyType({})
 
     def __init__(
         self,
@@ -58,6 +79,7 @@ class ModuleSlots:
         inner: Mapping[str, Tensor],
         constants: Mapping[str, Tensor],
         carried: Iterable[str] = (),
+        others: Values = MappingProxyType({}),
     ) -> None:
         self._model = model
         self._modules = list(model.modules())
@@ -70,21 +92,25 @@ class ModuleSlots:
         self._moving_since: dict[str, int] = {}  # the first step that changes them
         self.buffers: dict[str, Tensor] = dict(model.named_buffers())
         self._buffers = {name: places[id(x)] for name, x in self.buffers.items()}
-        self._tables = [(name, m.__dict__["_buffers"]) for name, m in _named(model)]
-        self._entries = sum(len(table) for _, table in self._tables)
-        self._empty = {
-            _joined(name, key): (table, key)
-            for name, table in self._tables
-            for key, held in table.items()
-            if held is None
-        }
-        self._deleted: set[str] = set()  # buffers whose absence is that of their entry
+        self._none: set[str] = set()  # the buffers that have been None
+        names = {id(x): name for name, x in self.buffers.items()}
+        self._tables = [_Table(prefix, m._buffers, names) for prefix, m in _named(model)]
+        self.read_buffers()
         for name in carried:
             if name in self._constants:
                 self.buffers[name] = constants[name]
                 self._add_moving(name)
-            else:
-                self._add_late(name)
+                continue
+            prefix, _, key = name.rpartition(".")
+            for table in self._tables:
+                if table.prefix == prefix and key not in table.names:
+                    self._add_late(table, key)
+        named = dict(model.named_parameters()) if others else {}
+        self._others = [
+            (n, x, places[id(named[n])]) for n, x in others.items() if n not in self.buffers
+        ]
+        self.constants: Values = {name: named[name] for name, _, _ in self._others}
+        self._constants |= {name: (x, slots) for name, x, slots in self._others}
         self._apart: dict[int, bool] = {}
         self._at_call = _contents(self._modules)
 
@@ -100,12 +126,15 @@ class ModuleSlots:
 
     def load(self, params: Values, buffers: Values) -> None:
         """Stand the values in their places. Only inside ``unchanged()``."""
-        present = params if self.shards is None else self.shards.standing(params)
+        standing = params if self.shards is None else self.shards.standing(params)
         for name, slots in self._params:
             for table, key in slots:
-                table[key] = present[name]
+                table[key] = standing[name]
+        for name, x, slots in self._others:
+            for table, key in slots:
+                table[key] = params.get(name, x)
         self.write_buffers(buffers)
-        self.loaded = params, buffers
+        self.loaded = Loaded(params, buffers)
 
     def written_shards(self) -> list[str]:
         """Names of the parts that were changed in place since they were loaded.
@@ -118,11 +147,11 @@ class ModuleSlots:
         return [n for n, ((table, key), *_) in self._params if n in layouts and table[key]._version]
 
     def write_buffers(self, buffers: Mapping[str, Tensor]) -> None:
-        """Put other tensors in the places of the buffers; those that are missing are not there."""
+        """Stand tensors in the places of the buffers; a buffer without one is taken out."""
         for name, slots in self._buffers.items():
             x = buffers.get(name, self._moving.get(name))
             for table, key in slots:
-                if x is None and name in self._deleted:
+                if x is None and name not in self._none:
                     table.pop(key, None)
                 else:
                     table[key] = x
@@ -141,19 +170,27 @@ class ModuleSlots:
 
         Changed in place, replaced, registered or filled for the first time, removed.
         """
-        filled = [n for n, (table, key) in self._empty.items() if table.get(key) is not None]
-        if filled or sum(len(table) for _, table in self._tables) != self._entries:
-            self._find_late()
-        found = {}
-        for name, slots in self._buffers.items():
-            table, key = slots[0]
-            x = table.get(key)
-            if x is not None:
-                if x is not self._moving.get(name):  # which moves from a later step on
-                    found[name] = x
-            elif key not in table and name not in self._deleted:
-                self._deleted.add(name)
-        return found
+        found: dict[str, Tensor] = {}
+        for table in self._tables:
+            for key, x in table.entries.items():
+                name = table.names.get(key) or self._add_late(table, key)
+                if x is None:
+                    self._none.add(name)
+                else:
+                    found.setdefault(name, x)
+        for name, original in self._moving.items():
+            entries, key = self._buffers[name][0]
+            x = entries.get(key)
+            if x is not None and x is not original:  # which moves from a later step on
+                found[name] = x
+        return {name: found[name] for name in self._buffers if name in found}
+
+    def _add_late(self, table: _Table, key: str) -> str:
+        """Take up a buffer that calls of the module register, or fill."""
+        name = f"{table.prefix}.{key}" if table.prefix else key
+        table.names[key] = name
+        self._buffers[name] = [(table.entries, key)]
+        return name
 
     def move(self, name: str, x: Tensor, step: int) -> None:
         """Step ``step`` changes the constant ``name``: ``x`` takes its place, as state.
@@ -187,23 +224,6 @@ class ModuleSlots:
             if name not in buffers and step >= self._moving_since.get(name, step)
         }
         return {**missing, **buffers} if missing else buffers
-
-    def _find_late(self) -> None:
-        """Find the buffers that came to be since the module was looked at."""
-        for name, table in self._tables:
-            for key, x in table.items():
-                if x is not None and _joined(name, key) not in self._buffers:
-                    self._add_late(_joined(name, key))
-
-    def _add_late(self, name: str) -> None:
-        where, _, key = name.rpartition(".")
-        table = dict(self._tables).get(where)
-        if table is None or name in self._buffers:
-            return
-        if name not in self._empty:
-            self._deleted.add(name)
-        self._empty.pop(name, None)
-        self._buffers[name] = [(table, key)]
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:
@@ -241,10 +261,6 @@ def _named(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def _joined(module: str, key: str) -> str:
-    return f"{module}.{key}" if module else key
-
-
 def places_in(modules: list[nn.Module]) -> dict[int, list[Slot]]:
     """Where the modules hold each parameter and buffer, by its id."""
     places: dict[int, list[Slot]] = {}
@@ -252,9 +268,9 @@ def places_in(modules: list[nn.Module]) -> dict[int, list[Slot]]:
         if isinstance(module, torch.jit.ScriptModule):
             continue
         for table in (module.__dict__["_parameters"], module.__dict__["_buffers"]):
-            for key, held in table.items():
-                if held is not None:
-                    places.setdefault(id(held), []).append((table, key))
+            for key, x in table.items():
+                if x is not None:
+                    places.setdefault(id(x), []).append((table, key))
     return places
 
 
@@ -270,21 +286,21 @@ def _alone(module: nn.Module) -> Iterator[None]:
     Raises:
         RuntimeError: one has.
     """
-    own = threading.get_ident()
+    this_thread = threading.get_ident()
     with _LOCK:
-        thread, depth = _HOLDERS.get(module, (own, 0))
-        if thread != own and depth:
+        thread, depth = _HOLDERS.get(module, (this_thread, 0))
+        if thread != this_thread and depth:
             raise RuntimeError(
                 f"another thread is just unrolling this {type(module).__name__}, and a module can "
                 "hold the weights of one unroll at a time: give each thread a copy of its own "
                 "(copy.deepcopy(model)), or let the threads take turns with a threading.Lock"
             )
-        _HOLDERS[module] = own, depth + 1
+        _HOLDERS[module] = this_thread, depth + 1
     try:
         yield
     finally:
         with _LOCK:
-            _HOLDERS[module] = own, depth
+            _HOLDERS[module] = this_thread, depth
 
 
 #: The tables that every module has: parameters, buffers, submodules and the many kinds of hooks.
@@ -297,13 +313,13 @@ _EMPTY: dict[str, Any] = {}  # what most of them are
 
 def _contents(modules: list[nn.Module]) -> Contents:
     """Each dict that holds part of a module, with a shallow copy of it."""
-    held = []
+    tables = []
     for module in modules:
         if isinstance(module, torch.jit.ScriptModule):
             continue  # has no parameters and buffers, or was refused
-        held.append(module.__dict__)
-        held += [table for key in _TABLES if (table := module.__dict__.get(key)) is not None]
-    return [(table, dict(table) if table else _EMPTY) for table in held]
+        tables.append(module.__dict__)
+        tables += [table for key in _TABLES if (table := module.__dict__.get(key)) is not None]
+    return [(table, dict(table) if table else _EMPTY) for table in tables]
 
 
 def _put_back(contents: Contents) -> None:

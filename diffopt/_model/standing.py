@@ -12,7 +12,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 import torch.utils.checkpoint as torch_checkpoint
@@ -26,7 +27,7 @@ from diffopt._derivatives.table import (
     with_second_derivatives,
 )
 from diffopt._model.modes import Modes
-from diffopt._model.slots import ModuleSlots, Values
+from diffopt._model.slots import Loaded, ModuleSlots, Values
 from diffopt._torch import dtensors
 from diffopt._torch.checkpoint import HAS_FRAME, CheckpointFrame, belongs_to_checkpoint
 from diffopt._torch.functions import function_of, run_backward_inside
@@ -68,15 +69,23 @@ class InnerHooks:
         return lambda *args: hook(*args) if self.acting else None
 
 
+class _Entry(NamedTuple):
+    """A module with values standing in it, the modes there, and the hooks of a step's loss."""
+
+    slots: ModuleSlots
+    modes: Modes
+    hooks: InnerHooks | None
+
+
 class _Standing(threading.local):
     """What stands in modules on this thread, the outermost first."""
 
     def __init__(self) -> None:
-        self.stack: list[tuple[ModuleSlots, Modes, InnerHooks | None]] = []
+        self.stack: list[_Entry] = []
 
     def hooks(self) -> InnerHooks | None:
-        """The hooks of the innermost step that is being evaluated."""
-        return next((hooks for *_, hooks in reversed(self.stack) if hooks is not None), None)
+        """The hooks of the innermost step under evaluation."""
+        return next((x.hooks for x in reversed(self.stack) if x.hooks is not None), None)
 
 
 _standing = _Standing()
@@ -101,7 +110,7 @@ def standing(
     with slots.unchanged(), modes.active(routed=routed), _as_now:
         if as_at_call:
             slots.as_at_call()
-        _standing.stack.append((slots, modes, hooks))
+        _standing.stack.append(_Entry(slots, modes, hooks))
         try:
             yield
         finally:
@@ -113,7 +122,13 @@ class _Moment:
 
     def __init__(self) -> None:
         self._values = [
-            (slots, modes, slots.training(), slots.loaded[0], _copied(slots, slots.loaded[1]))
+            (
+                slots,
+                modes,
+                slots.training(),
+                slots.loaded.params,
+                _copied(slots, slots.loaded.buffers),
+            )
             for slots, modes, _ in _standing.stack
             if slots.loaded is not None
         ]
@@ -149,11 +164,10 @@ def _loaded_before(slots: ModuleSlots) -> Iterator[None]:
             slots.load(*before)
 
 
-def load_again(slots: ModuleSlots, loaded: tuple[Values, Values] | None) -> None:
+def load_again(slots: ModuleSlots, loaded: Loaded | None) -> None:
     """Stand values in the module that stood there before, if others do now."""
     if loaded is not None and slots.loaded is not loaded:
-        params, buffers = loaded
-        slots.load(params, _copied(slots, buffers))
+        slots.load(loaded.params, _copied(slots, loaded.buffers))
 
 
 #: Modules whose Functions read no module in their backward passes.
@@ -212,20 +226,18 @@ class _Frame(CheckpointFrame):
         super().__init__(recompute_as_now if _standing.stack else recompute, *args, **kwargs)
 
 
-class _Reentrant:
+_apply_reentrant: Any = torch_checkpoint.CheckpointFunction.apply
+
+
+def _reentrant(*args: Any) -> Any:
     """What ``checkpoint(..., use_reentrant=True)`` goes through."""
-
-    _original: Any = torch_checkpoint.CheckpointFunction
-
-    @classmethod
-    def apply(cls, *args: Any) -> Any:
-        if _standing.stack and torch.is_grad_enabled():
-            raise NotImplementedError(
-                "a layer calls torch.utils.checkpoint with use_reentrant=True, which can be "
-                "differentiated neither with respect to given tensors nor twice: pass "
-                "use_reentrant=False"
-            )
-        return cls._original.apply(*args)
+    if _standing.stack and torch.is_grad_enabled():
+        raise NotImplementedError(
+            "a layer calls torch.utils.checkpoint with use_reentrant=True, which can be "
+            "differentiated neither with respect to given tensors nor twice: pass "
+            "use_reentrant=False"
+        )
+    return _apply_reentrant(*args)
 
 
 class _BackwardHook(torch_hooks.BackwardHook):
@@ -267,7 +279,7 @@ if not HAS_FRAME:
 _as_now = Shared(
     lambda: replaced(
         _recomputed,
-        (torch_checkpoint, "CheckpointFunction", _Reentrant),
+        (torch_checkpoint, "CheckpointFunction", SimpleNamespace(apply=_reentrant)),
         (torch.nn.modules.module, "BackwardHook", _BackwardHook),
         (torch.Tensor, "register_hook", _register_inner_hook),
         *dtensors.as_now(),

@@ -35,7 +35,7 @@ _QUESTIONS = frozenset(
 
 
 class _Names(dict[str, Any]):
-    """The names of a function's module as they are now, but for those given here."""
+    """The present names of a function's module, some of them replaced."""
 
     def __init__(self, module: dict[str, Any], others: dict[str, Any]) -> None:
         super().__init__(others, __builtins__=builtins)

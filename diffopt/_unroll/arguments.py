@@ -17,11 +17,12 @@ from diffopt._step.loss import loss_and_aux
 from diffopt._step.transform import arguments_of
 from diffopt._torch.autograd import graph_was_freed, in_forward_mode
 from diffopt._torch.functorch import active_transform
-from diffopt._unroll.in_place import InPlace
+from diffopt._unroll.stand_in import StandIn
 from diffopt._values.tree import tensors_in
 from diffopt.adjoint import Adjoint, MemoryBudget, Segmented, Solver
 from diffopt.optim import Optimizer
 from diffopt.optim.scalars import has_tangent
+from diffopt.schedule import check_kind
 
 LossFn = Callable[..., Any]
 
@@ -68,51 +69,41 @@ def check_graphs(opt: Optimizer) -> None:
 
 def _example(cls: type) -> str:
     """A call that makes an object of a class of this package."""
-    given = [p for p in inspect.signature(cls).parameters.values() if p.default is p.empty]
-    return f"diffopt.{cls.__name__}({', '.join(f'{p.name}=...' for p in given)})"
+    required = [p for p in inspect.signature(cls).parameters.values() if p.default is p.empty]
+    return f"diffopt.{cls.__name__}({', '.join(f'{p.name}=...' for p in required)})"
 
 
 def check_options(
-    loss_fn: Any,
-    grad_transform: Any,
-    max_cotangent_norm: Any,
-    verify: Any,
-    tasks: Any,
-    compile: Any,
-    progress: bool,
-    monitor: Any,
+    functions: Mapping[str, Any], switches: Mapping[str, Any], max_cotangent_norm: Any, tasks: Any
 ) -> None:
-    """Raise where an option is of a wrong kind or value."""
-    functions = {"loss_fn": loss_fn, "grad_transform": grad_transform, "monitor": monitor}
+    """Raise where an option is of a wrong kind or value.
+
+    Args:
+        functions, switches: those that are functions or None, and those that are bools, by name.
+    """
     for name, value in functions.items():
         if value is not None and not callable(value):
             raise TypeError(f"{name} is a {type(value).__name__}: pass a function")
+    grad_transform = functions["grad_transform"]
     if grad_transform is not None and arguments_of(grad_transform) not in (0, 1, 3):
         raise TypeError(
             f"grad_transform takes {arguments_of(grad_transform)} arguments: it is called with the "
             "gradients alone, f(grads), or as f(grads, model, batch)"
         )
     if max_cotangent_norm is not None:
-        if isinstance(max_cotangent_norm, bool) or not isinstance(max_cotangent_norm, Real):
-            raise TypeError(
-                f"max_cotangent_norm is a {type(max_cotangent_norm).__name__}: pass a number"
-            )
+        check_kind("max_cotangent_norm", max_cotangent_norm, Real, "pass a number")
         if not float(max_cotangent_norm) > 0:
             raise ValueError(
                 f"max_cotangent_norm={max_cotangent_norm} would stop every gradient: pass a "
                 "number above 0, or None for no bound"
             )
-    for name, value in (("verify", verify), ("progress", progress)):
-        if not isinstance(value, bool):
-            raise TypeError(f"{name} is a {type(value).__name__}: pass True or False")
+    for name, value in switches.items():
+        check_kind(name, value, bool, "pass True or False")
     if tasks is not None:
-        if isinstance(tasks, bool) or not isinstance(tasks, int):
-            raise TypeError(f"tasks is a {type(tasks).__name__}: pass how many there are, an int")
+        check_kind("tasks", tasks, int, "pass how many there are, an int")
         if tasks < 1:
             raise ValueError(f"tasks={tasks}: pass 1 or more, or None for no task dimension")
-    if not isinstance(compile, bool):
-        raise TypeError(f"compile is a {type(compile).__name__}: pass True or False")
-    if progress:
+    if switches["progress"]:
         _progress.check_available()
 
 
@@ -137,7 +128,7 @@ def batches_of(steps: Any) -> Sequence[Any]:
             "steps is a 0-d tensor: pass the number of steps as an int, int(steps), or one tensor "
             "whose first dimension is the batches'"
         )
-    if isinstance(steps, (nn.Module, InPlace)):
+    if isinstance(steps, (nn.Module, StandIn)):
         raise TypeError(
             f"steps is a {type(steps).__name__}: pass the number of steps, or a list of batches; "
             "what to continue from is initial="
@@ -185,7 +176,7 @@ def own_loss_without_batch(model: nn.Module, step: int) -> Any:
 
 
 def _checked_loss(model: nn.Module, call: str, called: Callable[[], Any]) -> Any:
-    """What the model returns, if that is a loss; if not, ``loss_fn`` was likely forgotten."""
+    """Call the model for its loss; where it returns none, ``loss_fn`` was likely forgotten."""
     forgotten = (
         f"loss_fn was left out, so {call} of the {type(model).__name__} has to return the loss"
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffopt._derivatives.sharded import unsharded
 from diffopt._loop.executor import pass_through
-from diffopt._loop.extras import Place, connected
+from diffopt._loop.extras import AuxKey, connected
 from diffopt._loop.loop import Loop
 from diffopt._loop.warned import Warned
 from diffopt._step.unchanged import Unchanged
@@ -30,7 +30,7 @@ class _Run:
         loop, adjoint: what was run, and how its derivative is computed.
         kept: what the adjoint needs for that.
         paths: of the tensors of the final state. Not the tensors, which hold this object.
-        places: of the tensors of the extras that derivatives flow to.
+        aux_keys: of the tensors of the extras that derivatives flow to.
         used: tensors that the steps may read again.
         warned: what was shown of warnings in the first pass.
     """
@@ -39,7 +39,7 @@ class _Run:
     adjoint: Adjoint
     kept: Any
     paths: list[Path]
-    places: list[Place]
+    aux_keys: list[AuxKey]
     used: Unchanged
     warned: Warned
 
@@ -78,7 +78,7 @@ def run_connected(loop: Loop, adjoint: Adjoint, guarded: Sequence[Tensor]) -> Re
     flat = iter(results)
     losses = next(flat)
     state = final.replace({path: next(flat) for path in values})
-    return state, losses, connected(trees, {place: next(flat) for place in attached})
+    return state, losses, connected(trees, {key: next(flat) for key in attached})
 
 
 def run_detached(loop: Loop) -> Results:
@@ -130,7 +130,7 @@ class _Unrolling(torch.autograd.Function):
             flat = iter(cotangents)
             cotangent = {path: g for path in run.paths if (g := next(flat)) is not None}
             aux: dict[int, dict[int, Tensor]] = {}
-            for t, i in run.places:
+            for t, i in run.aux_keys:
                 if (g := next(flat)) is not None:
                     aux.setdefault(t, {})[i] = g
             outputs = OutputCotangents(losses, aux)
@@ -158,5 +158,5 @@ class _Unrolling(torch.autograd.Function):
                     loop.settle()  # a step that is not what it was is the better reason
                 raise
             loop.settle()
-        found = [*(before.get(path) for path in loop.inputs), *captured]
-        return (*(None,) * 4, *unsharded(found, inputs))
+        cotangents_of_inputs = [*(before.get(path) for path in loop.inputs), *captured]
+        return (*(None,) * 4, *unsharded(cotangents_of_inputs, inputs))

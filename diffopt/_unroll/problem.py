@@ -8,63 +8,58 @@ optimizers of its own, with their own place for the weights, is adapted by a sub
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from diffopt._model.refused import check_model
-from diffopt._model.slots import ModuleSlots, Values, places_in
+from diffopt._model.slots import ModuleSlots
 from diffopt._step.transform import GradTransform
 from diffopt._unroll.unrolled import Unrolled
 from diffopt.optim import Optimizer, convert
 from diffopt.optim.base import as_tensors
 from diffopt.optim.terms import Entries
 from diffopt.optim.unchanged import UnchangedOptions
+from diffopt.schedule import check_kind
 
 
+@dataclass
 class InnerProblem:
     """The inner problem of one unroll.
 
-    Args:
+    Attributes:
         model: the module that ``loss_fn`` sees.
         opt: the rule; its options are taken as they are now.
         params: all of the model's parameters, by name.
         groups: the names in each param group of ``opt``.
-        opt_state: the state that optimizer has, by parameter name.
-
-    Attributes:
-        inner: those parameters that are trained: the optimizer's that require grad.
+        opt_state: the state that the optimizer has, by parameter name.
+        inner: the trained parameters: the optimizer's that require grad.
         first_step: the number of the first step.
-        grad_transform: what the optimizer does to the gradients on its own, or None.
+        grad_transform: what the optimizer does to the gradients by itself, or None.
         connected: whether the results are wanted with a graph.
         options: those of the optimizers that the caller passed.
         taken_over: values that are to stand for some of the parameters that are not trained.
         carried: the optimizer state of those, to be handed on.
     """
 
-    first_step: int
+    model: Any
+    opt: Optimizer
+    params: Mapping[str, Tensor]
+    groups: list[list[str]]
+    opt_state: Mapping[str, Entries]
     grad_transform: GradTransform | None = None
     connected: bool = True
+    taken_over: Mapping[str, Tensor] = field(default_factory=dict)
+    carried: Mapping[str, Entries] = field(default_factory=dict)
 
-    def __init__(
-        self,
-        model: nn.Module,
-        opt: Optimizer,
-        params: Mapping[str, Tensor],
-        groups: list[list[str]],
-        opt_state: Mapping[str, Entries],
-    ) -> None:
-        self.model = model
-        self.opt = frozen(opt)
-        self.params: Mapping[str, Tensor] = params
-        self.groups = groups
-        self.opt_state = opt_state
-        self.options = UnchangedOptions([opt])
-        self.taken_over: Mapping[str, Tensor] = {}
-        self.carried: Mapping[str, Entries] = {}
-        self.first_step = opt.first_step
-        self.inner = {n: params[n] for names in groups for n in names if params[n].requires_grad}
+    def __post_init__(self) -> None:
+        params, names = self.params, [name for group in self.groups for name in group]
+        self.options = UnchangedOptions([self.opt])
+        self.first_step = self.opt.first_step
+        self.opt = frozen(self.opt)
+        self.inner = {name: params[name] for name in names if params[name].requires_grad}
         if not self.inner:
             raise ValueError(
                 "none of the optimizer's parameters requires grad, so there is nothing to train: "
@@ -87,40 +82,10 @@ class InnerProblem:
         Args:
             carried: names of buffers, and of parameters that move like them, in an earlier result.
         """
-        if self.taken_over:
-            return SlotsWithConstants(
-                self.model, self.inner, self.constants, carried, self.taken_over
-            )
-        return ModuleSlots(self.model, self.inner, self.constants, carried)
+        return ModuleSlots(self.model, self.inner, self.constants, carried, self.taken_over)
 
     def deliver(self, result: Unrolled) -> None:
         """Hand the result to the objects the caller passed. PyTorch's own stay as they were."""
-
-
-class SlotsWithConstants(ModuleSlots):
-    """The slots of a module in which constants stand, too, for other parameters of it."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        inner: Mapping[str, Tensor],
-        constants: Mapping[str, Tensor],
-        carried: Collection[str],
-        standing: Mapping[str, Tensor],
-    ) -> None:
-        super().__init__(model, inner, constants, carried)
-        named = dict(model.named_parameters())
-        self._values = {name: x for name, x in standing.items() if name not in self.buffers}
-        self.constants = {name: named[name] for name in self._values}
-        places = places_in(self.modules)
-        self._standing = [(name, places[id(x)]) for name, x in self.constants.items()]
-        self._constants |= {name: (self._values[name], held) for name, held in self._standing}
-
-    def load(self, params: Values, buffers: Values) -> None:
-        for name, slots in self._standing:
-            for table, key in slots:
-                table[key] = params.get(name, self._values[name])
-        super().load(params, buffers)
 
 
 Make = Callable[[Any, Any, int | None], InnerProblem]
@@ -138,14 +103,14 @@ def inner_problem(model: Any, opt: Any, tasks: int | None) -> InnerProblem:
     """The inner problem that the arguments of ``unroll`` state."""
     several = opt if isinstance(opt, (list, tuple)) else [opt]
     for kinds, make in _ADAPTERS:
-        if any(isinstance(given, kinds) for given in (model, *several)):
+        if any(isinstance(argument, kinds) for argument in (model, *several)):
             return make(model, opt, tasks)
-    for what, given in (("model", model), *(("opt", each) for each in several)):
-        for base in type(given).__mro__:
+    for what, argument in (("model", model), *(("opt", each) for each in several)):
+        for base in type(argument).__mro__:
             package = base.__module__.partition(".")[0]
             if package in _ADAPTED_BY:
                 raise TypeError(
-                    f"{what} is a {type(given).__name__} of {package}, which diffopt knows only "
+                    f"{what} is a {type(argument).__name__} of {package}, which diffopt knows only "
                     f"after `import {_ADAPTED_BY[package]}`"
                 )
     _check_model(model)
@@ -175,8 +140,7 @@ def _check_model(model: Any) -> None:
             f"model is a {type(model).__name__} of trained values: pass the model itself, and "
             "initial=fast to continue from them"
         )
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}: pass a torch.nn.Module")
+    check_kind("model", model, nn.Module, "pass a torch.nn.Module")
     check_model(model)
 
 
@@ -184,8 +148,8 @@ def _names_by_group(names: Mapping[Tensor, str], opt: torch.optim.Optimizer) -> 
     for i, group in enumerate(opt.param_groups):
         for j, x in enumerate(group["params"]):
             if x not in names:
-                given = group.get("param_names", ())
-                which = repr(given[j]) if len(given) > j else f"{j} of param group {i}"
+                param_names = group.get("param_names", ())
+                which = repr(param_names[j]) if len(param_names) > j else f"{j} of param group {i}"
                 raise ValueError(
                     f"the optimizer's parameter {which}, of shape {tuple(x.shape)}, is not one of "
                     "the model's: build the optimizer over parameters of the model that is "

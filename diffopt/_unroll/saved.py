@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from diffopt.optim import load_state_into
 from diffopt.optim.convert import all_of
+from diffopt.schedule import check_kind
 
 if TYPE_CHECKING:
     from diffopt._unroll.unrolled import Unrolled
@@ -36,15 +37,15 @@ def write_into(fast: Unrolled, model: Any, opt: Any) -> None:
                 )
             targets.append((theirs[name], x))
     if opt is not None:
-        held = {p for o in all_of(opt) for group in o.param_groups for p in group["params"]}
+        of_opt = {p for o in all_of(opt) for group in o.param_groups for p in group["params"]}
         trained = fast._slots.inner.keys()  # the rest was carried on for a later unroll
         for name in fast.opt_state:
-            if owned[name] not in held and name in trained:
+            if owned[name] not in of_opt and name in trained:
                 raise ValueError(
                     f"load_into: opt does not hold the model's parameter {name!r}: build it "
                     "over the parameters of that model"
                 )
-        states = {owned[name]: x for name, x in fast.opt_state.items() if owned[name] in held}
+        states = {owned[name]: x for name, x in fast.opt_state.items() if owned[name] in of_opt}
         load_state_into(opt, states, steps=fast.step)
     with torch.no_grad():
         for target, x in targets:
@@ -59,13 +60,9 @@ def _check_kinds(model: Any, opt: Any) -> None:
             f"load_into: model is a {kind}: pass the torch.nn.Module that the "
             "values are to be written into, such as the one that was unrolled"
         )
+    advice = "pass a torch.optim or diffopt optimizer over the model's parameters, or leave it out"
     for each in () if opt is None else all_of(opt):
-        if isinstance(each, torch.optim.Optimizer):
-            continue
-        raise TypeError(
-            f"load_into: opt is a {type(each).__name__}: pass a torch.optim or diffopt optimizer "
-            "over the model's parameters, or leave it out"
-        )
+        check_kind("load_into: opt", each, torch.optim.Optimizer, advice)
 
 
 def state_dict(fast: Unrolled) -> dict[str, Any]:
@@ -81,19 +78,19 @@ def state_dict(fast: Unrolled) -> dict[str, Any]:
     }
 
 
-def load_state_dict(fast: Unrolled, given: Any) -> None:
+def load_state_dict(fast: Unrolled, loaded: Any) -> None:
     """``Unrolled.load_state_dict``."""
-    if not isinstance(given, Mapping):
+    if not isinstance(loaded, Mapping):
         raise TypeError(
-            f"load_state_dict: got a {type(given).__name__}: pass what Unrolled.state_dict() gave"
+            f"load_state_dict: got a {type(loaded).__name__}: pass what Unrolled.state_dict() gave"
         )
-    if set(given) - {"generators"} != _KEYS:  # written before there were generators in it
+    if set(loaded) - {"generators"} != _KEYS:  # written before there were generators in it
         raise ValueError(
-            f"load_state_dict: keys are {sorted(given)}, expected {sorted(_KEYS)}, with or "
+            f"load_state_dict: keys are {sorted(loaded)}, expected {sorted(_KEYS)}, with or "
             "without 'generators', as Unrolled.state_dict() gives them"
         )
-    fitted = {key: _fitted(key, getattr(fast, key), given[key]) for key in ("params", "buffers")}
-    opt_state = given["opt_state"]
+    fitted = {key: _fitted(key, getattr(fast, key), loaded[key]) for key in ("params", "buffers")}
+    opt_state = loaded["opt_state"]
     if set(opt_state) != set(fast.opt_state):
         raise ValueError(
             f"load_state_dict: optimizer state is for {sorted(opt_state)}, here for "
@@ -103,7 +100,7 @@ def load_state_dict(fast: Unrolled, given: Any) -> None:
         for key, x in entries.items():  # an optimizer may have more of them after a first step
             here = fast.opt_state[name].get(key, x)
             _check_shape(f"{key} of {name!r}", here, x)
-    generators = dict(given.get("generators", {}))
+    generators = dict(loaded.get("generators", {}))
     set_generators(generators)  # before the rest, as it may refuse
     fast._generators = generators
     fast.params, fast.buffers = fitted["params"], fitted["buffers"]
@@ -111,8 +108,8 @@ def load_state_dict(fast: Unrolled, given: Any) -> None:
         name: {key: _beside(key, x, fast.params[name]) for key, x in entries.items()}
         for name, entries in opt_state.items()
     }
-    fast.losses = _like(given["losses"], fast.losses)
-    fast.step = int(given["step"])
+    fast.losses = _like(loaded["losses"], fast.losses)
+    fast.step = int(loaded["step"])
     fast.aux = []
 
 
@@ -162,7 +159,7 @@ def generators_now(devices: Iterable[torch.device]) -> dict[str, Tensor]:
 
 
 def set_generators(states: Mapping[str, Tensor]) -> None:
-    """Put the generators into these states; those of devices that are not here are passed over."""
+    """Put the generators into these states; skip the devices that this machine lacks."""
     for name, state in states.items():
         device = torch.device(name)
         if device.type == "cpu":

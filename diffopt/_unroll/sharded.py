@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -18,18 +18,17 @@ from diffopt.optim import Joint, Muon, Optimizer
 from diffopt.optim.mapped import is_elementwise
 
 
-def check_sharded(
-    problem: InnerProblem,
-    adjoint: Adjoint,
-    group: Any,
-    *,
-    tasks: int | None,
-    compile: bool,
+def share_out(
+    problem: InnerProblem, adjoint: Adjoint, group: Any, tasks: int | None, compile: bool
 ) -> None:
-    """Refuse what parameters that are ``DTensor``s do not serve, each with its reason.
+    """Have ``problem`` update parameters that are ``DTensor``s by their parts.
+
+    What flows to an option is the sum over the processes of what flows to it from their parts, and
+    not from parameters that each has whole. So the param groups are split by who holds parts.
 
     Raises:
-        NotImplementedError: naming a parameter and what to leave out.
+        NotImplementedError: such parameters do not serve an argument, a rule does not act entry by
+            entry, or an option has entries.
     """
     shards = Shards.among(problem.inner, problem.constants)
     if shards is None:
@@ -39,6 +38,15 @@ def check_sharded(
         raise NotImplementedError(f"parameter {name!r} is a DTensor: {reason}")
     if group is not None:
         _check_apart(name, group, shards)
+    over = {name: layout.over for name, layout in shards.layouts.items()}
+    opt, names = problem.opt, iter(problem.groups)
+    if isinstance(opt, Joint):
+        opt.optimizers = [frozen(rule) for rule in opt.optimizers]
+        pairs = [_split(rule, names, over) for rule in opt.optimizers]
+        opt.param_groups = [group for rule in opt.optimizers for group in rule.param_groups]
+        problem.groups = [group for groups in pairs for group in groups]
+    else:
+        problem.groups = _split(opt, names, over)
 
 
 def _reasons(
@@ -79,29 +87,6 @@ def _check_apart(name: str, group: Group, shards: Shards) -> None:
             )
 
 
-def share_out(problem: InnerProblem) -> None:
-    """Have ``problem`` update the parameters by their parts.
-
-    What flows to an option is the sum over the processes of what flows to it from their parts, and
-    not from parameters that each has whole. So the param groups are split by who holds parts.
-
-    Raises:
-        NotImplementedError: a rule does not act entry by entry, or an option has entries.
-    """
-    shards = Shards.among(problem.inner, {})
-    if shards is None:
-        return
-    over = {name: layout.over for name, layout in shards.layouts.items()}
-    opt, names = problem.opt, iter(problem.groups)
-    if isinstance(opt, Joint):
-        opt.optimizers = [frozen(rule) for rule in opt.optimizers]
-        pairs = [_split(rule, names, over) for rule in opt.optimizers]
-        opt.param_groups = [group for rule in opt.optimizers for group in rule.param_groups]
-        problem.groups = [group for groups in pairs for group in groups]
-    else:
-        problem.groups = _split(opt, names, over)
-
-
 def _split(rule: Optimizer, groups: Any, over: Mapping[str, Processes | None]) -> list[list[str]]:
     """Split the param groups of ``rule``; gives the names in each."""
     split: list[dict[str, Any]] = []
@@ -115,13 +100,13 @@ def _split(rule: Optimizer, groups: Any, over: Mapping[str, Processes | None]) -
             part = {**group, "params": [group["params"][i] for i in chosen]}
             if "param_names" in group:
                 part["param_names"] = [group["param_names"][i] for i in chosen]
-            own = [names[i] for i in chosen]
+            of_part = [names[i] for i in chosen]
             if holders is not None:
-                _check_rule(rule, own[0])
+                _check_rule(rule, of_part[0])
                 for key in rule.defaults:
                     part[key] = _spread(part[key], holders, f"{type(rule).__name__}: {key}")
             split.append(part)
-            named.append(own)
+            named.append(of_part)
         if not names:
             split.append(dict(group))
             named.append([])
@@ -151,8 +136,6 @@ def _spread(value: Any, over: Processes, where: str) -> Any:
                 "0-d tensor, the same on all processes"
             )
         return spread(value, over) if value.requires_grad else value
-    return _spread_later(value, over, where) if callable(value) else value
-
-
-def _spread_later(call: Callable[[int], Any], over: Processes, where: str) -> Callable[[int], Any]:
-    return lambda step: _spread(call(step), over, where)
+    if callable(value):
+        return lambda step: _spread(value(step), over, where)
+    return value

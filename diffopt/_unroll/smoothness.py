@@ -176,15 +176,15 @@ def _evaluated(outer: Callable[..., Any], point: list[Tensor]) -> tuple[Tensor, 
 
 
 def _gradients(loss: Tensor, start: list[Tensor]) -> list[Tensor]:
-    found: Sequence[Tensor | None] = [None] * len(start)
+    gradients: Sequence[Tensor | None] = [None] * len(start)
     if loss.requires_grad:
-        found = torch.autograd.grad(loss.reshape(()), start, allow_unused=True)
-    if all(g is None for g in found):
+        gradients = torch.autograd.grad(loss.reshape(()), start, allow_unused=True)
+    if all(g is None for g in gradients):
         raise ValueError(
             "the outer loss depends on none of the tensors: compute it from the arguments that "
             "outer is given, and not from tensors it finds elsewhere"
         )
-    grads = [torch.zeros_like(x) if g is None else g for x, g in zip(start, found, strict=True)]
+    grads = [torch.zeros_like(x) if g is None else g for x, g in zip(start, gradients, strict=True)]
     for i, g in enumerate(grads):
         if not g.isfinite().all():
             raise ValueError(

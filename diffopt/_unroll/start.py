@@ -14,8 +14,10 @@ from diffopt._model.slots import ModuleSlots
 from diffopt._unroll.problem import InnerProblem
 from diffopt._unroll.unrolled import Unrolled
 from diffopt._values.state import State
+from diffopt._values.tree import Path
 from diffopt.optim.mapped import init_over_tasks
 from diffopt.optim.terms import Entries
+from diffopt.schedule import check_kind
 
 Initial = Unrolled | Mapping[str, Tensor] | None
 
@@ -37,21 +39,21 @@ def start_state(
     inner = problem.inner
     # A copy, so that using the model before the backward pass does not disturb the recomputation.
     buffers = {name: x if x.requires_grad else x.clone() for name, x in buffers.items()}
-    held: Mapping[str, Entries]
+    opt_state: Mapping[str, Entries]
     if isinstance(initial, Unrolled):
         values = {**initial.params, **initial.buffers}
-        held = {name: initial.opt_state.get(name, {}) for name in inner}
+        opt_state = {name: initial.opt_state.get(name, {}) for name in inner}
         leads = set() if initial.tasks is None else {*values}
         opt_leads = set() if initial.tasks is None else {*initial.opt_state}
     else:
         values = _checked_values(initial, problem, buffers, tasks)
-        held = {name: x for name, x in problem.opt_state.items() if name in inner}
-        own = {**inner, **buffers}
-        leads = {name for name, x in values.items() if x.dim() > own[name].dim()}
+        opt_state = {name: x for name, x in problem.opt_state.items() if name in inner}
+        originals = {**inner, **buffers}
+        leads = {name for name, x in values.items() if x.dim() > originals[name].dim()}
         opt_leads = set()
     params = {name: values.get(name, x) for name, x in inner.items()}
     buffers = {name: values.get(name, x) for name, x in buffers.items()}
-    state = State(params, held, buffers)
+    state = State(params, opt_state, buffers)
     if tasks is not None:
         state = _spread(state, tasks, leads, opt_leads)
     state = Precision(inner).widened(state)
@@ -61,7 +63,7 @@ def start_state(
 
 
 def buffers_at_start(slots: ModuleSlots, initial: Initial) -> dict[str, Tensor]:
-    """The buffers that there are at position 0, with the model's values where it has them.
+    """The buffers at position 0, with the model's values where it has them.
 
     Steps may register or fill buffers, and remove them: then an earlier result has more or fewer.
     """
@@ -100,9 +102,9 @@ def take_over(problem: InnerProblem, initial: Initial, tasks: int | None) -> Non
     }
 
 
-def _entries(first: Entries, held: Mapping[str, Tensor]) -> Entries:
+def _entries(first: Entries, present: Mapping[str, Tensor]) -> Entries:
     """The state that a parameter has, where it is of the optimizer's kind, or else a fresh one."""
-    return {**first, **held} if first.keys() <= held.keys() else first
+    return {**first, **present} if first.keys() <= present.keys() else first
 
 
 def _spread(state: State, tasks: int, leads: Collection[str], opt_leads: Collection[str]) -> State:
@@ -113,20 +115,12 @@ def _spread(state: State, tasks: int, leads: Collection[str], opt_leads: Collect
         opt_leads: names of those whose optimizer state has.
     """
 
-    def each(x: Tensor) -> Tensor:
-        return x.expand(tasks, *x.shape)
+    def is_for_all(path: Path, x: Tensor) -> bool:
+        kind, name, *_ = path
+        return (x.dim() > 0 and name not in opt_leads) if kind == "opt" else name not in leads
 
-    return State(
-        {name: x if name in leads else each(x) for name, x in state.params.items()},
-        {
-            name: {
-                key: each(x) if x.dim() and name not in opt_leads else x
-                for key, x in entries.items()
-            }
-            for name, entries in state.opt.items()
-        },
-        {name: x if name in leads else each(x) for name, x in state.buffers.items()},
-    )
+    shared = {path: x for path, x in state.tensors().items() if is_for_all(path, x)}
+    return state.replace({path: x.expand(tasks, *x.shape) for path, x in shared.items()})
 
 
 def _check_continues(initial: Unrolled, problem: InnerProblem, tasks: int | None) -> None:
@@ -136,52 +130,51 @@ def _check_continues(initial: Unrolled, problem: InnerProblem, tasks: int | None
             f"tasks={tasks}: pass tasks={initial.tasks}"
         )
     for name, x in initial.params.items():
-        own = problem.params.get(name)
-        lead = () if initial.tasks is None or x is own else (initial.tasks,)
-        if own is None or x.shape != (*lead, *own.shape):
+        original = problem.params.get(name)
+        lead = () if initial.tasks is None or x is original else (initial.tasks,)
+        if original is None or x.shape != (*lead, *original.shape):
+            here = "the model has no such"
+            if original is not None:
+                here = f"{tuple(original.shape)} in the model"
             raise ValueError(
                 f"initial has no value that fits parameter {name!r}: it has shape "
-                f"{tuple(x.shape)} there, and "
-                + ("the model has no such" if own is None else f"{tuple(own.shape)} in the model")
-                + ": continue with the model that initial was unrolled from, or one built alike"
+                f"{tuple(x.shape)} there, and {here}: continue with the model that initial was "
+                "unrolled from, or one built alike"
             )
 
 
 def _checked_values(
     initial: Any, problem: InnerProblem, buffers: Mapping[str, Tensor], tasks: int | None
 ) -> dict[str, Tensor]:
-    """The initial values given, under the names the loop has for them."""
+    """Check the initial values, and name them as the loop does."""
     if initial is None:
         return {}
-    if not isinstance(initial, Mapping):
-        raise TypeError(
-            f"initial is a {type(initial).__name__}: pass an Unrolled, or a dict of tensors by "
-            "parameter name"
-        )
+    advice = "pass an Unrolled, or a dict of tensors by parameter name"
+    check_kind("initial", initial, Mapping, advice)
     if {"params", "opt_state"} <= set(initial):
         raise ValueError(
             "initial is the state_dict() of an Unrolled: write "
             "fast = diffopt.unroll(model, opt, 0); fast.load_state_dict(...), and pass initial=fast"
         )
     aliases = _aliases(problem)
-    own = {**problem.inner, **buffers}
-    found: dict[str, Tensor] = {}
-    for given, x in initial.items():
-        name = aliases.get(given, given)
-        if name not in own:
+    originals = {**problem.inner, **buffers}
+    values: dict[str, Tensor] = {}
+    for key, x in initial.items():
+        name = aliases.get(key, key)
+        if name not in originals:
             raise ValueError(
-                f"initial has a value for {given!r}, which is not an inner variable: use names of "
+                f"initial has a value for {key!r}, which is not an inner variable: use names of "
                 "the optimizer's parameters that require grad, such as "
                 f"{next(iter(problem.inner))!r}, and of the model's buffers"
             )
-        _check_value(given, x, own[name], tasks)
-        if name in found and found[name] is not x and not torch.equal(found[name], x):
+        _check_value(key, x, originals[name], tasks)
+        if name in values and values[name] is not x and not torch.equal(values[name], x):
             raise ValueError(
-                f"initial has different values for {name!r} and {given!r}, which are one tensor in "
+                f"initial has different values for {name!r} and {key!r}, which are one tensor in "
                 "the model: give one of them"
             )
-        found[name] = x
-    return found
+        values[name] = x
+    return values
 
 
 def _aliases(problem: InnerProblem) -> dict[str, str]:
@@ -194,20 +187,19 @@ def _aliases(problem: InnerProblem) -> dict[str, str]:
     return aliases
 
 
-def _check_value(name: str, x: Any, own: Tensor, tasks: int | None) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"initial[{name!r}] is a {type(x).__name__}: pass a tensor")
-    shapes = [tuple(own.shape)]
+def _check_value(name: str, x: Any, original: Tensor, tasks: int | None) -> None:
+    check_kind(f"initial[{name!r}]", x, Tensor, "pass a tensor")
+    shapes = [tuple(original.shape)]
     if tasks is not None:
-        shapes.append((tasks, *own.shape))
+        shapes.append((tasks, *original.shape))
     if tuple(x.shape) not in shapes:
         raise ValueError(
             f"initial[{name!r}] has shape {tuple(x.shape)}, the parameter has "
             + " or, with one value a task, ".join(map(str, shapes))
             + ": pass a value of that shape"
         )
-    if (x.dtype, x.device) != (own.dtype, own.device):
+    if (x.dtype, x.device) != (original.dtype, original.device):
         raise ValueError(
-            f"initial[{name!r}] is {x.dtype} on {x.device}, the parameter {own.dtype} on "
-            f"{own.device}: convert it with .to('{own.device}', {own.dtype})"
+            f"initial[{name!r}] is {x.dtype} on {x.device}, the parameter {original.dtype} on "
+            f"{original.device}: convert it with .to('{original.device}', {original.dtype})"
         )

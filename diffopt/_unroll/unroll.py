@@ -40,9 +40,9 @@ from diffopt._unroll.arguments import (
 )
 from diffopt._unroll.node import run_connected, run_detached
 from diffopt._unroll.problem import inner_problem
-from diffopt._unroll.sharded import check_sharded, share_out
+from diffopt._unroll.processes import agree, meeting
+from diffopt._unroll.sharded import share_out
 from diffopt._unroll.start import Initial, buffers_at_start, start_state, take_over
-from diffopt._unroll.together import agree, meeting
 from diffopt._unroll.unrolled import Unrolled
 from diffopt._values.state import State
 from diffopt._values.tree import map_tensors, tensors_in
@@ -178,7 +178,10 @@ def unroll(
     """
     adjoint = chosen_adjoint(segment, adjoint, verify)
     check_options(
-        loss_fn, grad_transform, max_cotangent_norm, verify, tasks, compile, progress, monitor
+        {"loss_fn": loss_fn, "grad_transform": grad_transform, "monitor": monitor},
+        {"verify": verify, "compile": compile, "progress": progress},
+        max_cotangent_norm,
+        tasks,
     )
     if group is not None and compile:
         raise NotImplementedError(
@@ -189,8 +192,7 @@ def unroll(
     parts = parts_of(microbatches, model, counted=counted, tasks=tasks, compile=compile)
     problem = inner_problem(model, opt, tasks)
     take_over(problem, initial, tasks)
-    check_sharded(problem, adjoint, group, tasks=tasks, compile=compile)
-    share_out(problem)
+    share_out(problem, adjoint, group, tasks, compile)
     steps = plain_int(steps)
     batches = batches_of(steps)
     count = steps if isinstance(steps, int) else len(batches)
@@ -286,10 +288,10 @@ def unroll(
     if shards is not None:
         final = shards.state_of_wholes(final)
     chosen = {*chain.from_iterable(problem.groups), *slots.constants}
-    given = {name: x for name, x in problem.params.items() if name in chosen}
+    params = {name: x for name, x in problem.params.items() if name in chosen}
     if tasks is not None:
         losses = losses.T if count else losses.new_zeros(tasks, 0)
-    result = Unrolled(slots, final, given, losses, aux, first_step + count, tasks)
+    result = Unrolled(slots, final, params, losses, aux, first_step + count, tasks)
     problem.deliver(result)
     return result
 
@@ -299,7 +301,7 @@ def _options(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _distinct(batches: Any) -> list[Any]:
-    """The batches that exist already, each once; those indexed on demand are left alone."""
+    """The batches that exist already, each once; batches indexed on demand are not made."""
     if isinstance(batches, Tensor):
         return [batches]
     if not isinstance(batches, tuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from itertools import chain
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -15,7 +16,7 @@ from diffopt._model.standing import stand_again_in_backward, standing
 from diffopt._step.tasks import Values, check_leads, over_tasks
 from diffopt._torch.autograd import present_sequence
 from diffopt._unroll import saved
-from diffopt._unroll.in_place import InPlace, contained, refuse_setting
+from diffopt._unroll.stand_in import StandIn, contained, refuse_setting
 from diffopt._values.state import State
 from diffopt._values.tree import map_tensors, tensors_in
 from diffopt.optim.convert import Optimizers
@@ -23,10 +24,10 @@ from diffopt.optim.convert import Optimizers
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_OWN = {"params", "buffers", "opt_state", "losses", "aux", "step", "tasks"}
+_ATTRIBUTES = {"params", "buffers", "opt_state", "losses", "aux", "step", "tasks"}
 
 
-class Unrolled(InPlace):
+class Unrolled(StandIn):
     """The result of ``diffopt.unroll``: the model with the trained values, and what led there.
 
     It stands where the model does: ``loss_fn(fast, batch)`` works for every loss that works on the
@@ -64,7 +65,7 @@ class Unrolled(InPlace):
         self,
         slots: ModuleSlots,
         state: State,
-        given: Mapping[str, Tensor],
+        params: Mapping[str, Tensor],
         losses: Tensor,
         aux: list[Any],
         step: int,
@@ -73,7 +74,7 @@ class Unrolled(InPlace):
         self._slots = slots
         self._inner = [*state.params, *slots.constants]  # trained, here or by one that led here
         self._flags: list[bool] | None = None
-        self.params: dict[str, Tensor] = {**given, **state.params}  # in the model's order
+        self.params: dict[str, Tensor] = {**params, **state.params}  # in the model's order
         self.buffers: dict[str, Tensor] = dict(state.buffers)
         self.opt_state: dict[str, dict[str, Tensor]] = {
             name: dict(entries) for name, entries in state.opt.items()
@@ -90,7 +91,7 @@ class Unrolled(InPlace):
         return self, self._slots.model
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name not in _OWN and not name.startswith("_"):
+        if name not in _ATTRIBUTES and not name.startswith("_"):
             _, model = self._diffopt_parts()
             if hasattr(model, name):
                 refuse_setting(model, name)
@@ -137,9 +138,9 @@ class Unrolled(InPlace):
         slots = self._slots
         inner = {name: self.params[name] for name in self._inner}
 
-        def on_model(params: Values, buffers: Values, given: Any) -> R:
+        def on_model(params: Values, buffers: Values, arguments: Any) -> R:
             slots.load(params, buffers)
-            own_args, own_kwargs = given
+            own_args, own_kwargs = arguments
             return fn(slots.model, *own_args, **own_kwargs)
 
         with self._standing():
@@ -189,21 +190,10 @@ class Unrolled(InPlace):
 
     def detach(self) -> Unrolled:
         """The same values with the graph cut, to continue from without keeping the past."""
-        cut = self._copy()
-        cut.params = {name: x.detach() for name, x in self.params.items()}
-        cut.buffers = {name: x.detach() for name, x in self.buffers.items()}
-        cut.opt_state = {
-            name: {key: x.detach() for key, x in entries.items()}
-            for name, entries in self.opt_state.items()
-        }
-        cut.losses = self.losses.detach()
-        cut.aux = map_tensors(Tensor.detach, self.aux)
+        cut = copy(self)
+        for name in ("params", "buffers", "opt_state", "losses", "aux"):
+            setattr(cut, name, map_tensors(Tensor.detach, getattr(self, name)))
         return cut
-
-    def _copy(self) -> Unrolled:
-        copy = object.__new__(type(self))
-        copy.__dict__.update(self.__dict__)
-        return copy
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and an int only, for ``torch.save``; ``aux`` is left out.

@@ -16,11 +16,11 @@ from typing import Any
 from torch import Tensor
 
 from diffopt._loop.executor import run_backward, run_forward
-from diffopt._loop.kept import Kept
 from diffopt._loop.loop import Loop
 from diffopt._loop.replay import differentiable_backward
 from diffopt._loop.snapshots import Snapshots
 from diffopt._loop.storage import Storage, check_storage, open_storage
+from diffopt._loop.store import Store
 from diffopt._values.outputs import OutputCotangents
 from diffopt._values.state import Cotangent, State
 from diffopt._values.tree import Path
@@ -88,16 +88,36 @@ class Checkpoints:
     Attributes:
         plan: what both passes do.
         generators: the generators' states before the first step.
-        kept: snapshots and graphs.
+        store: snapshots and graphs.
+        loop: whose steps were taken.
     """
 
     plan: Plan
     generators: tuple[Tensor, ...]
-    kept: Kept
+    store: Store
+    loop: Loop
 
 
 @dataclass(frozen=True)
-class Checkpointed(Adjoint):
+class Replayed(Adjoint):
+    """An adjoint that leaves ``Checkpoints``; a backward pass through its own replays the loop."""
+
+    def differentiable_backward(
+        self,
+        loop: Loop,
+        kept: Checkpoints,
+        start: Mapping[Path, Tensor],
+        captured: Sequence[Tensor],
+        cotangent: Cotangent,
+        outputs: OutputCotangents,
+    ) -> tuple[Cotangent, list[Tensor | None]]:
+        return differentiable_backward(
+            kept.loop, kept.generators, start, captured, cotangent, outputs
+        )
+
+
+@dataclass(frozen=True)
+class Checkpointed(Replayed):
     """An exact adjoint that follows a plan."""
 
     @abstractmethod
@@ -105,7 +125,7 @@ class Checkpointed(Adjoint):
         """The order of work for ``steps`` inner steps, with its predicted cost."""
 
     def new_snapshots(self) -> Snapshots:
-        """Where the states are kept: on their device, unless a subclass stores them elsewhere."""
+        """Make the collection of snapshots: on their device, unless a subclass says otherwise."""
         return Snapshots()
 
     def plan_for(self, loop: Loop) -> Plan:
@@ -119,8 +139,8 @@ class Checkpointed(Adjoint):
     def forward(self, loop: Loop) -> tuple[State, Any]:
         plan = self.plan_for(loop)
         generators = loop.generators.get()
-        state, kept = run_forward(loop, plan, self.new_snapshots())
-        return state, Checkpoints(plan, generators, kept)
+        state, store = run_forward(loop, plan, self.new_snapshots())
+        return state, Checkpoints(plan, generators, store, loop)
 
     def backward(
         self,
@@ -131,18 +151,7 @@ class Checkpointed(Adjoint):
         *,
         keep: bool,
     ) -> tuple[Cotangent, list[Tensor | None]]:
-        return run_backward(loop, kept.plan, kept.kept, cotangent, outputs, keep=keep)
-
-    def differentiable_backward(
-        self,
-        loop: Loop,
-        kept: Checkpoints,
-        start: Mapping[Path, Tensor],
-        captured: Sequence[Tensor],
-        cotangent: Cotangent,
-        outputs: OutputCotangents,
-    ) -> tuple[Cotangent, list[Tensor | None]]:
-        return differentiable_backward(loop, kept.generators, start, captured, cotangent, outputs)
+        return run_backward(loop, kept.plan, kept.store, cotangent, outputs, keep=keep)
 
 
 class Stored(Checkpointed):

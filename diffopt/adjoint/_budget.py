@@ -16,15 +16,15 @@ from torch import nn
 from diffopt import schedule
 from diffopt._loop.executor import run_forward
 from diffopt._loop.free import free_bytes
-from diffopt._loop.kept import Begun
 from diffopt._loop.loop import Loop
 from diffopt._loop.measure import StepBytes, differentiate_first_step, take_first_step
+from diffopt._loop.store import Begun
 from diffopt._model.shards import Shards
 from diffopt._step.group import Group
 from diffopt._step.message import MOST
 from diffopt._values.state import State
 from diffopt.adjoint._base import Checkpointed, Checkpoints
-from diffopt.schedule import Plan
+from diffopt.schedule import Plan, check_kind
 
 _UNITS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _UNITS |= {f"{letter}i": 2 ** (10 * i) for i, letter in enumerate("KMGT", start=1)}
@@ -86,11 +86,9 @@ class MemoryBudget(Checkpointed):
 
     def __post_init__(self) -> None:
         self.bytes  # noqa: B018 - refuses what is not a number of bytes
-        if self.step is not None and not isinstance(self.step, StepBytes):
-            raise TypeError(
-                f"step is a {type(self.step).__name__}: leave it out, or write "
-                f"{self!r}.measured(model)"
-            )
+        if self.step is not None:
+            advice = f"leave it out, or write {self!r}.measured(model)"
+            check_kind("step", self.step, StepBytes, advice)
 
     @property
     def bytes(self) -> int | None:
@@ -98,11 +96,8 @@ class MemoryBudget(Checkpointed):
         size = self.budget
         if size is None:
             return None
-        if isinstance(size, bool) or not isinstance(size, (int, str)):
-            raise TypeError(
-                f"budget is a {type(size).__name__}: pass a number of bytes, an int, or a "
-                'string such as "2GiB"'
-            )
+        advice = 'pass a number of bytes, an int, or a string such as "2GiB"'
+        check_kind("budget", size, (int, str), advice)
         if isinstance(size, str):
             match = _SIZE.fullmatch(size.strip())
             if match is None:
@@ -156,11 +151,11 @@ class MemoryBudget(Checkpointed):
         else:
             begun, measured = (None, self.step) if self.step is not None else self._seen(loop)
             plan = self._fitting(loop.steps, measured)
-        state, kept = run_forward(loop, plan, self.new_snapshots(), begun)
-        return state, Checkpoints(plan, generators, kept)
+        state, store = run_forward(loop, plan, self.new_snapshots(), begun)
+        return state, Checkpoints(plan, generators, store, loop)
 
     def _agreed(self, loop: Loop, together: Sequence[Group | Shards]) -> tuple[Begun, Plan]:
-        """The plan for the most that a step takes on any process, and the least that is free.
+        """The plan for the largest step and the least free memory among all processes.
 
         Every process takes the first step, whatever it knows already. It is not differentiated to
         see more, so a plan that does not store all graphs is one on the safe side.
@@ -172,13 +167,9 @@ class MemoryBudget(Checkpointed):
                 number = processes.maximum(number)
             return number
 
-        step = replace(
-            step,
-            state=maximum(step.state),
-            graph=maximum(step.graph),
-            workspace=maximum(step.workspace),
-            fixed=maximum(step.fixed),
-        )
+        sizes = ("state", "graph", "workspace", "fixed")
+        most: dict[str, Any] = {size: maximum(getattr(step, size)) for size in sizes}
+        step = replace(step, **most)
         available = min(self._available(_everything(loop.steps, step), step), MOST)
         least = MOST - maximum(MOST - available)
         return begun, replace(self, budget=least)._fitting(loop.steps, step)
@@ -221,11 +212,8 @@ class MemoryBudget(Checkpointed):
         available = self._available(everything, step)
         if everything <= available:
             return _storing_all(steps, everything)
-        in_bytes = {
-            "state_bytes": step.state,
-            "graph_bytes": step.graph,
-            "workspace_bytes": step.workspace,
-        }
+        sizes = ("state", "graph", "workspace")
+        in_bytes = {f"{size}_bytes": getattr(step, size) for size in sizes}
         smallest = _allowed(fixed + schedule.smallest_budget(steps, **in_bytes))
         if available < smallest:
             raise ValueError(self._too_small(steps, step, available, smallest))

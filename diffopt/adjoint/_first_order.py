@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,23 +13,22 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_
 
 from diffopt import schedule
 from diffopt._loop.executor import run_backward
-from diffopt._loop.kept import Kept
 from diffopt._loop.loop import Loop
-from diffopt._loop.replay import differentiable_backward
 from diffopt._loop.snapshots import Snapshots
+from diffopt._loop.store import Store
 from diffopt._loop.way_back import clip_norm
 from diffopt._step.linearization import Linearization
 from diffopt._torch.batched import not_batched
 from diffopt._values.outputs import OutputCotangents
 from diffopt._values.state import Cotangent, State
 from diffopt._values.tree import Path, vjp
-from diffopt.adjoint._base import Adjoint, Checkpoints
+from diffopt.adjoint._base import Checkpoints, Replayed
 from diffopt.optim.lists import one_by_one
 from diffopt.schedule import Plan
 
 
 @dataclass(frozen=True)
-class FirstOrder(Adjoint):
+class FirstOrder(Replayed):
     """First-order MAML: every inner gradient is taken as a constant.
 
     What is left of a step's derivative is the update rule's own: for gradient descent without
@@ -58,17 +57,17 @@ class FirstOrder(Adjoint):
         loop = loop.first_order()
         plan = self.plan(loop.steps)
         wanted = set(_saves(plan))
-        kept = Kept(Snapshots())
+        store = Store(Snapshots())
         chain = _Chain(loop)
         generators, state = loop.generators.get(), loop.start
         for t in range(loop.steps):
             if t == 0 or (t in wanted and not chain.suffices):
-                kept.save(t, loop.snapshot(state))
+                store.snapshots[t] = loop.snapshot(state)
             linearization, state = loop.first_recorded(state, t)
             chain.extend(linearization, t)
             del linearization
         chain.finish()
-        return state, _Checkpoints(plan, generators, kept, loop, chain)
+        return state, _Checkpoints(plan, generators, store, loop, chain)
 
     def backward(
         self,
@@ -83,20 +82,7 @@ class FirstOrder(Adjoint):
             return kept.chain.vjp(cotangent, keep), [None] * len(kept.loop.captured.tensors)
         with not_batched():
             _complete(kept)
-        return run_backward(kept.loop, kept.plan, kept.kept, cotangent, outputs, keep=keep)
-
-    def differentiable_backward(
-        self,
-        loop: Loop,
-        kept: _Checkpoints,
-        start: Mapping[Path, Tensor],
-        captured: Sequence[Tensor],
-        cotangent: Cotangent,
-        outputs: OutputCotangents,
-    ) -> tuple[Cotangent, list[Tensor | None]]:
-        return differentiable_backward(
-            kept.loop, kept.generators, start, captured, cotangent, outputs
-        )
+        return run_backward(kept.loop, kept.plan, kept.store, cotangent, outputs, keep=keep)
 
 
 def _saves(plan: Plan) -> list[int]:
@@ -106,23 +92,22 @@ def _saves(plan: Plan) -> list[int]:
 
 @dataclass(frozen=True)
 class _Checkpoints(Checkpoints):
-    """As in ``Checkpointed``, with the loop of first order and the graph of its updates."""
+    """As in ``Checkpointed``, with the graph of the updates; the loop is the one of first order."""
 
-    loop: Loop
     chain: _Chain
 
 
 def _complete(first: _Checkpoints) -> None:
     """Save the states that the plan saves in the first pass and that were not."""
-    loop, kept = first.loop, first.kept
-    missing = [t for t in _saves(first.plan) if t not in kept.snapshots]
+    loop, store = first.loop, first.store
+    missing = [t for t in _saves(first.plan) if t not in store.snapshots]
     if not missing:
         return
-    state = loop.restored(kept.snapshots[0])
+    state = loop.restored(store.snapshots[0])
     for t in range(missing[-1]):
         state = loop.again(state, t)
         if t + 1 in missing:
-            kept.save(t + 1, loop.snapshot(state))
+            store.snapshots[t + 1] = loop.snapshot(state)
 
 
 class _Chain:
@@ -150,18 +135,23 @@ class _Chain:
         """Add the update of a step that was just taken."""
         if not self.suffices:
             return
-        loop, saved = self._loop, _Saved()
+        loop, sizes = self._loop, [0]  # of what autograd saves
+
+        def packed(x: Tensor) -> Tensor:
+            sizes.append(x.numel())
+            return x
+
         gradients = {n: None if g is None else g.detach() for n, g in linearization.grads.items()}
-        with torch.enable_grad(), one_by_one(), saved_tensors_hooks(saved.pack, saved.unpack):
+        with torch.enable_grad(), one_by_one(), saved_tensors_hooks(packed, lambda x: x):
             params, opt = loop.step.update(
                 linearization.hyper, self._state.params, gradients, self._state.opt
             )
             bounded = _bounded(params, loop.max_cotangent_norm, loop.tasks)
         self._state = State(bounded, opt, self._state.buffers)
         learned = loop.captured.used_after_loss(t) or loop.step.loss.buffers.tracked
-        self.suffices = not learned and not saved.tensors
+        self.suffices = not learned and max(sizes) <= 1  # single numbers do not count
         if not self.suffices:
-            self._drop()
+            self._leaves, self._state = {}, loop.start
 
     def finish(self) -> None:
         """Keep the ends of the graph only, not the values there."""
@@ -172,28 +162,11 @@ class _Chain:
         }
         self._state = self._loop.start
 
-    def _drop(self) -> None:
-        self._leaves, self._state = {}, self._loop.start
-
     def vjp(self, cotangent: Cotangent, keep: bool) -> Cotangent:
         """The cotangent of the start."""
         pairs = [(end, cotangent[path]) for path, end in self._ends.items() if path in cotangent]
         cotangents = vjp(pairs, list(self._leaves.values()), retain_graph=keep)
         return {p: c for p, c in zip(self._leaves, cotangents, strict=True) if c is not None}
-
-
-class _Saved:
-    """Notes whether autograd saves tensors for a derivative; single numbers do not count."""
-
-    def __init__(self) -> None:
-        self.tensors = False
-
-    def pack(self, x: Tensor) -> Tensor:
-        self.tensors |= x.numel() > 1
-        return x
-
-    def unpack(self, x: Tensor) -> Tensor:
-        return x
 
 
 def _bounded(

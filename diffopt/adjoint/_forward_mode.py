@@ -19,7 +19,7 @@ from diffopt._values.state import Cotangent, State
 from diffopt._values.tree import Path, add, is_differentiable
 from diffopt.adjoint._base import Adjoint, refuse_way_back
 from diffopt.adjoint._tangents import Tangents, stands_for
-from diffopt.schedule import Plan
+from diffopt.schedule import Plan, check_kind
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -58,8 +58,7 @@ class ForwardMode(Adjoint):
             raise TypeError(f"wrt is a {type(wrt).__name__}: pass a list of tensors, wrt=[...]")
         tensors = list({id(x): x for x in wrt}.values())
         for i, x in enumerate(tensors):
-            if not isinstance(x, Tensor):
-                raise TypeError(f"wrt[{i}] is a {type(x).__name__}: pass a list of tensors")
+            check_kind(f"wrt[{i}]", x, Tensor, "pass a list of tensors")
             if not x.requires_grad or not is_differentiable(x):
                 raise ValueError(
                     f"wrt[{i}], of shape {tuple(x.shape)}, does not require grad, so there is no "

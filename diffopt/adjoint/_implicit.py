@@ -22,7 +22,7 @@ from diffopt._values.outputs import OutputCotangents
 from diffopt._values.state import Cotangent, State
 from diffopt.adjoint._base import Adjoint, refuse_way_back
 from diffopt.adjoint._solvers import CG, Product, Solution, Solver, Vector
-from diffopt.schedule import Plan
+from diffopt.schedule import Plan, check_kind
 
 
 class ConvergenceWarning(RuntimeWarning):
@@ -75,10 +75,7 @@ class Implicit(Adjoint):
     report: Callable[[Solution], Any] | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.solver, Solver):
-            raise TypeError(
-                f"solver is a {type(self.solver).__name__}: pass one such as diffopt.CG()"
-            )
+        check_kind("solver", self.solver, Solver, "pass one such as diffopt.CG()")
         if not self.gradient_tol >= 0:
             raise ValueError(f"gradient_tol is {self.gradient_tol}: pass a number from 0 on")
 
@@ -188,7 +185,7 @@ class _Place:
 
     @classmethod
     def of_the_call(cls) -> _Place:
-        """Where the innermost caller stands that is neither in this package nor in PyTorch."""
+        """The line of the innermost caller outside of this package and PyTorch."""
         frame = sys._getframe()
         while frame.f_back is not None and _name(frame).split(".")[0] in ("diffopt", "torch"):
             frame = frame.f_back

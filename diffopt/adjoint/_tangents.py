@@ -42,14 +42,14 @@ class _Inputs:
         state, t: the state before the step, and its position.
         generators: their states before the step.
         tangents: of the state, one for each direction.
-        captured: of the captured tensors, by index, for each direction.
+        captured: of the captured tensors, for each direction.
     """
 
     state: State
     t: int
     generators: tuple[Tensor, ...]
     tangents: Sequence[Tangent]
-    captured: Sequence[Mapping[int, Tensor]]
+    captured: Sequence[Mapping[Tensor, Tensor]]
 
 
 class Tangents:
@@ -93,15 +93,16 @@ class Tangents:
         if self._dual is None:
             self._dual = self._duals_serve(state, t, generators)
         tangents = [self._states[d] for d in moving]
-        captured = [self._captured(d, used) for d in moving]
+        captured = [self._captured_unit(d, used) for d in moving]
         pushed = self._pushed(_Inputs(state, t, generators, tangents, captured))
         for d, tangent in zip(moving, pushed, strict=True):
             self._states[d] = tangent.state
             self._outputs[d][t] = replace(tangent, state={})
 
-    def _captured(self, d: int, used: set[int]) -> dict[int, Tensor]:
+    def _captured_unit(self, d: int, used: set[int]) -> dict[Tensor, Tensor]:
         i, j = self._directions[d]
-        return {self._index[i]: self._unit(i, j)} if self._index[i] in used else {}
+        index = self._index[i]
+        return {self._loop.captured.tensors[index]: self._unit(i, j)} if index in used else {}
 
     def _pushed(self, inputs: _Inputs) -> list[Pushed]:
         if self._dual:
@@ -111,21 +112,18 @@ class Tangents:
                 self._dual = False
         return self._by_transposition(inputs)
 
-    def _by_tensor(self, captured: Mapping[int, Tensor]) -> dict[Tensor, Tensor]:
-        return {self._loop.captured.tensors[i]: dx for i, dx in captured.items()}
-
     def _by_duals(self, inputs: _Inputs) -> list[Pushed]:
         step, results = self._loop.step, []
         for tangent, captured in zip(inputs.tangents, inputs.captured, strict=True):
             self._loop.generators.set(inputs.generators)
-            by_tensor = self._by_tensor(captured)
-            results.append(pushed(step, inputs.state, inputs.t, tangent, by_tensor))
+            results.append(pushed(step, inputs.state, inputs.t, tangent, captured))
         return results
 
     def _by_transposition(self, inputs: _Inputs) -> list[Pushed]:
         loop, t = self._loop, inputs.t
         loop.generators.set(inputs.generators)
-        captured = [[of.get(i) for i in loop.captured.at(t)] for of in inputs.captured]
+        used = [loop.captured.tensors[i] for i in loop.captured.at(t)]
+        captured = [[tangents.get(x) for x in used] for tangents in inputs.captured]
         with loop.captured.sealed(t):
             return pushed_by_transposition(
                 loop.step, inputs.state, t, inputs.tangents, loop.captured.edges(t), captured
@@ -145,7 +143,8 @@ class Tangents:
                 for path, x in self._loop.step.differentiable(state).items()
             }
             used = set(self._loop.captured.at(t)) & set(self._index)
-            captured = {i: torch.randn_like(self._loop.captured.tensors[i]) for i in used}
+            tensors = [self._loop.captured.tensors[i] for i in used]
+            captured = {x: torch.randn_like(x) for x in tensors}
             inputs = _Inputs(state, t, generators, [tangent], [captured])
             try:
                 (by_duals,) = self._by_duals(inputs)
@@ -174,9 +173,8 @@ class Tangents:
                 f"{why}: convert the model and its data to float64, where finite differences are "
                 "a check, or write the step in operations that have one"
             ) from reverse
-        by_tensor = self._by_tensor(captured)
         for h in (1e-6, 1e-5):  # a kink may lie between the ends of one
-            ends = pushed_by_differences(step, state, t, tangent, by_tensor, h)
+            ends = pushed_by_differences(step, state, t, tangent, captured, h)
             total: dict[Path, Tensor | None] = {}
             for _ in range(2):
                 self._loop.generators.set(inputs.generators)

@@ -15,7 +15,7 @@ from diffopt._values.state import Cotangent, State
 from diffopt._values.tree import Path
 from diffopt.adjoint._base import Adjoint
 from diffopt.adjoint._segmented import Segmented
-from diffopt.schedule import Plan, check_int
+from diffopt.schedule import Plan, check_int, check_kind
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,7 @@ class Truncated(Adjoint):
 
     def __post_init__(self) -> None:
         check_int("window", self.window, 1, "write window=10 for the last ten steps")
-        if not isinstance(self.inner, Adjoint):
-            raise TypeError(
-                f"inner is a {type(self.inner).__name__}: pass an adjoint, such as "
-                "diffopt.Segmented()"
-            )
+        check_kind("inner", self.inner, Adjoint, "pass an adjoint, such as diffopt.Segmented()")
 
     def plan(self, steps: int) -> Plan:
         """``inner``'s plan, after the steps that are only advanced over."""

@@ -28,8 +28,8 @@ from diffopt._model.slots import ModuleSlots
 from diffopt._unroll.problem import InnerProblem, adapt, frozen
 from diffopt._unroll.unrolled import Unrolled
 from diffopt.higher.rules import EarlierAdam, ItsOwnRule, native
+from diffopt.higher.several import GradCallback, Grads, check_together, transform_of
 from diffopt.higher.slots import FastSlots
-from diffopt.higher.together import GradCallback, Grads, check_together, transform_of
 from diffopt.optim import Joint, Optimizer
 from diffopt.optim.base import as_tensors
 from diffopt.optim.convert import Optimizers, all_of, convert, registered

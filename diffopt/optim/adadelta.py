@@ -6,20 +6,11 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from diffopt.optim import lists as L
+from diffopt.optim import terms as T
 from diffopt.optim.base import Optimizer
 from diffopt.optim.lists import Tensors
 from diffopt.optim.options import EPS, LR, WEIGHT_DECAY, Value, arguments, up_to_1, within
-from diffopt.optim.terms import (
-    Entries,
-    Hyper,
-    advance,
-    average_of_squares,
-    column,
-    count,
-    decayed,
-    with_entries,
-    zeros,
-)
+from diffopt.optim.terms import Entries, Hyper
 
 
 class Adadelta(Optimizer):
@@ -71,17 +62,17 @@ class Adadelta(Optimizer):
         super().__init__(params, arguments(locals()))
 
     def _init(self, hyper: Hyper, param: Tensor) -> Entries:
-        return {"step": count(), "square_avg": zeros(param), "acc_delta": zeros(param)}
+        return {"step": T.count(), "square_avg": T.zeros(param), "acc_delta": T.zeros(param)}
 
     def _update(
         self, hyper: Hyper, params: Tensors, grads: Tensors, states: list[Entries]
     ) -> tuple[Tensors, list[Entries]]:
         rho, eps = hyper["rho"], hyper["eps"]
-        params, grads = decayed(hyper, params, grads)
-        steps, _ = advance(states)
-        v = average_of_squares(column(states, "square_avg", params), grads, rho)
-        u = column(states, "acc_delta", params)
+        params, grads = T.decayed(hyper, params, grads)
+        steps, _ = T.advance(states)
+        v = T.average_of_squares(T.column(states, "square_avg", params), grads, rho)
+        u = T.column(states, "acc_delta", params)
         ratio = L.div(L.sqrt(L.shift(u, eps)), L.sqrt(L.shift(v, eps)))
         deltas = L.mul(ratio, grads)
-        new = {"step": steps, "square_avg": v, "acc_delta": average_of_squares(u, deltas, rho)}
-        return L.add(params, deltas, -hyper["lr"]), with_entries(states, new)
+        new = {"step": steps, "square_avg": v, "acc_delta": T.average_of_squares(u, deltas, rho)}
+        return L.add(params, deltas, -hyper["lr"]), T.with_entries(states, new)

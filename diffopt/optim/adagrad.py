@@ -6,20 +6,12 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from diffopt.optim import lists as L
+from diffopt.optim import terms as T
 from diffopt.optim.base import Optimizer
 from diffopt.optim.lists import Tensors
 from diffopt.optim.options import EPS, LR, WEIGHT_DECAY, Value, arguments, at_least_0, within
 from diffopt.optim.scalars import at
-from diffopt.optim.terms import (
-    Entries,
-    Hyper,
-    advance,
-    column,
-    count,
-    decayed,
-    filled,
-    with_entries,
-)
+from diffopt.optim.terms import Entries, Hyper
 
 
 class Adagrad(Optimizer):
@@ -78,15 +70,15 @@ class Adagrad(Optimizer):
         super().__init__(params, arguments(locals()))
 
     def _init(self, hyper: Hyper, param: Tensor) -> Entries:
-        return {"step": count(), "sum": filled(hyper["initial_accumulator_value"], param)}
+        return {"step": T.count(), "sum": T.filled(hyper["initial_accumulator_value"], param)}
 
     def _update(
         self, hyper: Hyper, params: Tensors, grads: Tensors, states: list[Entries]
     ) -> tuple[Tensors, list[Entries]]:
         lr, decay = hyper["lr"], hyper["lr_decay"]
-        params, grads = decayed(hyper, params, grads)
-        steps, t = advance(states)
-        v = L.addcmul(column(states, "sum", params), grads, grads)
+        params, grads = T.decayed(hyper, params, grads)
+        steps, t = T.advance(states)
+        v = L.addcmul(T.column(states, "sum", params), grads, grads)
         scale = L.shift(L.sqrt(v), hyper["eps"])
         params = L.addcdiv(params, grads, scale, at(t, lambda t: -lr / (1 + (t - 1) * decay)))
-        return params, with_entries(states, {"step": steps, "sum": v})
+        return params, T.with_entries(states, {"step": steps, "sum": v})

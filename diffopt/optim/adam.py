@@ -9,26 +9,12 @@ from torch.optim.optimizer import ParamsT
 
 from diffopt.optim import fused
 from diffopt.optim import lists as L
+from diffopt.optim import terms as T
 from diffopt.optim.base import Optimizer
 from diffopt.optim.lists import Tensors
 from diffopt.optim.options import BETAS, EPS, LR, WEIGHT_DECAY, Value, arguments, within
 from diffopt.optim.scalars import Coefficient, at
-from diffopt.optim.terms import (
-    Cotangents,
-    Entries,
-    Hyper,
-    Pullback,
-    advance,
-    average_of_squares,
-    column,
-    cotangents,
-    count,
-    decayed,
-    decayed_vjp,
-    plus,
-    with_entries,
-    zeros,
-)
+from diffopt.optim.terms import Cotangents, Entries, Hyper, Pullback
 
 
 class Adam(Optimizer):
@@ -92,7 +78,7 @@ class Adam(Optimizer):
     def _init(self, hyper: Hyper, param: Tensor) -> Entries:
         state = init_moments(param)
         if hyper["amsgrad"]:
-            state["max_exp_avg_sq"] = zeros(param)
+            state["max_exp_avg_sq"] = T.zeros(param)
         return state
 
     def _update(
@@ -102,16 +88,16 @@ class Adam(Optimizer):
         if in_one is not None:
             return in_one
         lr, (beta1, beta2), eps = hyper["lr"], hyper["betas"], hyper["eps"]
-        params, grads = decayed(hyper, params, grads)
+        params, grads = T.decayed(hyper, params, grads)
         new, t = moments(hyper, params, grads, states)
         v = new["exp_avg_sq"]
         if hyper["amsgrad"]:
-            v = L.maximum(column(states, "max_exp_avg_sq", params), v)
+            v = L.maximum(T.column(states, "max_exp_avg_sq", params), v)
             new["max_exp_avg_sq"] = v
         root = L.divide(L.sqrt(v), at(t, lambda t: (1 - beta2**t) ** 0.5), give_up=True)
         rate = at(t, lambda t: -lr / (1 - beta1**t))
         params = L.addcdiv(params, new["exp_avg"], L.shift(root, eps, give_up=True), rate)
-        return params, with_entries(states, new)
+        return params, T.with_entries(states, new)
 
     def _vjp(self, pullback: Pullback) -> Cotangents | None:
         hyper, params, states = pullback.hyper, pullback.params, pullback.states
@@ -119,7 +105,7 @@ class Adam(Optimizer):
         if hyper["amsgrad"]:
             return None
         lr, (beta1, beta2), eps = hyper["lr"], hyper["betas"], hyper["eps"]
-        _, grads = decayed(hyper, params, pullback.grads)
+        _, grads = T.decayed(hyper, params, pullback.grads)
         new, t = moments(hyper, params, grads, states)
         m, root = new["exp_avg"], L.sqrt(new["exp_avg_sq"], give_up=True)
         # θ' = θ + r m / s with s = √v + c ε, c = √(1 − β₂ᵗ), r = −γ c / (1 − β₁ᵗ)
@@ -128,9 +114,9 @@ class Adam(Optimizer):
         through_v = L.div(L.mul(m, quotient, give_up=True), s, give_up=True)
         through_v = L.divide_by_roots(through_v, root)
         half = at(t, lambda t: 0.5 * lr * (1 - beta2**t) ** 0.5 / (1 - beta1**t))
-        cot_v = plus(cotangents(cot_states, "exp_avg_sq", params), through_v, half)
+        cot_v = T.plus(T.cotangents(cot_states, "exp_avg_sq", params), through_v, half)
         rate = at(t, lambda t: -lr * (1 - beta2**t) ** 0.5 / (1 - beta1**t))
-        cot_m = plus(cotangents(cot_states, "exp_avg", params), quotient, rate)
+        cot_m = T.plus(T.cotangents(cot_states, "exp_avg", params), quotient, rate)
         # m = β₁ m₋ + (1 − β₁) g,  v = β₂ v₋ + (1 − β₂) g²
         cot_grads = L.scale(cot_m, 1 - beta1, into=s)
         cot_grads = L.addcmul(cot_grads, grads, cot_v, 2 * (1 - beta2), give_up=True)
@@ -138,8 +124,8 @@ class Adam(Optimizer):
             "exp_avg": L.scale(cot_m, beta1, give_up=True),
             "exp_avg_sq": L.scale(cot_v, beta2, give_up=True),
         }
-        cot_params, cot_grads = decayed_vjp(hyper, cot_params, cot_grads)
-        return Cotangents(cot_params, cot_grads, with_entries([{} for _ in states], before))
+        cot_params, cot_grads = T.decayed_vjp(hyper, cot_params, cot_grads)
+        return Cotangents(cot_params, cot_grads, T.with_entries([{} for _ in states], before))
 
 
 class AdamW(Adam):
@@ -174,7 +160,7 @@ class AdamW(Adam):
 
 def init_moments(param: Tensor) -> Entries:
     """The state that Adam, NAdam and RAdam have in common."""
-    return {"step": count(), "exp_avg": zeros(param), "exp_avg_sq": zeros(param)}
+    return {"step": T.count(), "exp_avg": T.zeros(param), "exp_avg_sq": T.zeros(param)}
 
 
 def moments(
@@ -182,7 +168,7 @@ def moments(
 ) -> tuple[dict[str, Tensors], Coefficient]:
     """That state after this step, by entry, and the step counts as numbers."""
     beta1, beta2 = hyper["betas"]
-    steps, t = advance(states)
-    m = L.lerp(column(states, "exp_avg", params), grads, 1 - beta1)
-    v = average_of_squares(column(states, "exp_avg_sq", params), grads, beta2)
+    steps, t = T.advance(states)
+    m = L.lerp(T.column(states, "exp_avg", params), grads, 1 - beta1)
+    v = T.average_of_squares(T.column(states, "exp_avg_sq", params), grads, beta2)
     return {"step": steps, "exp_avg": m, "exp_avg_sq": v}, t

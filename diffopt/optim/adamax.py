@@ -6,20 +6,12 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from diffopt.optim import lists as L
+from diffopt.optim import terms as T
 from diffopt.optim.base import Optimizer
 from diffopt.optim.lists import Tensors
 from diffopt.optim.options import BETAS, EPS, LR, WEIGHT_DECAY, Value, arguments, within
 from diffopt.optim.scalars import at
-from diffopt.optim.terms import (
-    Entries,
-    Hyper,
-    advance,
-    column,
-    count,
-    decayed,
-    with_entries,
-    zeros,
-)
+from diffopt.optim.terms import Entries, Hyper
 
 
 class Adamax(Optimizer):
@@ -73,16 +65,16 @@ class Adamax(Optimizer):
         super().__init__(params, arguments(locals()))
 
     def _init(self, hyper: Hyper, param: Tensor) -> Entries:
-        return {"step": count(), "exp_avg": zeros(param), "exp_inf": zeros(param)}
+        return {"step": T.count(), "exp_avg": T.zeros(param), "exp_inf": T.zeros(param)}
 
     def _update(
         self, hyper: Hyper, params: Tensors, grads: Tensors, states: list[Entries]
     ) -> tuple[Tensors, list[Entries]]:
         lr, (beta1, beta2) = hyper["lr"], hyper["betas"]
-        params, grads = decayed(hyper, params, grads)
-        steps, t = advance(states)
-        m = L.lerp(column(states, "exp_avg", params), grads, 1 - beta1)
-        old = L.scale(column(states, "exp_inf", params), beta2)
+        params, grads = T.decayed(hyper, params, grads)
+        steps, t = T.advance(states)
+        m = L.lerp(T.column(states, "exp_avg", params), grads, 1 - beta1)
+        old = L.scale(T.column(states, "exp_inf", params), beta2)
         u = L.maximum(old, L.shift(L.magnitude(grads), hyper["eps"]))
         params = L.addcdiv(params, m, u, at(t, lambda t: -lr / (1 - beta1**t)))
-        return params, with_entries(states, {"step": steps, "exp_avg": m, "exp_inf": u})
+        return params, T.with_entries(states, {"step": steps, "exp_avg": m, "exp_inf": u})

@@ -6,22 +6,12 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from diffopt.optim import lists as L
+from diffopt.optim import terms as T
 from diffopt.optim.base import Optimizer
 from diffopt.optim.lists import Tensors
 from diffopt.optim.options import ANY, LR, WEIGHT_DECAY, Value, arguments, within
 from diffopt.optim.scalars import Coefficient, as_numbers, at, at_least_one, each_of
-from diffopt.optim.terms import (
-    Entries,
-    Hyper,
-    advance,
-    column,
-    count,
-    decayed,
-    scalar_dtype,
-    stored,
-    with_entries,
-    zeros,
-)
+from diffopt.optim.terms import Entries, Hyper
 
 
 class ASGD(Optimizer):
@@ -78,26 +68,26 @@ class ASGD(Optimizer):
 
     def _init(self, hyper: Hyper, param: Tensor) -> Entries:
         return {
-            "step": count().to(param.device),
-            "mu": stored(1.0, param, scalar_dtype()),
-            "ax": zeros(param),
+            "step": T.count().to(param.device),
+            "mu": T.stored(1.0, param, T.scalar_dtype()),
+            "ax": T.zeros(param),
         }
 
     def _update(
         self, hyper: Hyper, params: Tensors, grads: Tensors, states: list[Entries]
     ) -> tuple[Tensors, list[Entries]]:
         lr, lambd, alpha, t0 = hyper["lr"], hyper["lambd"], hyper["alpha"], hyper["t0"]
-        params, grads = decayed(hyper, params, grads)
-        steps, t = advance(states)
+        params, grads = T.decayed(hyper, params, grads)
+        steps, t = T.advance(states)
         etas = [
-            s["eta"] if "eta" in s else stored(lr, p, s["mu"].dtype)
+            s["eta"] if "eta" in s else T.stored(lr, p, s["mu"].dtype)
             for s, p in zip(states, params, strict=True)
         ]
         eta = as_numbers(etas)
         mu = as_numbers([s["mu"] for s in states])
         params = L.scale(params, at(eta, lambda eta: 1 - lambd * eta))
         params = L.add(params, grads, at(eta, lambda eta: -eta))
-        averages = L.lerp(column(states, "ax", params), params, mu)
+        averages = L.lerp(T.column(states, "ax", params), params, mu)
         new_eta = at(t, lambda t: lr / (1 + lambd * lr * t) ** alpha)
         new_mu = at(t, lambda t: 1 / at_least_one(t - t0))
         new = {
@@ -106,9 +96,9 @@ class ASGD(Optimizer):
             "mu": _entries(new_mu, params, states),
             "ax": averages,
         }
-        return params, with_entries(states, new)
+        return params, T.with_entries(states, new)
 
 
 def _entries(value: Coefficient, params: Tensors, states: list[Entries]) -> Tensors:
     values = each_of(value, len(params))
-    return [stored(v, p, s["mu"].dtype) for v, p, s in zip(values, params, states, strict=True)]
+    return [T.stored(v, p, s["mu"].dtype) for v, p, s in zip(values, params, states, strict=True)]

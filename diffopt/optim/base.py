@@ -356,9 +356,6 @@ class Optimizer(torch.optim.Optimizer):
 
     # Helpers.
 
-    def _parameters(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"]]
-
     def _names(self, params: Params, groups: Groups | None) -> Groups:
         return names_of_groups(type(self).__name__, self.param_groups, params, groups)
 

@@ -19,7 +19,7 @@ Groups = Sequence[Sequence[str]]
 def names_of_groups(
     rule: str, param_groups: Sequence[Mapping[str, Any]], params: Params, groups: Groups | None
 ) -> Groups:
-    """The names of each param group: those given, or as the optimizer knows its parameters.
+    """The names of each param group: ``groups``, or as the optimizer knows its parameters.
 
     Raises:
         ValueError: the names cannot be assigned to the param groups.

@@ -44,7 +44,7 @@ def one_by_one() -> Iterator[None]:
 
 
 def fit(value: Scalar, x: Tensor) -> Scalar:
-    """``value`` such that arithmetic with ``x`` stays on ``x``'s device, in its dtype and shape."""
+    """Move ``value`` so that arithmetic with ``x`` keeps ``x``'s device, dtype and shape."""
     if not isinstance(value, Tensor):
         return value
     if value.dim() and value.numel() == 1:
@@ -80,7 +80,7 @@ def _one_call_with_many(c: Coefficient) -> TypeGuard[Any]:
 
 
 def may_overwrite(*operands: Tensors) -> bool:
-    """Whether memory that is given up may be written into: nothing is being recorded."""
+    """Whether to write into memory that is given up: nothing records the operation."""
     if torch.is_grad_enabled() and any(x.requires_grad for xs in operands for x in xs):
         return False
     return not in_forward_mode() and not in_functorch()

@@ -11,9 +11,8 @@ Limits: what ``torch.vmap`` cannot map (control flow by a tensor's value, ``.ite
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import chain, groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,7 +44,7 @@ def init_over_tasks(
         hyper = opt.at_start() if tasks is None else opt.hyperparameters(0)
     for part in _parts(opt, groups, hyper):
         initial = {name: params[name] for name in chain.from_iterable(part.groups)}
-        state.update(part.apply(tasks, part.init, initial, {}))
+        state.update(_applied(part, tasks, part.rule.init, initial))
     return {name: state[name] for name in params if name in state}
 
 
@@ -73,57 +72,26 @@ def update_over_tasks(
     new_params = dict(params)
     new_state: dict[str, Any] = dict(state)
     for part in _parts(opt, groups, hyper):
-        part.groups = [[n for n in group if grads.get(n) is not None] for group in part.groups]
-        names = list(chain.from_iterable(part.groups))
+        updating = [[n for n in group if grads.get(n) is not None] for group in part.groups]
+        part, names = part._replace(groups=updating), list(chain.from_iterable(updating))
         if not names:
             continue
         updated = {name: params[name] for name in names}
         entries = {name: dict(state[name]) for name in names if name in state}
         present = {name: grads[name] for name in names}
-        values, new_entries = part.apply(tasks, part.update, updated, entries, present)
+        rule = part.rule
+        values, new_entries = _applied(part, tasks, rule.update, updated, present, entries)
         new_params.update(values)
         new_state.update(new_entries)
     return new_params, new_state
 
 
-@dataclass
-class _Part:
+class _Part(NamedTuple):
     """The param groups of one rule, in the rule's order."""
 
     rule: Optimizer
     groups: Groups
     hyper: Sequence[Hyper]
-
-    def init(self, params: Params, hyper: Sequence[Hyper], state: States) -> OptState:
-        return self.rule.init(params, groups=self.groups, hyper=hyper)
-
-    def update(
-        self, params: Params, hyper: Sequence[Hyper], state: States, grads: Grads
-    ) -> tuple[dict[str, Tensor], OptState]:
-        return self.rule.update(params, grads, state, hyper=hyper, groups=self.groups)
-
-    def apply(
-        self,
-        tasks: int | None,
-        function: Callable[..., Any],
-        params: Params,
-        state: States,
-        *grads: Grads,
-    ) -> Any:
-        """``function(params, hyper, state, *grads)``, mapped over the tasks where it has to be."""
-        if tasks is None or not self._is_mapped(params, state):
-            return function(params, self.hyper, state, *grads)
-        return _mapped(self, tasks, function, params, state, *grads)
-
-    def _is_mapped(self, params: Params, state: States) -> bool:
-        """Whether tasks differ in more than the entries of their parameters."""
-        if not is_elementwise(self.rule):
-            return True
-        return any(x.dim() and x.numel() > 1 for x in tensors_of(self.hyper)) or any(
-            x.dim() and x.shape != params[name].shape
-            for name, entries in state.items()
-            for x in entries.values()
-        )
 
 
 def _parts(opt: Optimizer, groups: Groups, hyper: Sequence[Hyper]) -> list[_Part]:
@@ -132,19 +100,25 @@ def _parts(opt: Optimizer, groups: Groups, hyper: Sequence[Hyper]) -> list[_Part
     return [_Part(rules[0], names, options) for rules, names, options in of_rules]
 
 
-def _mapped(
-    part: _Part, tasks: int, function: Callable[..., Any], params: Params, *rest: Any
+def _applied(
+    part: _Part, tasks: int | None, method: Callable[..., Any], params: Params, *rest: Any
 ) -> Any:
-    """``function(params, hyper, *rest)`` for every task."""
+    """The rule's ``init`` or ``update``, mapped over the tasks where it has to be."""
+
+    def call(hyper: Sequence[Hyper], *arguments: Any) -> Any:
+        return method(*arguments, groups=part.groups, hyper=hyper)
+
+    if tasks is None or not _is_mapped(part, params, *rest[1:]):
+        return call(part.hyper, params, *rest)
     hyper = [dict(options) for options in part.hyper]
-    arguments, spec = tree_flatten((params, hyper, *rest))
-    dims = [0 if isinstance(x, Tensor) and x.dim() else None for x in arguments]
+    arguments, spec = tree_flatten((hyper, params, *rest))
     of_hyper = _dims(part, tasks, params)
-    dims[len(params) : len(params) + len(of_hyper)] = of_hyper
+    of_rest = arguments[len(of_hyper) :]
+    dims = [*of_hyper, *(0 if isinstance(x, Tensor) and x.dim() else None for x in of_rest)]
     results: list[Any] = []
 
     def one(*leaves: Any) -> list[Tensor]:
-        leaves_out, out_spec = tree_flatten(function(*tree_unflatten(list(leaves), spec)))
+        leaves_out, out_spec = tree_flatten(call(*tree_unflatten(list(leaves), spec)))
         shared = [None if x.dim() or is_batched(x) else x for x in leaves_out]
         results[:] = [shared, out_spec]
         return [x for x, same in zip(leaves_out, shared, strict=True) if same is None]
@@ -164,6 +138,17 @@ def _mapped(
     shared, out_spec = results
     leaves = [next(outputs) if same is None else same for same in shared]
     return tree_unflatten(leaves, out_spec)
+
+
+def _is_mapped(part: _Part, params: Params, state: States | None = None) -> bool:
+    """Whether tasks differ in more than the entries of their parameters."""
+    if not is_elementwise(part.rule):
+        return True
+    return any(x.dim() and x.numel() > 1 for x in tensors_of(part.hyper)) or any(
+        x.dim() and x.shape != params[name].shape
+        for name, entries in (state or {}).items()
+        for x in entries.values()
+    )
 
 
 def _dims(part: _Part, tasks: int, params: Params) -> list[int | None]:

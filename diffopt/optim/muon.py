@@ -12,11 +12,12 @@ from torch.optim.optimizer import ParamsT
 
 from diffopt._torch.functorch import in_functorch
 from diffopt.optim import lists as L
+from diffopt.optim import terms as T
 from diffopt.optim.base import Optimizer
 from diffopt.optim.lists import Tensors, fit
 from diffopt.optim.options import ANY, EPS, LR, MOMENTUM, WEIGHT_DECAY, Value, arguments, within
 from diffopt.optim.scalars import Scalar
-from diffopt.optim.terms import Entries, Hyper, column, with_entries, zeros
+from diffopt.optim.terms import Entries, Hyper
 
 _MOST_STEPS = 100  # of the iteration, as in torch.optim
 
@@ -104,19 +105,19 @@ class Muon(Optimizer):
                 )
 
     def _init(self, hyper: Hyper, param: Tensor) -> Entries:
-        return {"momentum_buffer": zeros(param)}
+        return {"momentum_buffer": T.zeros(param)}
 
     def _update(
         self, hyper: Hyper, params: Tensors, grads: Tensors, states: list[Entries]
     ) -> tuple[Tensors, list[Entries]]:
         lr, momentum, adjust = hyper["lr"], hyper["momentum"], hyper["adjust_lr_fn"]
-        buffers = L.lerp(column(states, "momentum_buffer", params), grads, 1 - momentum)
+        buffers = L.lerp(T.column(states, "momentum_buffer", params), grads, 1 - momentum)
         moved = L.lerp(grads, buffers, momentum) if hyper["nesterov"] else buffers
         directions = [_orthogonalised(x, hyper, self.iteration_dtype) for x in moved]
         rates = [-lr * _ratio(adjust, *p.shape[-2:]) for p in params]
         params = L.scale(params, 1 - lr * hyper["weight_decay"])
         params = L.add(params, directions, rates)
-        return params, with_entries(states, {"momentum_buffer": buffers})
+        return params, T.with_entries(states, {"momentum_buffer": buffers})
 
 
 def _ratio(adjust: str | None, rows: int, columns: int) -> float:

@@ -7,12 +7,13 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from diffopt.optim import lists as L
+from diffopt.optim import terms as T
 from diffopt.optim.adam import Adam, init_moments, moments
 from diffopt.optim.base import Optimizer
 from diffopt.optim.lists import Tensors
 from diffopt.optim.options import Value, arguments, at_least_0, within
 from diffopt.optim.scalars import Scalar, as_numbers, at, each_of
-from diffopt.optim.terms import Entries, Hyper, decayed, scalar_dtype, with_entries
+from diffopt.optim.terms import Entries, Hyper
 
 
 class NAdam(Optimizer):
@@ -71,7 +72,7 @@ class NAdam(Optimizer):
         super().__init__(params, arguments(locals()))
 
     def _init(self, hyper: Hyper, param: Tensor) -> Entries:
-        return {**init_moments(param), "mu_product": torch.ones((), dtype=scalar_dtype())}
+        return {**init_moments(param), "mu_product": torch.ones((), dtype=T.scalar_dtype())}
 
     def _update(
         self, hyper: Hyper, params: Tensors, grads: Tensors, states: list[Entries]
@@ -83,7 +84,7 @@ class NAdam(Optimizer):
             mu: Scalar = beta1 * (1.0 - 0.5 * 0.96 ** (t * decay))
             return mu
 
-        params, grads = decayed(hyper, params, grads)
+        params, grads = T.decayed(hyper, params, grads)
         new, t = moments(hyper, params, grads, states)
         ts = each_of(t, len(params))
         products = L.scale([s["mu_product"] for s in states], at(ts, momentum))
@@ -97,4 +98,4 @@ class NAdam(Optimizer):
             ahead.append(-lr * mu_next / (1.0 - product * mu_next))
         params = L.addcdiv(params, grads, scale, now)
         params = L.addcdiv(params, new["exp_avg"], scale, ahead)
-        return params, with_entries(states, {**new, "mu_product": products})
+        return params, T.with_entries(states, {**new, "mu_product": products})

@@ -241,7 +241,7 @@ def _outside(x: Tensor, allowed: Range) -> float | None:
 
 
 def _can_be_read(x: Tensor) -> bool:
-    """Whether the values of ``x`` are there, and reading them waits for nothing."""
+    """Whether ``x`` has values that can be read without waiting."""
     return (
         type(x) in (Tensor, nn.Parameter)
         and x.device.type == "cpu"

@@ -6,12 +6,13 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from diffopt.optim import lists as L
+from diffopt.optim import terms as T
 from diffopt.optim.adam import init_moments, moments
 from diffopt.optim.base import Optimizer
 from diffopt.optim.lists import Tensors
 from diffopt.optim.options import BETAS, EPS, LR, WEIGHT_DECAY, Value, arguments, within
 from diffopt.optim.scalars import Scalar, at, is_zero, select
-from diffopt.optim.terms import Entries, Hyper, decayed, with_entries
+from diffopt.optim.terms import Entries, Hyper
 
 
 class RAdam(Optimizer):
@@ -85,7 +86,7 @@ class RAdam(Optimizer):
             """The coefficient of m: 0 once the step is rectified."""
             return select(_rectifier(beta2, t)[0], 0.0, -lr / (1 - beta1**t))
 
-        params, grads = decayed(hyper, params, grads)
+        params, grads = T.decayed(hyper, params, grads)
         new, t = moments(hyper, params, grads, states)
         m, rates, unrectified_rates = new["exp_avg"], at(t, adaptive), at(t, unrectified)
         if not is_zero(unrectified_rates):
@@ -93,7 +94,7 @@ class RAdam(Optimizer):
         if not is_zero(rates):
             scale = L.shift(L.sqrt(new["exp_avg_sq"]), hyper["eps"])
             params = L.addcdiv(params, m, scale, rates)
-        return params, with_entries(states, new)
+        return params, T.with_entries(states, new)
 
 
 def _rectifier(beta2: Scalar, t: Scalar) -> tuple[bool | Tensor, Scalar]:

@@ -6,26 +6,12 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from diffopt.optim import lists as L
+from diffopt.optim import terms as T
 from diffopt.optim.base import Optimizer
 from diffopt.optim.lists import Tensors
 from diffopt.optim.options import EPS, LR, MOMENTUM, WEIGHT_DECAY, Value, arguments, up_to_1, within
 from diffopt.optim.scalars import is_zero
-from diffopt.optim.terms import (
-    Cotangents,
-    Entries,
-    Hyper,
-    Pullback,
-    advance,
-    average_of_squares,
-    column,
-    cotangents,
-    count,
-    decayed,
-    decayed_vjp,
-    plus,
-    with_entries,
-    zeros,
-)
+from diffopt.optim.terms import Cotangents, Entries, Hyper, Pullback
 
 
 class RMSprop(Optimizer):
@@ -87,33 +73,33 @@ class RMSprop(Optimizer):
         super().__init__(params, arguments(locals()))
 
     def _init(self, hyper: Hyper, param: Tensor) -> Entries:
-        state = {"step": count(), "square_avg": zeros(param)}
+        state = {"step": T.count(), "square_avg": T.zeros(param)}
         if not is_zero(hyper["momentum"]):
-            state["momentum_buffer"] = zeros(param)
+            state["momentum_buffer"] = T.zeros(param)
         if hyper["centered"]:
-            state["grad_avg"] = zeros(param)
+            state["grad_avg"] = T.zeros(param)
         return state
 
     def _update(
         self, hyper: Hyper, params: Tensors, grads: Tensors, states: list[Entries]
     ) -> tuple[Tensors, list[Entries]]:
         lr, alpha, momentum = hyper["lr"], hyper["alpha"], hyper["momentum"]
-        params, grads = decayed(hyper, params, grads)
-        steps, _ = advance(states)
-        v = average_of_squares(column(states, "square_avg", params), grads, alpha)
+        params, grads = T.decayed(hyper, params, grads)
+        steps, _ = T.advance(states)
+        v = T.average_of_squares(T.column(states, "square_avg", params), grads, alpha)
         new = {"step": steps, "square_avg": v}
         if hyper["centered"]:
-            average = L.lerp(column(states, "grad_avg", params), grads, 1 - alpha)
+            average = L.lerp(T.column(states, "grad_avg", params), grads, 1 - alpha)
             new["grad_avg"] = average
             v = L.addcmul(v, average, average, -1.0)
         scale = L.shift(L.sqrt(v), hyper["eps"])
         if is_zero(momentum):
             params = L.addcdiv(params, grads, scale, -lr)
         else:
-            buffers = L.scale(column(states, "momentum_buffer", params), momentum)
+            buffers = L.scale(T.column(states, "momentum_buffer", params), momentum)
             new["momentum_buffer"] = L.addcdiv(buffers, grads, scale)
             params = L.add(params, new["momentum_buffer"], -lr)
-        return params, with_entries(states, new)
+        return params, T.with_entries(states, new)
 
     def _vjp(self, pullback: Pullback) -> Cotangents | None:
         hyper, params, states = pullback.hyper, pullback.params, pullback.states
@@ -121,23 +107,23 @@ class RMSprop(Optimizer):
         if hyper["centered"]:
             return None
         lr, alpha, momentum = hyper["lr"], hyper["alpha"], hyper["momentum"]
-        _, grads = decayed(hyper, params, pullback.grads)
-        v = average_of_squares(column(states, "square_avg", params), grads, alpha)
+        _, grads = T.decayed(hyper, params, pullback.grads)
+        v = T.average_of_squares(T.column(states, "square_avg", params), grads, alpha)
         root = L.sqrt(v, give_up=True)
         scale = L.shift(root, hyper["eps"])
         cot_directions = L.scale(cot_params, -lr)
         before: dict[str, Tensors] = {}
         if momentum != 0:
-            cot_buffers = cotangents(cot_states, "momentum_buffer", params)
-            cot_directions = plus(cot_buffers, cot_directions)
+            cot_buffers = T.cotangents(cot_states, "momentum_buffer", params)
+            cot_directions = T.plus(cot_buffers, cot_directions)
             before["momentum_buffer"] = L.scale(cot_directions, momentum)
         # d = g / s, s = √v + ε
         quotient = L.div(cot_directions, scale)
         through_v = L.div(L.mul(quotient, grads), scale, give_up=True)
         through_v = L.divide_by_roots(through_v, root)
-        cot_v = plus(cotangents(cot_states, "square_avg", params), through_v, -0.5)
+        cot_v = T.plus(T.cotangents(cot_states, "square_avg", params), through_v, -0.5)
         # v = α v₋ + (1 − α) g²
         cot_grads = L.addcmul(quotient, grads, cot_v, 2 * (1 - alpha), give_up=True)
         before["square_avg"] = L.scale(cot_v, alpha, give_up=True)
-        cot_params, cot_grads = decayed_vjp(hyper, cot_params, cot_grads)
-        return Cotangents(cot_params, cot_grads, with_entries([{} for _ in states], before))
+        cot_params, cot_grads = T.decayed_vjp(hyper, cot_params, cot_grads)
+        return Cotangents(cot_params, cot_grads, T.with_entries([{} for _ in states], before))

@@ -9,11 +9,12 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from diffopt.optim import lists as L
+from diffopt.optim import terms as T
 from diffopt.optim.base import Optimizer
 from diffopt.optim.lists import Tensors, fit
 from diffopt.optim.options import ANY, LR, Range, Value, arguments, within
 from diffopt.optim.scalars import Scalar
-from diffopt.optim.terms import Entries, Hyper, advance, column, count, filled, with_entries, zeros
+from diffopt.optim.terms import Entries, Hyper
 
 _ETAS = "eta values", "", True  # as torch.optim's error has it
 
@@ -77,7 +78,7 @@ class Rprop(Optimizer):
         super().__init__(params, arguments(locals()))
 
     def _init(self, hyper: Hyper, param: Tensor) -> Entries:
-        return {"step": count(), "prev": zeros(param)}
+        return {"step": T.count(), "prev": T.zeros(param)}
 
     def _update(
         self, hyper: Hyper, params: Tensors, grads: Tensors, states: list[Entries]
@@ -85,17 +86,17 @@ class Rprop(Optimizer):
         minus, plus = hyper["etas"]
         if hyper["maximize"]:
             grads = L.neg(grads)
-        steps, _ = advance(states)
-        signs = [x.sign() for x in L.mul(grads, column(states, "prev", params))]
+        steps, _ = T.advance(states)
+        signs = [x.sign() for x in L.mul(grads, T.column(states, "prev", params))]
         factors = [_by_sign(s, fit(minus, s), fit(plus, s)) for s in signs]
         sizes = [
-            s["step_size"] if "step_size" in s else filled(hyper["lr"], p)
+            s["step_size"] if "step_size" in s else T.filled(hyper["lr"], p)
             for s, p in zip(states, params, strict=True)
         ]
         sizes = [_between(x, *hyper["step_sizes"]) for x in L.mul(sizes, factors)]
         grads = [g.masked_fill(s < 0, 0.0) for g, s in zip(grads, signs, strict=True)]
         params = L.addcmul(params, [g.sign() for g in grads], sizes, -1.0)
-        return params, with_entries(states, {"step": steps, "prev": grads, "step_size": sizes})
+        return params, T.with_entries(states, {"step": steps, "prev": grads, "step_size": sizes})
 
 
 def _by_sign(sign: Tensor, minus: Scalar, plus: Scalar) -> Tensor:

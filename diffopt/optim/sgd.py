@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from diffopt.optim import lists as L
+from diffopt.optim import terms as T
 from diffopt.optim.base import Optimizer
 from diffopt.optim.lists import Tensors
 from diffopt.optim.options import ANY, LR, MOMENTUM, WEIGHT_DECAY, Value, arguments, within
 from diffopt.optim.scalars import is_zero
-from diffopt.optim.terms import (
-    Cotangents,
-    Entries,
-    Hyper,
-    Pullback,
-    cotangents,
-    decayed,
-    decayed_vjp,
-    plus,
-    with_entries,
-    zeros,
-)
+from diffopt.optim.terms import Cotangents, Entries, Hyper, Pullback
 
 
 class SGD(Optimizer):
@@ -90,18 +81,18 @@ class SGD(Optimizer):
     def _init(self, hyper: Hyper, param: Tensor) -> Entries:
         if is_zero(hyper["momentum"]) or not is_zero(hyper["dampening"]):
             return {}
-        return {"momentum_buffer": zeros(param)}
+        return {"momentum_buffer": T.zeros(param)}
 
     def _update(
         self, hyper: Hyper, params: Tensors, grads: Tensors, states: list[Entries]
     ) -> tuple[Tensors, list[Entries]]:
         lr, momentum = hyper["lr"], hyper["momentum"]
-        params, grads = decayed(hyper, params, grads)
+        params, grads = T.decayed(hyper, params, grads)
         if is_zero(momentum):
             return L.add(params, grads, -lr), states
         buffers = self._accumulated(hyper, grads, states)
         directions = L.add(grads, buffers, momentum) if hyper["nesterov"] else buffers
-        states = with_entries(states, {"momentum_buffer": buffers})
+        states = T.with_entries(states, {"momentum_buffer": buffers})
         return L.add(params, directions, -lr), states
 
     def _vjp(self, pullback: Pullback) -> Cotangents | None:
@@ -109,16 +100,16 @@ class SGD(Optimizer):
         lr, momentum, keep = hyper["lr"], hyper["momentum"], 1 - hyper["dampening"]
         cot_directions = L.scale(pullback.cot_params, -lr)
         if momentum == 0:
-            before_decay = decayed_vjp(hyper, pullback.cot_params, cot_directions)
+            before_decay = T.decayed_vjp(hyper, pullback.cot_params, cot_directions)
             return Cotangents(*before_decay, pullback.cot_states)
         started = ["momentum_buffer" in s for s in states]
         if any(started) != all(started):
             return None
-        cot_buffers = cotangents(pullback.cot_states, "momentum_buffer", params)
+        cot_buffers = T.cotangents(pullback.cot_states, "momentum_buffer", params)
         if hyper["nesterov"]:
-            cot_buffers = plus(cot_buffers, L.scale(cot_directions, momentum))
+            cot_buffers = T.plus(cot_buffers, L.scale(cot_directions, momentum))
         else:
-            cot_buffers = plus(cot_buffers, cot_directions)
+            cot_buffers = T.plus(cot_buffers, cot_directions)
         cot_grads = L.scale(cot_buffers, keep) if all(started) and keep != 1 else cot_buffers
         if hyper["nesterov"]:
             cot_grads = L.add(cot_grads, cot_directions)
@@ -126,7 +117,7 @@ class SGD(Optimizer):
         if all(started):
             scaled = L.scale(cot_buffers, momentum)
             before = [{"momentum_buffer": c} for c in scaled]
-        return Cotangents(*decayed_vjp(hyper, pullback.cot_params, cot_grads), before)
+        return Cotangents(*T.decayed_vjp(hyper, pullback.cot_params, cot_grads), before)
 
     def _vjp_reads_gradients(self, states: Sequence[Mapping[str, Tensor]]) -> bool:
         return len({"momentum_buffer" in s for s in states}) > 1
@@ -151,13 +142,7 @@ class Momentum(SGD):
         params: ParamsT,
         lr: Value = 1e-3,
         momentum: Value = 0.9,
-        dampening: Value = 0,
-        weight_decay: Value = 0,
-        nesterov: bool = False,
-        *,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        differentiable: bool = False,
-        fused: bool | None = None,
+        *options: Any,
+        **named: Any,
     ) -> None:
-        super().__init__(params, **arguments(locals()))
+        super().__init__(params, lr, momentum, *options, **named)

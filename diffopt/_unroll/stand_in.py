@@ -40,17 +40,19 @@ _READS = {
     "parameters",
     "state_dict",
 }
-_OWN = {"forward", "train", "eval"}
+_DEFINED_HERE = {"forward", "train", "eval"}
 #: Everything else that ``nn.Module`` has would change the module.
 _CHANGES = {
     name
     for name in dir(nn.Module)
-    if not name.startswith("_") and callable(getattr(nn.Module, name)) and name not in _READS | _OWN
+    if not name.startswith("_")
+    and callable(getattr(nn.Module, name))
+    and name not in _READS | _DEFINED_HERE
 }
 _CALLABLES = (types.FunctionType, types.MethodType, partial)
 
 
-class InPlace:
+class StandIn:
     """A module of the model with the trained values in it, from outside.
 
     A subclass says which module, and how a function of it is evaluated. Its own names win over
@@ -114,7 +116,7 @@ def refuse_setting(module: nn.Module, name: str) -> None:
     )
 
 
-class Part(InPlace):
+class Part(StandIn):
     """A submodule of the model with the trained values: ``fast.encoder``.
 
     ``isinstance(fast.encoder, nn.Linear)`` is what it is for ``model.encoder``; ``type`` gives a
@@ -155,7 +157,7 @@ _CONTAINER = ("__contains__", "__getitem__", "__iter__", "__len__", "__reversed_
 def contained(name: str) -> Callable[..., Any]:
     """A method ``name`` that does what the module's does."""
 
-    def method(self: InPlace, *args: Any) -> Any:
+    def method(self: StandIn, *args: Any) -> Any:
         fast, module = self._diffopt_parts()
         of_class = getattr(type(module), name, None)
         if of_class is None:
@@ -172,8 +174,8 @@ _classes: MutableMapping[type, type[Part]] = weakref.WeakKeyDictionary()
 def _part(fast: Unrolled, module: nn.Module) -> Part:
     kind = type(module)
     if kind not in _classes:
-        own = {name: contained(name) for name in _CONTAINER if hasattr(kind, name)}
-        _classes[kind] = type(kind.__name__, (Part,), {"__slots__": (), **own})
+        methods = {name: contained(name) for name in _CONTAINER if hasattr(kind, name)}
+        _classes[kind] = type(kind.__name__, (Part,), {"__slots__": (), **methods})
     return _classes[kind](fast, module)
 
 
@@ -194,12 +196,12 @@ def _attribute(fast: Unrolled, module: nn.Module, name: str) -> Any:
     if isinstance(static, types.FunctionType) and name not in vars(module):
         return _deferred(fast, getattr(module, name), mapped=name not in _READS)
     if module._parameters.get(name) is not None:
-        for full, x in _own(fast).items():
+        for full, x in _originals(fast).items():
             if module._parameters[name] is x:
                 return fast.params[full]
     _refuse_stale(fast, module, name)
-    held = name in module._parameters or name in module._buffers
-    return _evaluate(fast, lambda: getattr(module, name), (), {}, mapped=not held)
+    is_tensor = name in module._parameters or name in module._buffers
+    return _evaluate(fast, lambda: getattr(module, name), (), {}, mapped=not is_tensor)
 
 
 def _parameter(fast: Unrolled, module: nn.Module, target: str) -> Any:
@@ -210,15 +212,15 @@ def _parameter(fast: Unrolled, module: nn.Module, target: str) -> Any:
 
 def _refuse_stale(fast: Unrolled, module: nn.Module, name: str) -> None:
     """Refuse a tensor attribute that was computed from parameters before they were trained."""
-    held = vars(module).get(name)
-    if held is None or isinstance(held, (bool, int, float, str)):
+    value = vars(module).get(name)
+    if value is None or isinstance(value, (bool, int, float, str)):
         return
-    own = _own(fast).values()
-    memory = {_address(x) for x in own if x.device.type != "meta"}
+    originals = _originals(fast).values()
+    memory = {_address(x) for x in originals if x.device.type != "meta"}
     hooks = [getattr(hook, "name", None) for hook in module._forward_pre_hooks.values()]
-    for x in tensors_in(held):
-        shared = not any(x is y for y in own) and _address(x) in memory
-        if shared or (name in hooks and isinstance(held, Tensor)):
+    for x in tensors_in(value):
+        shared = not any(x is y for y in originals) and _address(x) in memory
+        if shared or (name in hooks and isinstance(value, Tensor)):
             raise AttributeError(
                 f"{name!r} of the {type(module).__name__} was computed from a parameter before the "
                 "unroll, and does not follow it: compute it from the parameter where it is used, "
@@ -239,8 +241,8 @@ def _evaluate(
         value = function(*args, **kwargs)
         lazy = isinstance(value, Iterator)  # it would go on when the values are gone
         assert fast._slots.loaded is not None
-        present, _ = fast._slots.loaded
-        standing = {id(x): present[name] for name, x in _own(fast).items()}
+        params = fast._slots.loaded.params
+        standing = {id(x): params[name] for name, x in _originals(fast).items()}
         if isinstance(value, (Iterator, KeysView, ValuesView, ItemsView)):
             value = list(value)
         return lazy, _replaced(value, lambda x: standing.get(id(x), x))
@@ -252,7 +254,7 @@ def _evaluate(
     return iter(shown) if lazy else shown
 
 
-def _own(fast: Unrolled) -> dict[str, Tensor]:
+def _originals(fast: Unrolled) -> dict[str, Tensor]:
     """The tensors that the module holds itself for the names that have other values here."""
     return {**fast._slots.inner, **fast._slots.constants}
 
@@ -310,5 +312,5 @@ def _shown(fast: Unrolled, value: Any) -> Any:
 
 def _holds_model(fast: Unrolled, value: Any) -> bool:
     """Whether a module or a trained parameter of the model is behind ``value``."""
-    wanted = {id(x) for x in (*fast._slots.modules, *_own(fast).values())}
+    wanted = {id(x) for x in (*fast._slots.modules, *_originals(fast).values())}
     return reaches([value], wanted, APART)
