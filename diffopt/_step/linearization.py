@@ -24,7 +24,6 @@ from diffopt._torch.engine import pulled_back
 from diffopt._values.outputs import StepCotangents
 from diffopt._values.state import Cotangent, State
 from diffopt._values.tree import Path, add_each
-from diffopt.optim import lists as L
 from diffopt.optim.vjp import reads_gradients, update_vjp
 
 if TYPE_CHECKING:
@@ -221,24 +220,26 @@ class Split(Linearization):
             captured=captured,
             retain_graph=retain_graph,
         )
-        before: Cotangent = {("params", name): c for name, c in update.params.items()}
-        for name, entries in update.state.items():
-            before.update({("opt", name, key): c for key, c in entries.items()})
-        roots: list[tuple[_Root, Tensor | None]] = [
-            (self._ends.get(name), c) for name, c in update.grads.items()
-        ]
+        before: Cotangent = {
+            ("opt", name, key): c
+            for name, entries in update.state.items()
+            for key, c in entries.items()
+        }
+        roots: list[tuple[_Root, Tensor | None]] = []
+        for name, c in update.params.items():  # autograd adds these up with what flows to the loss
+            leaf = self._leaves.get(("params", name))
+            if leaf is None:
+                before["params", name] = c
+            else:
+                roots.append((leaf, c))
+        roots += [(self._ends.get(name), c) for name, c in update.grads.items()]
         for name, weight in self._unread.items():
             if name in update.grads:
                 roots += weight.roots(update.grads[name])
         roots += [(x, flowing.buffers.get(name)) for name, x in self._buffers.items()]
         roots += self._output_roots(outputs)
         found, others = self.pulled(roots, captured, retain_graph)
-        both = [path for path in found if path in before]
-        sums: Sequence[Tensor] = ()
-        if both:
-            sums = L.add([before[path] for path in both], [found[path] for path in both])
         before.update(found)
-        before.update(zip(both, sums, strict=True))
         return before, add_each(update.captured, others)
 
 
