@@ -11,7 +11,7 @@ values of ``s``. Its derivative is a ``Linearization``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import replace
@@ -395,20 +395,21 @@ class InnerStep:
     def _checked(
         self,
         loss: Tensor,
-        outputs: Iterable[Tensor],
+        outputs: Collection[Tensor],
         hyper: Sequence[Hyper],
         grads: Mapping[str, Tensor | None],
-        idle: Iterable[Unread] = (),
+        idle: Collection[Unread] = (),
     ) -> Checked:
         # The sum over parts is compared, not the part; of dual numbers, norms cannot be taken.
         if self.only_gradient or in_forward_mode():
             return Checked(loss.detach())
         with torch.no_grad():
+            given = [*grads.values(), *(w.shadow for w in idle)] if idle else grads.values()
             return Checked(
                 loss.detach(),
-                [small(hyper[i][key]) for i, key in self._called],
-                norms_of([*grads.values(), *(w.shadow for w in idle)], of_shadows=True),
-                norms_of(outputs),
+                [small(hyper[i][key]) for i, key in self._called] if self._called else (),
+                norms_of(given, of_shadows=True),
+                norms_of(outputs) if outputs else (),
             )
 
     def _with_update(self, checked: Checked, after: State) -> Checked:
