@@ -62,7 +62,7 @@ class Problem:
         width = self.get("width", 4)
         model = nn.Sequential(
             nn.Linear(3, width),
-            nn.BatchNorm1d(width),
+            nn.Identity() if self.get("late norm", False) else nn.BatchNorm1d(width),
             nn.Dropout(0.3),
             nn.Tanh(),
             nn.Linear(width, 1),
@@ -85,6 +85,8 @@ class Problem:
             value = value + decay * sum(p.square().sum() for p in model.parameters())
             if t >= 5:  # captured only by then
                 value = value + (model[0].bias * late).sum()
+            if self.get("late norm", False) and t >= 7:  # with a derivative of the package
+                value = value + nn.functional.layer_norm(model[0].weight, (3,)).exp().sum()
             if not self.get("aux", False):
                 return value
             pair = (model[0].weight * 2, model[1].running_mean), {1: t, "none": [None, 0.1, "text"]}
@@ -133,6 +135,15 @@ def test_without_an_interruption(make: Adjoints, tmp_path: Path) -> None:
     assert_same(Problem().gradients(make(Durable(tmp_path / "run"))), expected)
     assert left(tmp_path / "run") == []
     assert_same(Problem().gradients(make(Durable(tmp_path / "run"))), expected)
+
+
+@every_adjoint
+def test_an_operation_that_only_later_steps_call(make: Adjoints, tmp_path: Path) -> None:
+    """The process that takes the run up calls it on the way back alone."""
+    expected = Problem(**{"late norm": True}).gradients(make(None))
+    durable = Durable(tmp_path / "run")
+    interrupted(make(durable), STEPS + 4, **{"late norm": True})
+    assert_same(Problem(**{"late norm": True}).gradients(make(durable)), expected)
 
 
 @every_adjoint
