@@ -78,6 +78,7 @@ def full() -> list[Cell]:
     for steps in (20, 100, 1000):
         libraries = (*long, "diffopt-store", "torch_maml", "jax")
         cells.append(Cell(Case("small", "sgd", steps), libraries, 3))
+    cells.append(Cell(Case("small", "adam"), (*long, "diffopt-store", "jax"), 3))
     for steps, repeats in ((100, 3), (1000, 1)):
         cells.append(Cell(Case("mlp", "sgd", steps), (*long, "jax"), repeats))
     for optimizer in ("momentum", "rmsprop"):
