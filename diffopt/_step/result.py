@@ -90,24 +90,19 @@ def norms_of(tensors: Iterable[Tensor | None], *, of_shadows: bool = False) -> S
     Args:
         of_shadows: of a large matrix, take that of its ``shadow``.
     """
-    dense = [x for x in tensors if x is not None and x.layout is torch.strided]
+    dense, count, alike = [], 0, True
+    for x in tensors:
+        if x is not None and x.layout is torch.strided:
+            dense.append(x)
+            count += x.numel()
+            alike = alike and x.is_cpu and x.dtype is dense[0].dtype
     if not dense:
         return ()
-    if _are_few(dense):
+    if alike and count < LARGE:
         return (torch.linalg.vector_norm(flattened(dense)),)
     if of_shadows:
         dense = [shadow(x) if is_large(x) else x for x in dense]
     return torch._foreach_norm(dense)
-
-
-def _are_few(tensors: Sequence[Tensor]) -> bool:
-    """Whether they are few numbers of one dtype, on the CPU."""
-    dtype, count = tensors[0].dtype, 0
-    for x in tensors:
-        count += x.numel()
-        if count >= LARGE or not x.is_cpu or x.dtype is not dtype:
-            return False
-    return True
 
 
 def present(grads: Mapping[str, Tensor | None]) -> dict[str, Tensor]:

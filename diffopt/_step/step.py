@@ -403,7 +403,7 @@ class InnerStep:
         # The sum over parts is compared, not the part; of dual numbers, norms cannot be taken.
         if self.only_gradient or in_forward_mode():
             return Checked(loss.detach())
-        with torch.no_grad():
+        with torch.no_grad() if torch.is_grad_enabled() else _NOTHING:
             given = [*grads.values(), *(w.shadow for w in idle)] if idle else grads.values()
             return Checked(
                 loss.detach(),
