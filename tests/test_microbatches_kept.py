@@ -11,7 +11,7 @@ from helpers import assert_all_close, batch, mse, tiny
 from torch import Tensor
 
 import diffopt
-from diffopt._step.parts_kept import Gradients
+from diffopt._step.parts_gradients import Gradients
 
 T, PARTS = 9, 3
 DATA = [batch(7) for _ in range(T)]

@@ -101,7 +101,7 @@ class Captured:
         edges: list[Any] = [edge_of(x) for x in roots if x.requires_grad]
         if not edges:
             return ends
-        seen = {} if observer is None else observer.edges
+        observed = {} if observer is None else observer.edges
         leaves = {id(x) for x in own if x.is_leaf}
         stops = {edge_of(x) for x in own if not x.is_leaf}
         passed: set[Node] = set()
@@ -122,8 +122,8 @@ class Captured:
                     ends.captured.add(leaf)
             elif edge in self._edges:
                 ends.captured.add(edge)
-            elif edge in seen:
-                self._edges[edge] = seen[edge]
+            elif edge in observed:
+                self._edges[edge] = observed[edge]
                 ends.captured.add(edge)
             else:
                 if kind not in _ORDINARY:
@@ -189,12 +189,12 @@ class Captured:
         self, graph: Graph, wanted: Mapping[Part, Collection[int]] | None = None
     ) -> dict[Part, set[int]]:
         """The indices of the captured tensors that each part uses, of those that use any."""
-        found: dict[Part, set[int]] = {}
+        used: dict[Part, set[int]] = {}
         for part, roots in graph.roots.items():
             if wanted is None or wanted.get(part):
                 ends = self.walk(roots, graph.own)
-                found[part] = {self._index.get(end, -1) for end in ends.captured}
-        return found
+                used[part] = {self._index.get(end, -1) for end in ends.captured}
+        return used
 
     def _position(self, end: End) -> int:
         if end not in self._index:

@@ -220,17 +220,17 @@ class Group:
         """
         self._step = step
         names, w = self._formed.names, self._checked(weight, step)
-        given = [grads.get(name) for name in names]
+        parts = [grads.get(name) for name in names]
         if w is not None and (w.requires_grad or weight != 1.0):
-            given = [g if g is None else g * w for g in given]
+            parts = [g if g is None else g * w for g in parts]
         notes = _READS * note + _LEARNED * (w is not None and w.requires_grad)
         token = None
         if own is None or not torch.is_grad_enabled():
-            total = self._exchange(VALUES, parts=given, weight=w, number=notes)
+            total = self._exchange(VALUES, parts=parts, weight=w, number=notes)
             entries, sums, weights = total.entries, total.sums, total.weight
         else:
             op = _Exchange(self, step, VALUES, notes)
-            token, weights, *sums = _Summed.apply(op, own, w, *given)  # type: ignore[no-untyped-call]
+            token, weights, *sums = _Summed.apply(op, own, w, *parts)  # type: ignore[no-untyped-call]
             entries = op.entries
         if w is not None:
             sums = [s if s is None else (s / weights).to(s.dtype) for s in sums]
@@ -263,12 +263,12 @@ class Group:
     def mean(self, cotangents: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The mean over the processes of what flows to the parameters, a missing one being zero."""
         names = self._formed.names
-        given = [cotangents.get(name) for name in names]
-        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given):
+        parts = [cotangents.get(name) for name in names]
+        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in parts):
             op = _Exchange(self, self._step, NORM)
-            _, _, *sums = _Summed.apply(op, None, None, *given)  # type: ignore[no-untyped-call]
+            _, _, *sums = _Summed.apply(op, None, None, *parts)  # type: ignore[no-untyped-call]
         else:
-            sums = self._exchange(NORM, parts=given).sums
+            sums = self._exchange(NORM, parts=parts).sums
         return {n: x / self.size for n, x in zip(names, sums, strict=True) if x is not None}
 
     def maximum(self, number: int) -> int:
@@ -370,7 +370,7 @@ class _Summed(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         total = op.of(xs, weight)
         ctx.adjoint = _Exchange(op.group, op.step, op.purpose + 1)
-        ctx.given = [x is not None for x in (weight, *xs)]
+        ctx.there = [x is not None for x in (weight, *xs)]
         if not any(entry.number & _LEARNED for entry in op.entries):
             ctx.mark_non_differentiable(total.weight)
         return torch.zeros_like(total.weight), total.weight, *total.sums
@@ -381,12 +381,12 @@ class _Summed(torch.autograd.Function):
     ) -> Any:
         if torch.is_grad_enabled():
             ctx.adjoint.number = _LEARNED
-            _, *found = _Summed.apply(ctx.adjoint, None, weight, *cotangents)  # type: ignore[no-untyped-call]
+            _, *cots = _Summed.apply(ctx.adjoint, None, weight, *cotangents)  # type: ignore[no-untyped-call]
         else:
             total = ctx.adjoint.of(cotangents, weight)
-            found = [total.weight, *total.sums]
+            cots = [total.weight, *total.sums]
         return (
             None,
             None,
-            *(c if given else None for c, given in zip(found, ctx.given, strict=True)),
+            *(c if there else None for c, there in zip(cots, ctx.there, strict=True)),
         )

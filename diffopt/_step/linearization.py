@@ -104,8 +104,8 @@ class Linearization(ABC):
             cotangents of ``captured``.
         """
         roots = [(self.raw[name], c) for name, c in cotangents.items()]
-        found, others = self.pulled(roots, captured, retain_graph=True)
-        return {path[1]: c for path, c in found.items() if path[0] == "params"}, others
+        to_leaves, others = self.pulled(roots, captured, retain_graph=True)
+        return {path[1]: c for path, c in to_leaves.items() if path[0] == "params"}, others
 
     def forget_extras(self) -> None:
         """Keep no graph of the extras."""
@@ -141,7 +141,7 @@ class Linearization(ABC):
             return {}, [None] * len(captured)
         load_again(self._step.loss.slots, self._loaded)  # for what reads the module on the way back
         try:
-            found = pulled_back(
+            pulled = pulled_back(
                 [x for x, _ in pairs],
                 [c for _, c in pairs],
                 [*self._leaves.values(), *captured],
@@ -150,8 +150,8 @@ class Linearization(ABC):
         except RuntimeError as error:
             refuse_missing(error, self._number)
             raise
-        cotangents = zip(self._leaves, found, strict=False)
-        return {p: c for p, c in cotangents if c is not None}, list(found[len(self._leaves) :])
+        to_leaves = zip(self._leaves, pulled, strict=False)
+        return {p: c for p, c in to_leaves if c is not None}, list(pulled[len(self._leaves) :])
 
 
 class Split(Linearization):
@@ -183,19 +183,19 @@ class Split(Linearization):
 
         Those are as large as the parameters. ``grads`` and ``raw`` are gone then.
         """
-        given, step = present(self.grads), self._step
+        grads, step = present(self.grads), self._step
         if not self._unread and reads_gradients(
             step.opt,
-            given,
+            grads,
             self._state.opt,
             hyper=self.hyper,
             groups=step.groups,
             tasks=step.loss.tasks,
         ):
             return
-        ends = {n: g for n, g in given.items() if n not in self._unread and g.requires_grad}
+        ends = {n: g for n, g in grads.items() if n not in self._unread and g.requires_grad}
         self._ends = {n: gradient_edge(g) for n, g in ends.items()}
-        self.grads = {name: self._state.params[name] for name in given}  # their shapes alone
+        self.grads = {name: self._state.params[name] for name in grads}  # their shapes alone
         self.raw = {}
 
     def vjp(
@@ -238,8 +238,8 @@ class Split(Linearization):
                 roots += weight.roots(update.grads[name])
         roots += [(x, flowing.buffers.get(name)) for name, x in self._buffers.items()]
         roots += self._output_roots(outputs)
-        found, others = self.pulled(roots, captured, retain_graph)
-        before.update(found)
+        to_leaves, others = self.pulled(roots, captured, retain_graph)
+        before.update(to_leaves)
         return before, add_each(update.captured, others)
 
 

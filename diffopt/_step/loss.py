@@ -77,9 +77,9 @@ class InnerLoss:
         if not tensors:
             return None
         function = self.loss_fn
-        kept = weakref.WeakMethod if isinstance(function, MethodType) else weakref.ref
+        reference = weakref.WeakMethod if isinstance(function, MethodType) else weakref.ref
         try:
-            known = kept(function)
+            known = reference(function)
             hash(known)
         except TypeError:  # an object that has no hash, or of which there are no weak references
             return None
@@ -249,9 +249,9 @@ class TaskLosses(InnerLoss):
             replaced = {name: x for name, x in left.items() if x is not buffers[name]}
             return loss, aux, replaced
 
-        found: Evaluation = over_tasks(one, params, buffers, item)
+        evaluation: Evaluation = over_tasks(one, params, buffers, item)
         self.slots.loaded = None  # tensors of the mapping, which nothing can read any more
-        return found
+        return evaluation
 
     def _taken(self, out: Any, buffers: Mapping[str, Tensor], step: int) -> Evaluation:
         loss, aux, replaced = out

@@ -98,9 +98,9 @@ class Microbatches:
         if self.reduction == "sum":
             return Shares([1.0] * len(parts), None)
         if self.weight is None:
-            seen = [part.data if isinstance(part, UserDict) else part for part in parts]
+            pytrees = [part.data if isinstance(part, UserDict) else part for part in parts]
             weights: list[Coefficient] = [
-                float(next(x.shape[0] for x in tensors_in(part) if x.dim())) for part in seen
+                float(next(x.shape[0] for x in tensors_in(part) if x.dim())) for part in pytrees
             ]
             weights = weights if sum(weights) else [1.0] * len(parts)  # of an empty batch
         else:

@@ -265,21 +265,21 @@ class Observer(TorchFunctionMode):
         for x in tensors_in(target):
             if self._gradients and not (torch.is_grad_enabled() and x.requires_grad):
                 self._check_gradients(x)
-            found = self._owners.of(x)
-            if found is None or found.name in self._copies:
+            owner = self._owners.of(x)
+            if owner is None or owner.name in self._copies:
                 continue
-            if found.inner:
-                raise changed_in_place(found.name, self._step)
-            if found.name in self._moving:
+            if owner.inner:
+                raise changed_in_place(owner.name, self._step)
+            if owner.name in self._moving:
                 raise NotImplementedError(
-                    f"step {self._step} changes the model's own parameter {found.name!r} in place, "
+                    f"step {self._step} changes the model's own parameter {owner.name!r} in place, "
                     "and not the value that it has in the unroll, which stands in the module: take "
                     "it from the module, and keep it in no list, closure or global"
                 )
             with torch.enable_grad():  # at the start the copy is the parameter, also to autograd
-                self._copies[found.name] = self._constants[found.name].clone()
-            self._made[id(self._copies[found.name])] = weakref.ref(self._copies[found.name])
-            self._move(found.name, self._copies[found.name], self._step)
+                self._copies[owner.name] = self._constants[owner.name].clone()
+            self._made[id(self._copies[owner.name])] = weakref.ref(self._copies[owner.name])
+            self._move(owner.name, self._copies[owner.name], self._step)
 
     def _check_gradients(self, x: Tensor) -> None:
         x = stored(x)

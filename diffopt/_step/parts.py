@@ -113,14 +113,14 @@ class Total:
         """The gradients, None where no part has one."""
         return {name: self._gradients.get(name) for name in self._names}
 
-    def add(self, found: Evaluated, loss: Tensor) -> None:
+    def add(self, evaluated: Evaluated, loss: Tensor) -> None:
         """Add a part, of which nothing is kept but values."""
         with torch.no_grad():
             self.loss = add(self.loss, values(loss))
-            for name, g in present(found.raw).items():
+            for name, g in present(evaluated.raw).items():
                 self._gradients.add(name, values(g))
-        self._names = list(found.raw)
-        self.buffers = found.buffers
+        self._names = list(evaluated.raw)
+        self.buffers = evaluated.buffers
 
 
 def values(x: Tensor) -> Tensor:

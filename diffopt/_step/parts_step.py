@@ -17,7 +17,7 @@ from diffopt._step.loss import InnerLoss
 from diffopt._step.microbatches import Coefficient
 from diffopt._step.observe import Observer
 from diffopt._step.parts import Parts, PartsLoss, Total, copies, gathered
-from diffopt._step.parts_kept import Gradient, Gradients
+from diffopt._step.parts_gradients import Gradient, Gradients
 from diffopt._step.parts_vjp import InParts
 from diffopt._step.result import Evaluated, StepResult, present
 from diffopt._step.step import InnerStep
@@ -112,15 +112,15 @@ class PartsStep(InnerStep):
             hyper = self.options_at(number)
             if observer is not None:
                 observer.see(tensors_of(hyper))
-        found, others_read = self._over_processes(total.raw, parts, state, number, hyper)
-        raw = {n: g if g is None else g.requires_grad_() for n, g in found.items()}
+        averaged, others_read = self._over_processes(total.raw, parts, state, number, hyper)
+        raw = {n: g if g is None else g.requires_grad_() for n, g in averaged.items()}
         with self.hooks, torch.enable_grad(), no_collectives(), observer or _NOTHING:
             grads: Mapping[str, Tensor | None] = raw
             if self.grad_transform is not None:
-                given = copies(present(raw))
+                offered = copies(present(raw))
                 if observer is not None:
-                    observer.transforms(given)
-                grads = self._transformed(given, state.params, total.buffers, t)
+                    observer.transforms(offered)
+                grads = self._transformed(offered, state.params, total.buffers, t)
         self.with_gradient.setdefault(number, None if others_read else list(present(raw)))
         aux = gathered(extras)
         outputs = attached(aux)
@@ -158,8 +158,8 @@ class PartsStep(InnerStep):
             or self.reads_gradients(hyper, state.params, state.opt)
         )
         with torch.no_grad():
-            found = self.group.averaged(grads, number, weight=parts.weight, note=reads)
-        return found.grads, found.noted
+            averaged = self.group.averaged(grads, number, weight=parts.weight, note=reads)
+        return averaged.grads, averaged.noted
 
     def reads_gradients(
         self,
@@ -180,8 +180,8 @@ class PartsStep(InnerStep):
         self, state: State, t: int, observer: Observer | None = None, *, values: bool = True
     ) -> Linearization:
         """As for ``InnerStep``; nothing is evaluated before it is needed, unless observed."""
-        kept = None if self.gradients is None else self.gradients.taken(state)
-        linearization = InParts(self, state, t, kept)
+        gradient = None if self.gradients is None else self.gradients.taken(state)
+        linearization = InParts(self, state, t, gradient)
         if observer is not None:
             linearization.evaluate(observer)
         return linearization

@@ -17,7 +17,7 @@ from diffopt._step.graph import Graph
 from diffopt._step.linearization import Linearization, Split
 from diffopt._step.observe import Observer
 from diffopt._step.parts import Total, attached_values
-from diffopt._step.parts_kept import Gradient
+from diffopt._step.parts_gradients import Gradient
 from diffopt._step.result import Checked, Evaluated, StepResult, present
 from diffopt._torch.autograd import present_sequence
 from diffopt._torch.collectives import no_collectives
@@ -41,11 +41,13 @@ class InParts(Linearization):
         again: what the step has given when it was evaluated again, to be compared.
     """
 
-    def __init__(self, step: PartsStep, state: State, t: int, kept: Gradient | None = None) -> None:
+    def __init__(
+        self, step: PartsStep, state: State, t: int, gradient: Gradient | None = None
+    ) -> None:
         self._parts_step = step
         self._before = state.detach()
         self._t = t
-        self._kept = kept
+        self._gradient = gradient
         self._start = step.generators.get()
         self._update: Linearization | None = None
         self.checked: Checked | None = None
@@ -69,13 +71,13 @@ class InParts(Linearization):
             step.generators.set(self._start)
         state, leaves = step.on_leaves(self._before)
         since = present_sequence()
-        found = step.evaluate(state, self._t, [*leaves.values()], False, observer)
+        evaluated = step.evaluate(state, self._t, [*leaves.values()], False, observer)
         self._update = step.linearized(
-            state, self._t, leaves | _as_leaves(found.raw), found, since, observer
+            state, self._t, leaves | _as_leaves(evaluated.raw), evaluated, since, observer
         )
         self.checked, self.graph = self._update.checked, self._update.graph
         if observer is None:
-            self.again.append(found.checked)
+            self.again.append(evaluated.checked)
         return self._update
 
     def advance(self) -> StepResult:
@@ -91,11 +93,11 @@ class InParts(Linearization):
 
     def _without_evaluation(self) -> Linearization | None:
         """The update, from the gradient that was kept, or where it reads none."""
-        if self._kept is None:
+        if self._gradient is None:
             return self._unread()
-        kept, self._kept = self._kept, None
-        raw = {n: g if g is None else g.detach().requires_grad_() for n, g in kept.raw.items()}
-        return self._update_of(raw, kept.hyper)
+        gradient, self._gradient = self._gradient, None
+        raw = {n: g if g is None else g.detach().requires_grad_() for n, g in gradient.raw.items()}
+        return self._update_of(raw, gradient.hyper)
 
     def _unread(self) -> Linearization | None:
         """The update with any values in the gradients' places, where it reads none of them."""
@@ -106,10 +108,10 @@ class InParts(Linearization):
         with torch.enable_grad():
             hyper = step.options_at(number)
         params = self._before.params
-        given = {name: params[name].detach().requires_grad_() for name in names}
-        if step.reads_gradients(hyper, given, self._before.opt):
+        placeholders = {name: params[name].detach().requires_grad_() for name in names}
+        if step.reads_gradients(hyper, placeholders, self._before.opt):
             return None
-        return self._update_of({name: given.get(name) for name in params}, hyper)
+        return self._update_of({name: placeholders.get(name) for name in params}, hyper)
 
     def _update_of(self, raw: Mapping[str, Tensor | None], hyper: Sequence[Hyper]) -> Linearization:
         """The update from gradients that are leaves, without loss, extras and buffers."""
@@ -118,8 +120,8 @@ class InParts(Linearization):
         zero = next(iter(state.params.values())).new_zeros(())
         graph = Graph([*leaves.values(), *present(raw).values()], retained=False)
         step.note_roots(graph, {}, hyper, raw)
-        found = Evaluated(zero, None, {}, {}, hyper, raw, raw, Checked(zero), graph)
-        return Split(step, number, state, leaves | _as_leaves(raw), found)
+        evaluated = Evaluated(zero, None, {}, {}, hyper, raw, raw, Checked(zero), graph)
+        return Split(step, number, state, leaves | _as_leaves(raw), evaluated)
 
     def vjp(
         self,
@@ -136,23 +138,23 @@ class InParts(Linearization):
             before, others = update.vjp(
                 state_cotangent, StepCotangents(), captured, retain_graph=retain_graph
             )
-        given = {path[1]: before.pop(path) for path in list(before) if path[0] == "raw"}
+        to_gradients = {path[1]: before.pop(path) for path in list(before) if path[0] == "raw"}
         hyper = update.hyper
         if not retain_graph and step.group is None:  # the gradient is not read again
             self._update = None
             del update
-        found, more = self._pulled_through(
-            {} if step.first_order else given, outputs, captured, retain_graph, hyper
+        through_parts, more = self._pulled_through(
+            {} if step.first_order else to_gradients, outputs, captured, retain_graph, hyper
         )
-        add_into(before, found)
+        add_into(before, through_parts)
         return before, add_each(others, more)
 
     def gradient_vjp(
         self, cotangents: Mapping[str, Tensor], captured: Sequence[Any] = ()
     ) -> tuple[dict[str, Tensor], list[Tensor | None]]:
         """As for ``Linearization``."""
-        found, others = self._pulled_through(cotangents, StepCotangents(), captured, True)
-        return {path[1]: c for path, c in found.items() if path[0] == "params"}, others
+        to_state, others = self._pulled_through(cotangents, StepCotangents(), captured, True)
+        return {path[1]: c for path, c in to_state.items() if path[0] == "params"}, others
 
     def _pulled_through(
         self,
@@ -183,19 +185,19 @@ class InParts(Linearization):
                 if isinstance(c, Tensor):
                     scale = c.detach().requires_grad_(c.requires_grad)
                 part = step.of_part(loss, scale)
-                found = part.evaluate_as_begun(state, t, [*leaves.values()], True)
-                self.visit(found.graph)
+                evaluated = part.evaluate_as_begun(state, t, [*leaves.values()], True)
+                self.visit(evaluated.graph)
                 with torch.enable_grad():
-                    value = part.loss.total(found.loss)
-                total.add(found, value)
-                extras.append(attached_values(found.attached))
+                    value = part.loss.total(evaluated.loss)
+                total.add(evaluated, value)
+                extras.append(attached_values(evaluated.attached))
                 roots: list[tuple[Tensor | None, Tensor | None]]
-                roots = [(found.raw.get(name), v) for name, v in cotangents.items()]
+                roots = [(evaluated.raw.get(name), v) for name, v in cotangents.items()]
                 roots.append((value, outputs.loss))
-                mine = {i: outputs.aux.get(count + i) for i in found.attached}
-                roots += [(found.attached[i], v) for i, v in mine.items()]
-                count += sum(1 for _ in tensors_in(found.aux))
-                graph = Split(part, step.first_step + t, state, leaves, found)
+                mine = {i: outputs.aux.get(count + i) for i in evaluated.attached}
+                roots += [(evaluated.attached[i], v) for i, v in mine.items()]
+                count += sum(1 for _ in tensors_in(evaluated.aux))
+                graph = Split(part, step.first_step + t, state, leaves, evaluated)
                 learns = isinstance(scale, Tensor) and scale.requires_grad
                 wanted = [*captured, scale] if learns else captured
                 before, others = graph.pulled(roots, wanted, retain_graph)
@@ -203,7 +205,7 @@ class InParts(Linearization):
                     assert isinstance(c, Tensor)
                     learning.append((c, others.pop()))
                 sums.add(before, others)
-                del graph, found, value, roots, mine
+                del graph, evaluated, value, roots, mine
             if shared and isinstance(parts.weight, Tensor) and parts.weight.requires_grad:
                 learning.append((parts.weight, self._flowing_to_weight(shared, total.raw)))
             self._pull_weights(learning, captured, sums)
@@ -211,7 +213,7 @@ class InParts(Linearization):
             assert total.loss is not None
             apart = step.grad_transform is not None or step.group is not None
             grads = {} if apart else total.raw
-            flat = [x for given in extras for x in given]
+            flat = [x for tensors in extras for x in tensors]
             self.again.append(step._checked(total.loss, flat, hyper, grads))
         return sums.state, sums.captured
 

@@ -220,10 +220,10 @@ class InnerStep:
         grads: Mapping[str, Tensor | None] = raw
         if self.grad_transform is not None:
             with self.hooks, torch.enable_grad(), no_collectives(), within:
-                leaves, given = given_to_transform(raw, connected)
+                leaves, offered = given_to_transform(raw, connected)
                 if observer is not None:
-                    observer.transforms(given)
-                grads = self._transformed(given, state.params, left, t)
+                    observer.transforms(offered)
+                grads = self._transformed(offered, state.params, left, t)
         graph = Graph([*own, *leaves], in_gradient=[*used.values()])
         graph.roots["loss"] = [loss, *_learning(left.values())]
         outputs = attached(aux)
@@ -359,7 +359,7 @@ class InnerStep:
 
     def _transformed(
         self,
-        given: dict[str, Tensor],
+        offered: dict[str, Tensor],
         params: Mapping[str, Tensor],
         buffers: Mapping[str, Tensor],
         t: int,
@@ -368,9 +368,11 @@ class InnerStep:
         assert self.grad_transform is not None
         shards = self.loss.slots.shards
         if shards is not None:
-            given = shards.standing(given)
+            offered = shards.standing(offered)
         if self._takes_model:
-            changed = self.loss.transform_with_model(self.grad_transform, given, params, buffers, t)
+            changed = self.loss.transform_with_model(
+                self.grad_transform, offered, params, buffers, t
+            )
             if any(x.is_leaf and x.grad is not None for x in params.values()):
                 raise RuntimeError(
                     f"grad_transform differentiated into .grad at step {self.first_step + t}, as "
@@ -378,7 +380,7 @@ class InnerStep:
                     "torch.autograd.grad(loss, parameters, create_graph=True)"
                 )
         else:
-            changed = self.loss.transform_grads(self.grad_transform, given)
+            changed = self.loss.transform_grads(self.grad_transform, offered)
         if shards is not None and isinstance(changed, Mapping):
             changed = shards.parts(changed, "grad_transform's gradient of {name}")
         return check_transformed(changed, params)
@@ -404,11 +406,11 @@ class InnerStep:
         if self.only_gradient or in_forward_mode():
             return Checked(loss.detach())
         with torch.no_grad() if torch.is_grad_enabled() else _NOTHING:
-            given = [*grads.values(), *(w.shadow for w in idle)] if idle else grads.values()
+            compared = [*grads.values(), *(w.shadow for w in idle)] if idle else grads.values()
             return Checked(
                 loss.detach(),
                 [small(hyper[i][key]) for i, key in self._called] if self._called else (),
-                norms_of(given, of_shadows=True),
+                norms_of(compared, of_shadows=True),
                 norms_of(outputs) if outputs else (),
             )
 

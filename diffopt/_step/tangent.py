@@ -66,17 +66,17 @@ def pushed(step: InnerStep, state: State, t: int, tangent: Tangent, captured: By
     load_decompositions()
     with forward_ad.dual_level(), torch.enable_grad():
         substitutes = {x: _dual(x, dx) for x, dx in captured.items()}
-        given = {
+        duals = {
             path: _dual(x, tangent[path]) if path in tangent else x.detach().requires_grad_()
             for path, x in step.differentiable(state).items()
         }
-        start = state.replace(given)
+        start = state.replace(duals)
         with _Substitution(substitutes) as substitution:
-            own = [*start.params.values(), *given.values(), *substitutes.values()]
-            found = step.evaluate(start, t, own, False)
-            loss, buffers, grads = found.loss, found.buffers, found.grads
-            aux = attached(map_tensors(substitution.replaced, found.aux))
-            hyper = [map_tensors(substitution.replaced, options) for options in found.hyper]
+            own = [*start.params.values(), *duals.values(), *substitutes.values()]
+            evaluated = step.evaluate(start, t, own, False)
+            loss, buffers, grads = evaluated.loss, evaluated.buffers, evaluated.grads
+            aux = attached(map_tensors(substitution.replaced, evaluated.aux))
+            hyper = [map_tensors(substitution.replaced, options) for options in evaluated.hyper]
             _check_all_replaced(captured, _walkable([loss, buffers, grads, hyper, aux]), own)
             with torch.no_grad():
                 params, opt = step.update(hyper, start.params, grads, start.opt)
@@ -101,9 +101,9 @@ def pushed_by_transposition(
         edges: the captured tensors, or their gradient edges.
         edge_tangents: theirs, for each direction.
     """
-    given = {p: x.detach().requires_grad_() for p, x in step.differentiable(state).items()}
+    leaves = {p: x.detach().requires_grad_() for p, x in step.differentiable(state).items()}
     with torch.enable_grad():
-        result = step(state.replace(given), t)
+        result = step(state.replace(leaves), t)
         outputs: dict[Path, Tensor] = {
             path: x for path, x in result.state.tensors().items() if x.requires_grad
         }
@@ -111,11 +111,11 @@ def pushed_by_transposition(
         results = [*outputs.values(), *aux.values(), result.loss]
         dummies = [torch.zeros_like(x, requires_grad=True) for x in results]
         pulled = torch.autograd.grad(
-            results, [*given.values(), *edges], dummies, create_graph=True, allow_unused=True
+            results, [*leaves.values(), *edges], dummies, create_graph=True, allow_unused=True
         )
     pushed = []
     for tangent, others in zip(tangents, edge_tangents, strict=True):
-        directions = [*(tangent.get(path) for path in given), *others]
+        directions = [*(tangent.get(path) for path in leaves), *others]
         pairs = [
             (g, dx)
             for g, dx in zip(pulled, directions, strict=True)
@@ -146,8 +146,8 @@ def pushed_by_differences(
         with torch.no_grad(), _Substitution(substitutes) as substitution:
             result = step(state.replace(moved), t)
         aux = map_tensors(substitution.replaced, result.aux)
-        given = dict(enumerate(tensors_in(aux)))
-        extras = {i: sign * given[i].detach() / (2 * h) for i in result.attached}
+        outputs = dict(enumerate(tensors_in(aux)))
+        extras = {i: sign * outputs[i].detach() / (2 * h) for i in result.attached}
         tensors = step.differentiable(result.state)
         scaled = {path: sign * x / (2 * h) for path, x in tensors.items()}
         yield Pushed(scaled, sign * result.loss / (2 * h), extras)

@@ -39,10 +39,10 @@ def over_tasks(
     mapped = [x for x in leaves if isinstance(x, Tensor)]
     run = torch.vmap(one, randomness="different")
     with _by_tasks:
-        found = iter(run(dict(params), dict(buffers), mapped))
+        mapped_tensors = iter(run(dict(params), dict(buffers), mapped))
     rest, out_spec = result
     return pytree.tree_unflatten(
-        [next(found) if isinstance(x, Tensor) else x for x in rest], out_spec
+        [next(mapped_tensors) if isinstance(x, Tensor) else x for x in rest], out_spec
     )
 
 
@@ -92,11 +92,11 @@ def _by_task(function: Operation, position: int, name: str, least: int = 0) -> O
         leaves, spec = pytree.tree_flatten((args, kwargs))
         with functorch.outside():
             tasks = zip(*(_parts(leaf, level, value.shape[dim]) for leaf in leaves), strict=True)
-            found = []
+            results = []
             for task in tasks:
                 own_args, own_kwargs = pytree.tree_unflatten(list(task), spec)
-                found.append(function(*own_args, **own_kwargs))
-            stacked: Any = _Stacked.apply(*found)  # type: ignore[no-untyped-call]
+                results.append(function(*own_args, **own_kwargs))
+            stacked: Any = _Stacked.apply(*results)  # type: ignore[no-untyped-call]
         return functorch.wrapped(stacked, level)
 
     return mapped
