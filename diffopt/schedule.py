@@ -292,7 +292,7 @@ def preceded(plan: Plan, steps: int) -> Plan:
     )
 
 
-def one_way(steps: int, more_work: float = 0.0) -> Plan:
+def one_way(steps: int, more_work: float) -> Plan:
     """Advance over all steps, and go back through none."""
     actions = (Action("advance", 0, steps),) if steps else ()
     return Plan(steps, actions, constant=steps, more_work=more_work)

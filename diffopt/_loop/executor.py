@@ -130,7 +130,7 @@ def run_backward(
     cotangent: Cotangent,
     outputs: OutputCotangents,
     *,
-    keep: bool = False,
+    keep: bool,
 ) -> tuple[Cotangent, list[Tensor | None]]:
     """The plan's second part: from the end of the loop back to its start.
 

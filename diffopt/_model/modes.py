@@ -41,7 +41,7 @@ class Modes:
         return {dtype for dtype in self._autocast.values() if dtype is not None}
 
     @contextmanager
-    def active(self, *, routed: bool = True) -> Iterator[None]:
+    def active(self, *, routed: bool) -> Iterator[None]:
         """Enter the settings: autocast as it was, and kernels that can be differentiated twice.
 
         Args:

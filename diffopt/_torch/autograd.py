@@ -48,14 +48,13 @@ def load_decompositions() -> None:
             return
 
 
-def graph_was_freed(root: Any, most: int = 1000) -> bool:
+def graph_was_freed(root: Any) -> bool:
     """Whether a backward pass has freed what the graph from the node ``root`` on had saved.
 
-    Args:
-        most: how many nodes to look at.
+    Limits: a thousand nodes are looked at.
     """
     stack, passed = [root], {root}
-    while stack and len(passed) < most:
+    while stack and len(passed) < 1000:
         node = stack.pop()
         kind: Any = type(node)
         for name in _saved_names(kind):

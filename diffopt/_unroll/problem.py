@@ -76,7 +76,7 @@ class InnerProblem:
         """The parameters that are not trained."""
         return {name: x for name, x in self.params.items() if name not in self.inner}
 
-    def slots(self, carried: Collection[str] = ()) -> ModuleSlots:
+    def slots(self, carried: Collection[str]) -> ModuleSlots:
         """Where the module holds the trained parameters and the buffers.
 
         Args:

@@ -220,7 +220,7 @@ class _PatchedProblem(InnerProblem):
             of_each = [{*chain.from_iterable(of_dopt)} for of_dopt in groups]
             self.grad_transform = transform_of(callbacks, of_each, self._fast_names)
 
-    def slots(self, carried: Collection[str] = ()) -> ModuleSlots:
+    def slots(self, carried: Collection[str]) -> ModuleSlots:
         return FastSlots(self.model, self.inner, self.constants, carried, self._fast_names)
 
     def deliver(self, result: Unrolled) -> None:
