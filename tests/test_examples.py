@@ -39,7 +39,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_maml_fits_new_curves_better_than_pretraining(run: Any) -> None:
-    result = run("maml_sinusoids", outer=500, test_tasks=100)
+    result = run("maml_sinusoids", outer=400, test_tasks=60)
     assert len(result["maml"]) == 11  # before, and after each of ten steps
     assert result["maml"][10] < 0.75 * result["pretrained"][10]
 
@@ -63,18 +63,18 @@ def test_the_metagradient_predicts_retraining(run: Any) -> None:
 
 
 def test_a_learned_schedule_is_better_than_a_constant_rate(run: Any) -> None:
-    result = run("learned_schedule", outer=20, inner=40, runs=8, new_runs=50)
+    result = run("learned_schedule", outer=15, inner=40, runs=6, new_runs=30)
     (constant,) = (loss for name, loss in result.items() if name.startswith("constant"))
     assert result["learned"] < constant
 
 
 def test_a_rate_per_weight_adapts_better_than_one_rate(run: Any) -> None:
-    result = run("meta_sgd", outer=250, new_tasks=300)
+    result = run("meta_sgd", outer=150, new_tasks=200)
     assert result["Meta-SGD"] < 0.9 * result["MAML, one learned rate"]
 
 
 def test_multi_step_losses_rates_and_statistics_adapt_better(run: Any) -> None:
-    result = run("maml_plus_plus", outer=40, new_tasks=100)
+    result = run("maml_plus_plus", outer=25, new_tasks=60)
     assert result["MAML++"] > result["MAML"] + 0.01
     assert result["MAML++"] > result["nearest image"]
 
@@ -92,12 +92,12 @@ def test_a_learned_loss_withstands_wrong_labels(run: Any) -> None:
 
 
 def test_a_learned_optimizer_is_better_than_tuned_adam(run: Any) -> None:
-    result = run("learned_optimizer", outer=20, new_runs=10)
+    result = run("learned_optimizer", outer=30, runs=2, new_runs=5)
     assert result["learned"] < min(result["Adam"], result["Adam, cosine"])
 
 
 def test_the_cell_found_is_better_than_the_mean_cell(run: Any) -> None:
-    result = run("darts", outer=30, inner=60, cells=5, repeats=1)
+    result = run("darts", outer=30, inner=60, cells=3, repeats=1)
     assert result["found"] > result["mean of random cells"]
 
 
@@ -114,7 +114,7 @@ def test_the_gradient_of_a_gradient_of_training_is_exact_and_of_use(run: Any) ->
 
 
 def test_learned_weights_choose_what_to_fine_tune_on(run: Any) -> None:
-    result = run("lora", pretraining=300, outer=5, inner=12, pool=60)
+    result = run("lora", pretraining=150, outer=5, inner=10, pool=60)
     assert result["auc"] > 0.6
     assert result["learned weights"] < result["the pool as it is"]
 
