@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -125,6 +126,58 @@ def test_what_is_committed_was_printed_by_the_example_as_it_is(name: str) -> Non
     assert first == gallery.digest(name), f"run: python docs/gallery.py {name}"
     assert printed.strip()
     assert (gallery.OUTPUT / f"{name}.png").exists()
+
+
+#: What the pages show: a row of what the example printed is below (<) or above (>) another.
+SHOWN = [
+    ("reweighting", "learned weights > all labels as they are"),
+    ("reweighting", "learned weights > the clean digits alone"),
+    ("distillation", "on the ten learned images > on ten real images"),
+    ("learned_schedule", r"learned < constant, peak \S+"),
+    ("learned_schedule", r"learned < cosine, peak \S+"),
+    ("maml_sinusoids", r"MAML, rate \S+ < pretrained, best rate \S+"),
+    ("maml_plus_plus", "MAML\\+\\+ > MAML"),
+    ("maml_plus_plus", "MAML\\+\\+ > nearest image"),
+    ("meta_sgd", "Meta-SGD < MAML, one learned rate"),
+    ("imaml", "iMAML > not meta-learned"),
+    ("learned_loss", "learned > cross-entropy"),
+    ("learned_loss", "learned > cross-entropy, stopped at its best"),
+    ("learned_optimizer", "learned < Adam"),
+    ("learned_optimizer", "learned < Adam, cosine"),
+    ("learned_optimizer", "learned(, two hidden.*) < Adam(, two hidden.*)"),
+    ("learned_optimizer", "learned(, two hidden.*) < Adam, cosine(, two hidden.*)"),
+    ("darts", "found > mean of random cells"),
+    ("unrolled_gan", r"\d steps ahead > the discriminator of the moment"),
+    ("nested", "rate learned at the learned rate < rate learned at 0.05"),
+    ("lora", "learned weights < the pool as it is"),
+]
+
+
+def printed(name: str) -> dict[str, list[float]]:
+    """The numbers of every row that the example printed when it was run in full."""
+    lines = (gallery.OUTPUT / f"{name}.txt").read_text("utf-8").splitlines()[1:]
+    cells = [
+        re.split(r"\s{2,}", re.sub(r"  \(.*\)", "", line.strip()), maxsplit=1) for line in lines
+    ]
+    found = {row[0]: re.findall(r"-?\d+(?:\.\d+)?", row[1]) for row in cells if len(row) == 2}
+    return {label: [float(number) for number in numbers] for label, numbers in found.items()}
+
+
+@pytest.mark.parametrize(("name", "claim"), SHOWN)
+def test_what_the_full_run_printed_shows_what_the_page_says(name: str, claim: str) -> None:
+    one, sign, other = re.split(" ([<>]) ", claim)
+    rows = {label: numbers[-1] for label, numbers in printed(name).items() if numbers}
+    (left,) = (number for label, number in rows.items() if re.fullmatch(one, label))
+    (right,) = (number for label, number in rows.items() if re.fullmatch(other, label))
+    assert left < right if sign == "<" else left > right
+
+
+def test_the_full_attribution_predicts_retraining() -> None:
+    rows = [numbers for label, numbers in printed("attribution").items() if label[-1] == "%"]
+    assert len(rows) == 4
+    for *_, metagradient, similarity in rows:
+        assert metagradient >= 0.9
+        assert metagradient > similarity
 
 
 def test_every_example_has_a_place_in_the_gallery_and_in_the_navigation() -> None:
