@@ -121,8 +121,8 @@ class Browser:
         self.ask("Page.navigate", url=url)
         self.wait_for("Page.loadEventFired")
 
-    def set_width(self, width: int) -> None:
-        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+    def set_size(self, width: int, height: int = 900) -> None:
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
         self.ask("Emulation.setDeviceMetricsOverride", **size)
 
     def prefer(self, scheme: str) -> None:
@@ -149,9 +149,11 @@ class Browser:
         return wrong
 
     def photograph(self, width: int, picture: Path) -> None:
+        """The whole page: in a window as high as it is, so that nothing of it has been scrolled."""
         size = self.ask("Page.getLayoutMetrics")["cssContentSize"]
-        clip = {"x": 0, "y": 0, "width": width, "height": min(size["height"], 16000), "scale": 1}
-        shot = self.ask("Page.captureScreenshot", clip=clip, captureBeyondViewport=True)
+        self.set_size(width, min(int(size["height"]), 16000))
+        self.run("document.getAnimations().forEach(animation => animation.finish())")
+        shot = self.ask("Page.captureScreenshot")
         picture.write_bytes(base64.b64decode(shot["data"]))
 
     def close(self) -> None:
@@ -175,7 +177,7 @@ def look_at(
         with served(site) as address:
             for page in pages:
                 for number, (view, scheme) in enumerate(views):
-                    chromium.set_width(WIDTHS[view])
+                    chromium.set_size(WIDTHS[view])
                     if pictures or number == 0:
                         chromium.prefer(scheme)
                         chromium.open(f"{address}/{page.as_posix()}/")

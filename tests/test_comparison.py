@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import warnings
 
 import pytest
@@ -16,10 +17,11 @@ PAGE = (TOP / "docs/pages/comparison.md").read_text(encoding="utf-8")
 
 
 def cell(row: str, library: str) -> str:
+    """The text of a cell, without its links."""
     lines = [line for line in PAGE.splitlines() if line.startswith("| ")]
     header, *rows = ([part.strip() for part in line.strip("|").split("|")] for line in lines)
     (found,) = [cells for cells in rows if cells[0].split(" [")[0] == row]
-    return found[header.index(library)]
+    return re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", found[header.index(library)])
 
 
 def square_loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
@@ -54,9 +56,43 @@ def test_it_runs_on_several_processes_and_after_a_kill() -> None:
 
 
 def test_what_it_says_of_torchopt() -> None:
+    torchopt = pytest.importorskip("torchopt")
     distributed = pytest.importorskip("torchopt.distributed")
     assert cell("several processes", "TorchOpt").startswith("`torchopt.distributed`")
     assert callable(distributed.auto_init_rpc)
+    names = {name for name in dir(torchopt) if name.startswith("Meta")} - {"MetaOptimizer"}
+    rules = {getattr(torchopt, name) for name in names}
+    assert cell("differentiable optimizers", "TorchOpt") == f"{len(rules)}, and functional ones"
+    assert cell("implicit differentiation", "TorchOpt") == "CG, normal CG, Neumann"
+    solvers = torchopt.linear_solve
+    assert all(map(callable, (solvers.solve_cg, solvers.solve_normal_cg, solvers.solve_inv)))
+    assert callable(torchopt.diff.zero_order.zero_order)
+    # As it is, its parameters replaced.
+    model, x = nn.Linear(2, 1), torch.ones(3, 2)
+    forward, weight = model.forward, model.weight
+    torchopt.MetaSGD(model, lr=0.1).step(square_loss(model, x))
+    assert model.forward == forward
+    assert model.weight is not weight
+    assert model.weight.requires_grad
+
+
+def test_torchopt_maps_tasks_by_vmap() -> None:
+    torchopt = pytest.importorskip("torchopt")
+    assert cell("many tasks at once", "TorchOpt") == "`torch.func.vmap`, functional ones"
+    xs, starts = torch.randn(3, 2), torch.randn(3, 2)
+
+    def adapted(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        rule = torchopt.sgd(lr=0.1, momentum=0.9)
+        params, state = {"w": w}, rule.init({"w": w})
+        for _ in range(2):
+            grads = torch.func.grad(lambda p: (p["w"] * x).square().sum())(params)
+            updates, state = rule.update(grads, state, params=params, inplace=False)
+            params = torchopt.apply_updates(params, updates, inplace=False)
+        return params["w"]
+
+    found = torch.func.vmap(adapted)(xs, starts)
+    one_by_one = [adapted(x, w) for x, w in zip(xs, starts, strict=True)]
+    torch.testing.assert_close(found, torch.stack(one_by_one))
 
 
 def test_what_it_says_of_higher() -> None:

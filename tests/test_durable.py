@@ -152,7 +152,7 @@ def test_interrupted_anywhere(make: Adjoints, every: int, tmp_path: Path) -> Non
     problem = Problem()
     expected = problem.gradients(make(None))
     durable = Durable(tmp_path, every)
-    for stop in range(2, problem.calls + 1, 2 if every == 3 else 7):
+    for stop in range(2, problem.calls + 1, 4 if every == 3 else 7):
         interrupted(make(durable), stop)
         assert_same(problem.gradients(make(durable)), expected)
         assert left(tmp_path) == []
@@ -164,7 +164,7 @@ def test_little_is_done_again(make: Adjoints, tmp_path: Path) -> None:
     problem = Problem()
     expected = problem.gradients(make(None))
     clean = problem.calls
-    for stop in range(2, clean, 3):
+    for stop in range(2, clean, 4):
         interrupted(make(Durable(tmp_path, 1)), stop)
         assert_same(problem.gradients(make(Durable(tmp_path, 1))), expected)
         observed = 1 if stop <= 7 else 2 + STEPS // 2  # the way to step 5, from a kept state

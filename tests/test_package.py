@@ -41,10 +41,16 @@ def test_the_changelog_and_the_citation_have_the_release_of_the_same_day() -> No
 
 
 def test_links_of_the_readme_lead_somewhere() -> None:
-    for path in re.findall(
-        r"\]\((?!https?://|#)([^)#\s]+)", (TOP / "README.md").read_text("utf-8")
-    ):
+    links = re.findall(
+        r"\]\((?!https?://)([^)#\s]*)(#[^)\s]+)?\)", (TOP / "README.md").read_text("utf-8")
+    )
+    assert any(anchor for _, anchor in links)
+    for path, anchor in links:
         assert (TOP / path).exists(), path
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", (TOP / path).read_text("utf-8"), re.MULTILINE)
+            named = {re.sub(r"[^\w\s-]", "", h).strip().lower().replace(" ", "-") for h in headings}
+            assert anchor[1:] in named, path + anchor
 
 
 def test_links_of_the_readme_are_absolute_on_a_package_index(

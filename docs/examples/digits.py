@@ -26,13 +26,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from matplotlib.ticker import FuncFormatter
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
@@ -251,6 +246,12 @@ def draw(
     path: Path, headline: str, start: Recipe, tuned: Recipe, curves: dict, history: list
 ) -> None:
     """The validation loss along the run, before and after; the outer steps; what they found."""
+    import matplotlib  # only here: the processes that measure memory begin without it
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import FuncFormatter
+
     ink, grey, blue, orange = "#22262b", "#9aa1a9", "#1f6feb", "#e8590c"
     style = {
         "font.size": 10,
