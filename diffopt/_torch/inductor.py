@@ -21,8 +21,10 @@ Run = Callable[..., Sequence[Tensor]]
 
 _log = logging.getLogger("diffopt")
 
-#: A loop may be small where no tensor within it has more numbers.
+#: A loop may be small where no tensor within it has more numbers: twice as many on few threads, as
+#: it runs on one.
 _FEW = 1 << 17
+_FEW_THREADS = 4
 
 #: How many rows a tensor of any number of rows has while a loop over them is compiled.
 _ROWS = 4
@@ -113,7 +115,8 @@ def _is_small(graph: GraphModule) -> bool:
     if any("convolution" in str(node.target) for node in body.graph.nodes):
         return False
     values = [node.meta.get("val") for node in body.graph.nodes]
-    return max((x.numel() for x in values if isinstance(x, Tensor)), default=0) <= _FEW
+    few = _FEW * (2 if torch.get_num_threads() <= _FEW_THREADS else 1)
+    return max((x.numel() for x in values if isinstance(x, Tensor)), default=0) <= few
 
 
 def _of_examples(examples: Sequence[Tensor]) -> AbstractContextManager[Any]:
