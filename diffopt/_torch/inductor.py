@@ -112,7 +112,8 @@ def _kept_on_disk() -> dict[str, Any]:
 def _is_small(graph: GraphModule) -> bool:
     """Whether the rounds of a loop are of a few thousand numbers, as far as can be seen."""
     body: Any = graph.body
-    if any("convolution" in str(node.target) for node in body.graph.nodes):
+    calls = [str(node.target) for node in body.graph.nodes]
+    if any("convolution" in call or "diffopt.product" in call for call in calls):
         return False
     values = [node.meta.get("val") for node in body.graph.nodes]
     few = _FEW * (2 if torch.get_num_threads() <= _FEW_THREADS else 1)
