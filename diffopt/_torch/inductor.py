@@ -50,7 +50,18 @@ def _compiled_loop(graph: GraphModule, examples: Sequence[Tensor]) -> Run:
                 return _without_wrappers(graph, examples, {**config, **more})
         except Exception as error:  # of whatever private names may have become
             _log.info("a loop is compiled as TorchInductor writes it: %s", error)
-    return _without_wrappers(graph, examples, config)
+    return _without_wrappers(graph, examples, {**config, **_apart()})
+
+
+def _apart() -> dict[str, Any]:
+    """What has the code between the kernels of a loop compiled apart from them, and in less time.
+
+    As one program with the kernels, that of a transformer takes minutes.
+    """
+    from torch._inductor import config
+
+    name = "cpp_wrapper_build_separate"
+    return {name: True} if hasattr(config, name) else {}
 
 
 def _compiled(
