@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import platform
+import shutil
 import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers import assert_all_close, batches, mse, tiny
+from torch import nn
 
 import diffopt
-from diffopt._torch import inductor, vector_isa
+from diffopt._compile import code, trace
+from diffopt._torch import inductor, onednn, vector_isa
 
 
 def test_the_loop_operator_scans() -> None:
@@ -125,3 +129,87 @@ def test_instructions_are_looked_for_on_another_thread(sets: list[Instructions])
     assert ("middle", False) in sets[0].asked[:first_here]  # it had come to its end
     assert len(vector_isa._looking) == 1
     opened.join()
+
+
+# Products of matrices.
+
+
+class Wide(nn.Module):
+    """Two products that are large enough, and one that is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(128, 256), nn.Tanh(), nn.Linear(256, 128, bias=False))
+        self.last = nn.Linear(128, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.layers(x)).square().mean()
+
+
+def replaced(graph: Any) -> int:
+    return sum("diffopt.product" in str(node.target) for node in graph.graph.nodes)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_product_by_onednn(transposed: bool) -> None:
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("PyTorch without oneDNN")
+    a, b = torch.randn(7, 5), torch.randn(5, 3)
+    if transposed:
+        a, b = a.T.contiguous().T, b.T.contiguous().T
+    got = torch.ops.diffopt.product(a, b)
+    torch.testing.assert_close(got, a @ b)
+    meta = torch.ops.diffopt.product(a.to("meta"), b.to("meta"))
+    assert (meta.shape, meta.stride(), meta.dtype) == (got.shape, got.stride(), got.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("faster", [True, False])
+def test_large_products_go_to_onednn_where_that_is_faster(
+    dtype: torch.dtype, faster: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("PyTorch without oneDNN")
+    handed: list[int] = []
+
+    def keep(graph: Any, examples: Any, *, loop: bool = False) -> Any:
+        handed.append(replaced(graph.body if loop else graph))
+        return graph
+
+    monkeypatch.setattr(trace, "compile_graph", keep)
+    monkeypatch.setattr(code, "find_out", lambda: None)
+    monkeypatch.setattr(onednn, "_is_faster", lambda: faster)
+    model = Wide().to(dtype)
+    data = [torch.randn(80, 128, dtype=dtype) for _ in range(3)]
+    found = []
+    for compile in (False, True):
+        opt = diffopt.SGD(model.parameters(), lr=0.1)
+        fast = diffopt.unroll(model, opt, data, segment=1, compile=compile)
+        found.append(torch.autograd.grad(fast.losses.sum(), list(model.parameters())))
+    tight = {"rtol": 1e-4, "atol": 1e-6} if dtype is torch.float32 else {"rtol": 1e-10, "atol": 0}
+    assert_all_close(found[1], found[0], **tight)
+    assert len(handed) == 2
+    # The first layer's, the second's, and the three that their weights' gradient needs.
+    expected = 5 if faster and dtype is torch.float32 else 0
+    assert handed[0] == expected
+    assert (handed[1] > expected) == bool(expected)
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_products_by_onednn_in_a_compiled_loop(tmp_path: Path) -> None:
+    if not onednn._is_faster():
+        pytest.skip("PyTorch's own products are as fast here")
+    from torch._inductor import config
+    from torch._inductor.utils import fresh_cache
+
+    model = nn.Sequential(nn.Linear(128, 128, bias=False))
+    data = [torch.randn(128, 128) for _ in range(3)]
+    found = []
+    with fresh_cache(dir=str(tmp_path)), config.patch({"cpp_cache_precompile_headers": False}):
+        for compile in (False, True):
+            opt = diffopt.SGD(model.parameters(), lr=0.1)
+            fast = diffopt.unroll(
+                model, opt, data, lambda m, x: m(x).square().mean(), segment=1, compile=compile
+            )
+            found.append(torch.autograd.grad(fast.losses.sum(), list(model.parameters())))
+    assert_all_close(found[1], found[0], rtol=1e-4, atol=1e-7)

@@ -127,6 +127,7 @@ NAMES = [
     ("torch._C", "_DisableAutocast"),
     ("torch._inductor.compile_fx", "compile_fx"),
     ("torch._inductor", "config"),
+    ("torch.ops.mkldnn", "_linear_pointwise"),
     ("torch._inductor", "cpu_vec_isa"),
     ("torch._inductor.cpu_vec_isa", "pick_vec_isa"),
     ("torch._inductor.cpu_vec_isa", "valid_vec_isa_list"),

@@ -28,6 +28,7 @@ from diffopt._derivatives.table import with_second_derivatives
 from diffopt._loop.progress import compiling
 from diffopt._torch.compiling import is_overload, without_autocast
 from diffopt._torch.inductor import Run, compile_graph, said_to_compile
+from diffopt._torch.onednn import use_fastest
 
 aten = torch.ops.aten
 _log = logging.getLogger("diffopt")
@@ -143,6 +144,7 @@ def trace(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -
     graph.graph.eliminate_dead_code()
     for node in graph.graph.nodes:
         _check(node, graph)
+    use_fastest(graph)
     return Traced(graph, draws, len(inputs))
 
 

@@ -21,8 +21,10 @@ Run = Callable[..., Sequence[Tensor]]
 
 _log = logging.getLogger("diffopt")
 
-#: A loop may be small where no tensor within it has more numbers.
+#: A loop may be small where no tensor within it has more numbers: twice as many on few threads, as
+#: it runs on one.
 _FEW = 1 << 17
+_FEW_THREADS = 4
 
 #: How many rows a tensor of any number of rows has while a loop over them is compiled.
 _ROWS = 4
@@ -48,7 +50,18 @@ def _compiled_loop(graph: GraphModule, examples: Sequence[Tensor]) -> Run:
                 return _without_wrappers(graph, examples, {**config, **more})
         except Exception as error:  # of whatever private names may have become
             _log.info("a loop is compiled as TorchInductor writes it: %s", error)
-    return _without_wrappers(graph, examples, config)
+    return _without_wrappers(graph, examples, {**config, **_apart()})
+
+
+def _apart() -> dict[str, Any]:
+    """What has the code between the kernels of a loop compiled apart from them, and in less time.
+
+    As one program with the kernels, that of a transformer takes minutes.
+    """
+    from torch._inductor import config
+
+    name = "cpp_wrapper_build_separate"
+    return {name: True} if hasattr(config, name) else {}
 
 
 def _compiled(
@@ -110,10 +123,12 @@ def _kept_on_disk() -> dict[str, Any]:
 def _is_small(graph: GraphModule) -> bool:
     """Whether the rounds of a loop are of a few thousand numbers, as far as can be seen."""
     body: Any = graph.body
-    if any("convolution" in str(node.target) for node in body.graph.nodes):
+    calls = [str(node.target) for node in body.graph.nodes]
+    if any("convolution" in call or "diffopt.product" in call for call in calls):
         return False
     values = [node.meta.get("val") for node in body.graph.nodes]
-    return max((x.numel() for x in values if isinstance(x, Tensor)), default=0) <= _FEW
+    few = _FEW * (2 if torch.get_num_threads() <= _FEW_THREADS else 1)
+    return max((x.numel() for x in values if isinstance(x, Tensor)), default=0) <= few
 
 
 def _of_examples(examples: Sequence[Tensor]) -> AbstractContextManager[Any]:

@@ -34,7 +34,7 @@ from torch._inductor.virtualized import V
 from diffopt._torch.products import NotSmall, are_numbers, product_call, span
 
 #: The most bytes of the tensors of one round.
-MOST_BYTES = 1 << 20
+MOST_BYTES = 1 << 23
 
 _ALIGNMENT = 64
 
