@@ -79,3 +79,16 @@ def processes() -> Iterator[Processes]:
     started = Processes()
     yield started
     started.close()
+
+
+@pytest.fixture(scope="session")
+def inductor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """TorchInductor with a cache of its own, where it also keeps what it found the compiler can."""
+    from torch._inductor import config
+    from torch._inductor.utils import fresh_cache
+
+    quick = {"cpp_cache_precompile_headers": False}
+    if hasattr(config.aot_inductor, "debug_compile"):
+        quick["aot_inductor.debug_compile"] = True  # compiles without optimizing
+    with fresh_cache(dir=str(tmp_path_factory.mktemp("inductor"))), config.patch(quick):
+        yield

@@ -11,7 +11,7 @@ import logging
 import shutil
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -30,19 +30,6 @@ from diffopt._compile import trace as _trace
 from diffopt._torch import inductor as _inductor
 
 T = 4
-
-
-@pytest.fixture(scope="module")
-def inductor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """TorchInductor with a cache of its own, where it also keeps what it found the compiler can."""
-    from torch._inductor import config
-    from torch._inductor.utils import fresh_cache
-
-    quick = {"cpp_cache_precompile_headers": False}
-    if hasattr(config.aot_inductor, "debug_compile"):
-        quick["aot_inductor.debug_compile"] = True  # compiles without optimizing
-    with fresh_cache(dir=str(tmp_path_factory.mktemp("inductor"))), config.patch(quick):
-        yield
 
 
 compiled = partial(unrolled, compile=True)

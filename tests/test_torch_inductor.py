@@ -8,7 +8,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -196,20 +195,16 @@ def test_large_products_go_to_onednn_where_that_is_faster(
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
-def test_products_by_onednn_in_a_compiled_loop(tmp_path: Path) -> None:
+def test_products_by_onednn_in_a_compiled_loop(inductor: None) -> None:
     if not onednn._is_faster():
         pytest.skip("PyTorch's own products are as fast here")
-    from torch._inductor import config
-    from torch._inductor.utils import fresh_cache
-
     model = nn.Sequential(nn.Linear(128, 128, bias=False))
     data = [torch.randn(128, 128) for _ in range(3)]
     found = []
-    with fresh_cache(dir=str(tmp_path)), config.patch({"cpp_cache_precompile_headers": False}):
-        for compile in (False, True):
-            opt = diffopt.SGD(model.parameters(), lr=0.1)
-            fast = diffopt.unroll(
-                model, opt, data, lambda m, x: m(x).square().mean(), segment=1, compile=compile
-            )
-            found.append(torch.autograd.grad(fast.losses.sum(), list(model.parameters())))
+    for compile in (False, True):
+        opt = diffopt.SGD(model.parameters(), lr=0.1)
+        fast = diffopt.unroll(
+            model, opt, data, lambda m, x: m(x).square().mean(), segment=1, compile=compile
+        )
+        found.append(torch.autograd.grad(fast.losses.sum(), list(model.parameters())))
     assert_all_close(found[1], found[0], rtol=1e-4, atol=1e-7)
