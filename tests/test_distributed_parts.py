@@ -247,9 +247,16 @@ def errors(rank: int, world: int) -> list[tuple[str, str]]:
     return found
 
 
-@pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize(
-    "case", [equal_to_a_plain_loop, equal_to_one_process, with_options, second_derivative]
+    ("case", "world"),
+    [
+        (equal_to_a_plain_loop, 2),
+        (equal_to_a_plain_loop, 4),
+        (equal_to_one_process, 2),
+        (with_options, 2),
+        (second_derivative, 2),
+        (second_derivative, 4),
+    ],
 )
 def test_together(case: Any, world: int, processes: Processes) -> None:
     processes.run(case, world)

@@ -32,7 +32,7 @@ def test_the_digits_example_runs(tmp_path: Path) -> None:
     done = subprocess.run(
         [
             *[sys.executable, "-W", "error", TOP / "docs/examples/digits.py"],
-            *["--inner", "12", "--outer", "2", "--out", out],
+            *["--inner", "6", "--outer", "1", "--out", out],
         ],
         capture_output=True,
         text=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from adjoints import every_adjoint
-from helpers import Train, close, unrolled
+from helpers import Train, close, new_objects_only, unrolled
 from oracle import plain
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -333,6 +334,21 @@ def test_large_matrices_are_left_out_and_small_ones_not(monkeypatch: pytest.Monk
 
     assert chosen(x) == {"large"}
     assert chosen(x[:4]) == set()
+
+
+def test_no_cycle_keeps_what_a_step_has_used() -> None:
+    """Otherwise each step's cotangents would stay until the garbage collector runs."""
+    model, x = Model(chain), batches()[0].detach()
+    with new_objects_only():
+        fast = diffopt.unroll(
+            model,
+            diffopt.SGD(model.parameters(), lr=0.3),
+            [x] * 3,
+            loss_fn,
+            adjoint=diffopt.Segmented(1),
+        )
+        fast(x).sum().backward()
+        assert not [x for x in gc.get_objects() if isinstance(x, unread._Cotangent)]
 
 
 def test_of_a_graph_from_before_nothing_is_left_out() -> None:

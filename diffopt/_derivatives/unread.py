@@ -41,31 +41,38 @@ _PRODUCTS = {"AddmmBackward0": (2, "mat1"), "MmBackward0": (1, "self")}
 
 
 @dataclass(slots=True)
+class _Cotangent:
+    """C, set when it is known. It holds nothing that leads back to it, so no cycle keeps it."""
+
+    value: Tensor | None = None
+
+
+@dataclass(slots=True)
 class Unread:
     """A weight whose gradient is left out.
 
     Attributes:
         weight: the leaf.
         products: the nodes that multiply by it, and whether each takes it transposed.
-        contractions: one of each node, once the gradient has been taken.
+        tokens: a zero of each node's ``_Contraction``, once the gradient has been taken.
         shadow: the gradient times ``signs``, then.
     """
 
     weight: Tensor
     products: dict[Any, bool] = field(default_factory=dict)
-    contractions: list[_Product] = field(default_factory=list)
+    tokens: list[Tensor] = field(default_factory=list)
     shadow: Tensor | None = None
+    _cotangent: _Cotangent = field(default_factory=_Cotangent)
 
     @property
     def is_complete(self) -> bool:
         """Whether the gradient came by every product."""
-        return len(self.contractions) == len(self.products)
+        return len(self.tokens) == len(self.products)
 
     def roots(self, cotangent: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """What to start from, and with which cotangents, to pull one of the gradient back."""
-        for product in self.contractions:
-            product.cotangent = cotangent
-            yield product.token, torch.ones_like(product.token)
+        self._cotangent.value = cotangent
+        return ((token, torch.ones_like(token)) for token in self.tokens)
 
     def _take(self, node: Any, cotangents: Sequence[Tensor | None]) -> None:
         """Take note of ``node``'s share of the gradient while the gradient is taken."""
@@ -74,46 +81,33 @@ class Unread:
             return
         x = saved(node, _PRODUCTS[node.name()][1])
         transposed = self.products[node]
-        product = _Product(transposed)
-        product.token = _Contraction.apply(delta, x, product)  # type: ignore[no-untyped-call]
-        self.contractions.append(product)
+        token = _Contraction.apply(  # type: ignore[no-untyped-call]
+            delta, x, self._cotangent, transposed
+        )
+        self.tokens.append(token)
         with torch.no_grad():
             rows, columns = (delta, x) if transposed else (x, delta)
             share = rows.T @ (columns @ signs(columns.shape[1], columns))
             self.shadow = share if self.shadow is None else self.shadow + share
 
 
-class _Product:
-    """One product's share of ⟨C, G⟩.
-
-    Attributes:
-        transposed: whether y = x Wᵀ, and not y = x W.
-        token: a zero, where the derivative starts from.
-        cotangent: C.
-    """
-
-    token: Tensor
-    cotangent: Tensor
-
-    def __init__(self, transposed: bool) -> None:
-        self.transposed = transposed
-
-
 class _Contraction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, delta: Tensor, x: Tensor, product: _Product) -> Tensor:
-        ctx.product = product
+    def forward(
+        ctx: Any, delta: Tensor, x: Tensor, cotangent: _Cotangent, transposed: bool
+    ) -> Tensor:
+        ctx.cotangent, ctx.transposed = cotangent, transposed
         ctx.save_for_backward(delta, x)
         return delta.new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> Any:
         delta, x = ctx.saved_tensors
-        c = ctx.product.cotangent
-        c = c if ctx.product.transposed else c.T
+        c = ctx.cotangent.value
+        c = c if ctx.transposed else c.T
         to_delta = x @ c.T if ctx.needs_input_grad[0] else None
         to_x = delta @ c if ctx.needs_input_grad[1] else None
-        return to_delta, to_x, None
+        return to_delta, to_x, None, None
 
 
 def unread(loss: Tensor, params: Mapping[str, Tensor], since: int) -> dict[str, Unread]:
