@@ -72,7 +72,7 @@ def _fill(page: Path, begin: str, text: str, end: str) -> None:
 def markdown(about: dict[str, Any], results: Sequence[Result], pictures: Sequence[str]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     parts = [
-        f"Measured on {about['processor']}, {about['threads']} threads, "
+        f"Measured on {about['processor']}, {about['threads']} thread{'s'[: about['threads'] > 1]}, "
         f"{about['memory'] / 2**30:.0f} GiB, device {about['device']}; Python {about['python']}, "
         f"{versions}; diffopt at {about['commit']}."
     ]
