@@ -71,8 +71,9 @@ def _fill(page: Path, begin: str, text: str, end: str) -> None:
 
 def markdown(about: dict[str, Any], results: Sequence[Result], pictures: Sequence[str]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    threads = "1 thread" if about["threads"] == 1 else f"{about['threads']} threads"
     parts = [
-        f"Measured on {about['processor']}, {about['threads']} thread{'s'[: about['threads'] > 1]}, "
+        f"Measured on {about['processor']}, {threads}, "
         f"{about['memory'] / 2**30:.0f} GiB, device {about['device']}; Python {about['python']}, "
         f"{versions}; diffopt at {about['commit']}."
     ]
