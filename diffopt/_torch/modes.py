@@ -51,7 +51,10 @@ def default_device() -> torch.device:
         set_before = getattr(getattr(torch, "_GLOBAL_DEVICE_CONTEXT", None), "device_context", None)
         if set_before is None:
             return _CPU
-    return torch.get_default_device()
+    try:
+        return torch.get_default_device()
+    except AttributeError:  # PyTorch 2.9, once set_default_device(None) was called: none is set
+        return _CPU
 
 
 @lru_cache(maxsize=1024)
