@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import diffopt
-from diffopt._derivatives import unread
-from diffopt._step import result
+from diffopt._step import result, unread
 from diffopt._step import step as inner_step
 
 #: Which weights each evaluation of a step has left out.
@@ -151,6 +150,11 @@ def loss_fn(model: Any, x: Tensor) -> Tensor:
     return y.square().mean() + y.cos().mean()
 
 
+def descended(model: Model, data: Sequence[Tensor]) -> diffopt.Unrolled:
+    opt = diffopt.SGD(model.parameters(), lr=0.3)
+    return diffopt.unroll(model, opt, data, loss_fn, adjoint=diffopt.Segmented(1))
+
+
 def derivatives(
     train: Train, forward: Callable[[Model, Tensor], Tensor], bias: bool = True, **options: float
 ) -> list[Tensor]:
@@ -205,13 +209,7 @@ def test_left_out(
 def test_without_biases_the_first_layer_is_not_left_out(left_out: LeftOut) -> None:
     """Fed by data, nothing but the weight asks for its part of the gradient."""
     model, x = Model(chain, bias=False), batches()[0].detach()
-    fast = diffopt.unroll(
-        model,
-        diffopt.SGD(model.parameters(), lr=0.3),
-        [x] * 3,
-        loss_fn,
-        adjoint=diffopt.Segmented(1),
-    )
+    fast = descended(model, [x] * 3)
     found = torch.autograd.grad(fast(x).sum(), [*model.parameters()])
     reference = plain(model, {"lr": 0.3}, [x] * 3, loss_fn)
     for a, b in zip(
@@ -264,9 +262,7 @@ def test_another_gradient_of_the_same_loss_is_an_error(after: float, left_out: L
         return m.head(torch.tanh(m.second(Reversed.apply(m.first(x), factor))))  # type: ignore[no-untyped-call]
 
     model, data = Model(forward), batches()
-    fast = diffopt.unroll(
-        model, diffopt.SGD(model.parameters(), lr=0.3), data, loss_fn, adjoint=diffopt.Segmented(1)
-    )
+    fast = descended(model, data)
     number = fast(data[0]).sum()
     factor[0] = after
     if after == -1.0:  # norms are as they were: `verify=True` is for that
@@ -286,9 +282,7 @@ def test_a_hook_on_a_node_is_an_error_or_has_its_way(left_out: LeftOut) -> None:
         return m.head(torch.tanh(y))
 
     model, data = Model(forward), batches()
-    fast = diffopt.unroll(
-        model, diffopt.SGD(model.parameters(), lr=0.3), data, loss_fn, adjoint=diffopt.Segmented(1)
-    )
+    fast = descended(model, data)
     with pytest.raises(RuntimeError, match="gives another gradient"):
         fast(data[0]).sum().backward()
 
@@ -340,13 +334,7 @@ def test_no_cycle_keeps_what_a_step_has_used() -> None:
     """Otherwise each step's cotangents would stay until the garbage collector runs."""
     model, x = Model(chain), batches()[0].detach()
     with new_objects_only():
-        fast = diffopt.unroll(
-            model,
-            diffopt.SGD(model.parameters(), lr=0.3),
-            [x] * 3,
-            loss_fn,
-            adjoint=diffopt.Segmented(1),
-        )
+        fast = descended(model, [x] * 3)
         fast(x).sum().backward()
         assert not [x for x in gc.get_objects() if isinstance(x, unread._Cotangent)]
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffopt._derivatives.unread import LARGE, Unread, is_large, shadow
 from diffopt._step.graph import Graph
+from diffopt._step.unread import LARGE, Unread, is_large, shadow
 from diffopt._torch.operations import flattened
 from diffopt._values.state import State
 from diffopt.optim.terms import Hyper

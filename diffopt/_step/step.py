@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from diffopt._derivatives.table import beyond_second_derivatives, refuse_missing
-from diffopt._derivatives.unread import Unread, is_large, left_out, unread
 from diffopt._model.standing import InnerHooks
 from diffopt._step.graph import Graph, comes_to
 from diffopt._step.group import Group
@@ -42,6 +41,7 @@ from diffopt._step.transform import (
     check_transformed,
     given_to_transform,
 )
+from diffopt._step.unread import Unread, is_large, left_out, unread
 from diffopt._torch.autograd import in_forward_mode, present_sequence
 from diffopt._torch.collectives import no_collectives
 from diffopt._torch.engine import gradient

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffopt._step.graph import nodes_behind
 from diffopt._torch.autograd import saved
 
 #: So many entries make a matrix large. Fewer are copied faster than gone through one by one.
@@ -121,35 +122,30 @@ def unread(loss: Tensor, params: Mapping[str, Tensor], since: int) -> dict[str, 
     """
     weights = {id(p): name for name, p in params.items() if is_large(p) and _is_plain(p)}
     chosen = {name: Unread(params[name]) for name in weights.values()}
-    if not chosen or loss.grad_fn is None:
+    if not chosen:
         return {}
-    passed: set[Any] = {loss.grad_fn}
-    stack: list[Any] = [loss.grad_fn]
-    transposes: dict[Any, str] = {}  # each node that transposes a weight
-    users: list[tuple[Any, int, Any]] = []
-    while stack:
-        node = stack.pop()
+    nodes = list(nodes_behind([loss], ()))
+    if any(node._sequence_nr() < since for node in nodes):
+        return {}
+
+    def weight_at(node: Any) -> str | None:
+        return weights.get(id(getattr(node, "variable", None)))
+
+    transposes = {
+        node: name
+        for node in nodes
+        if node.name() == "TBackward0" and (name := weight_at(node.next_functions[0][0]))
+    }
+    for node in nodes:
         for i, (following, _) in enumerate(node.next_functions):
-            if following is None:
+            direct = weight_at(following)
+            name = direct or transposes.get(following)
+            if name is None or node in transposes:
                 continue
-            users.append((node, i, following))
-            if following not in passed:
-                if following._sequence_nr() < since:
-                    return {}
-                passed.add(following)
-                stack.append(following)
-            name = weights.get(id(getattr(following, "variable", None)))
-            if name is not None and node.name() == "TBackward0":
-                transposes[node] = name
-    for node, i, following in users:
-        direct = weights.get(id(getattr(following, "variable", None)))
-        name = direct or transposes.get(following)
-        if name is None or node in transposes:
-            continue
-        if name in chosen and _multiplies(node, i):
-            chosen[name].products[node] = direct is None
-        else:
-            chosen.pop(name, None)
+            if name in chosen and _multiplies(node, i):
+                chosen[name].products[node] = direct is None
+            else:
+                chosen.pop(name, None)
     return {
         name: weight
         for name, weight in chosen.items()
